@@ -1,0 +1,29 @@
+"""Fine-tuning of language models with forward passes only.
+
+The public names are resolved on first use, so that reading a record or a journal needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaguar.optimizers import ZOSGD as ZOSGD
+    from jaguar.optimizers import JaguarSignSGD as JaguarSignSGD
+    from jaguar.record import Record as Record
+
+_HOME = {"JaguarSignSGD": "jaguar.optimizers", "ZOSGD": "jaguar.optimizers", "Record": "jaguar.record"}
+__all__ = ["ZOSGD", "JaguarSignSGD", "Record", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'jaguar' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,375 @@
+"""The step protocol, once for all optimizers: measure(closure) -> Record, apply_(record)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from jaguar import ops, rng, rules
+from jaguar.estimators import ESTIMATORS, Probe
+from jaguar.interrupts import HeldInterrupts
+from jaguar.isolation import Isolation
+from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
+from jaguar.optimizers.losses import LossGuard
+from jaguar.params import Slot, build_slots
+from jaguar.record import Record
+from jaguar.rng import Draw
+
+Closure = Callable[[], Tensor]
+log = logging.getLogger("jaguar")
+
+_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
+_LOST_WARNING = 0.05
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """Base of the zero-order optimizers: a step is measured into a record, and a record is applied.
+
+    Subclasses name their group keys and build their launches; everything that a step must guarantee is here:
+    parameters bit-identical after `measure`, one record per step, skipped steps, Ctrl-C, broken states, exact
+    state_dict.
+    """
+
+    group_keys: ClassVar[tuple[str, ...]]
+    momentum_key: ClassVar[str]
+
+    # Non-finite losses in a row after which a run is given up.
+    max_skipped = 25
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, options: dict[str, Any], estimator: str,
+                 n_directions: int, rho_clip: float | None, rounding: str | None,
+                 momentum_dtype: torch.dtype | None, seed: int, backend: str) -> None:  # fmt: skip
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator={estimator!r}: choose {' or '.join(map(repr, ESTIMATORS))}")
+        if not _is_int(n_directions) or not 1 <= n_directions <= 1000:
+            raise ValueError(f"n_directions={n_directions!r}: give an int from 1 to 1000")
+        if rho_clip is not None and not rho_clip > 0:
+            raise ValueError(f"rho_clip={rho_clip!r}: give a positive bound, or None for no clipping")
+        if rounding not in (None, "stochastic", "nearest"):
+            raise ValueError(f"rounding={rounding!r}: choose 'stochastic' (the default) or 'nearest'")
+        if momentum_dtype is not None and momentum_dtype not in _MOMENTUM_DTYPES:
+            raise ValueError(f"momentum_dtype={momentum_dtype}: choose one of {', '.join(map(str, _MOMENTUM_DTYPES))}, "
+                             "or None for the parameters' precision")  # fmt: skip
+        if not _is_int(seed) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed!r}: give an int in [0, 2**64)")
+        self._backend = ops.choose(backend)
+        self._estimator = ESTIMATORS[estimator]
+        self._n_directions, self._rho_clip, self._seed = n_directions, rho_clip, seed
+        self._stochastic, self._momentum_dtype = rounding != "nearest", momentum_dtype
+        self._options = options | {
+            "rng": rng.TAG, "estimator": estimator, "n_directions": n_directions, "rho_clip": rho_clip,
+            "rounding": rounding or "stochastic", "momentum_dtype": str(momentum_dtype) if momentum_dtype else None,
+        }  # fmt: skip
+        self._step = 0
+        self._skipped = self._skipped_in_a_row = 0
+        self._last_finite: int | None = None
+        self._broken = False
+        self._pending: Record | None = None
+        self._moved: Probe | None = None  # a walk that has not come back
+        self._last_record: Record | None = None
+        self._n_frozen = 0
+        self._slots: list[Slot] = []
+        self._steps: ops.Steps | None = None
+        self._watch = Watch(self.group_keys)
+        self._guard = LossGuard()
+        self.lost_share: dict[str, float] | None = None
+        check_group(self.group_keys, defaults, "the optimizer")
+        super().__init__(split_groups(params), defaults)
+        if not self._slots:
+            raise ValueError(f"no parameter to train: all {self._n_frozen} tensors have requires_grad=False"
+                             if self._n_frozen else "the list of parameters is empty")  # fmt: skip
+
+    # -- what a subclass says --------------------------------------------------------------------------------------
+
+    def _make_steps(self, slots: list[Slot]) -> ops.Steps:
+        """The launches for these tensors."""
+        raise NotImplementedError
+
+    def _has_momentum(self, group: dict[str, Any]) -> bool:
+        """Whether tensors of this group have a momentum buffer."""
+        raise NotImplementedError
+
+    # -- the step protocol -----------------------------------------------------------------------------------------
+
+    def measure(self, closure: Closure) -> Record:
+        """Evaluates the model along this step's directions and returns the record; parameters stay bit-identical.
+
+        The counter does not advance: measuring again uses the same directions, and the latest record is the one that
+        `step()` without a closure applies. (With restore="walk" the parameters are at x - tau e until `apply_` or
+        `discard_`.)
+
+        Args:
+            closure: () -> scalar loss tensor; called under no_grad, several times, with the same random state.
+
+        Raises:
+            RuntimeError: the optimizer is broken, or `max_skipped` losses in a row were not finite.
+            TypeError, ValueError: the closure returned something that is no scalar.
+        """
+        self._check_usable()
+        if self._moved is not None:
+            raise RuntimeError("the parameters are still moved by the last walk: call apply_(record) or discard_() first")
+        if not callable(closure):
+            raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
+        self._watch.check(self.param_groups)
+        self._check_storage()
+        self._pending = None
+        steps, draws, taus = self._launches(), self._draws(), self._taus()
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        if self._step == 0 and self.lost_share is None:
+            self._report_lost(steps, draws[0], taus)
+        double = any(slot.tensor.dtype == torch.float64 for slot in self._slots)
+        seed = rng.closure_seed(self._seed, self._step)
+        with HeldInterrupts() as held, Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
+
+            def evaluate() -> float:
+                with held.let_through():
+                    return self._guard.as_float(isolation.evaluate(closure, seed), double)
+
+            probes = steps.probes(draws, taus)
+            losses = self._estimator.measure(evaluate, probes)
+            record = Record(self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)))
+            walked = self._options.get("restore") == "walk"
+            self._moved = probes[-1] if walked else None
+            if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
+                self.discard_()
+                raise RuntimeError(f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
+                                   f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data")  # fmt: skip
+            self._pending = record
+        self._guard.watch(losses, steps.n_perturbed(draws[0]))
+        return record
+
+    def apply_(self, record: Record) -> None:
+        """Moves parameters and state by a measured step; needs no model, no data and no closure.
+
+        Raises:
+            TypeError, ValueError: the record does not belong to this optimizer at this step; nothing was changed.
+            RuntimeError: the optimizer is broken by an earlier failure.
+        """
+        self._check_usable()
+        self._check_record(record)
+        self._watch.check(self.param_groups)
+        self._check_storage()
+        steps, draws, momenta = self._launches(), self._draws(), self._momenta()
+        scalars = [self._scalars(record, slot) for slot in self._slots]
+        with HeldInterrupts(), torch.no_grad():
+            try:
+                if self._options.get("restore") == "walk":
+                    self._walk_back(steps, draws)
+                if not record.skipped:
+                    steps.update_(draws, scalars, momenta)
+            except BaseException:
+                self._broken = True
+                raise
+            self._finish(record)
+        torch.clear_autocast_cache()
+
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """measure(closure) and apply_ in one; without a closure, applies what was measured last.
+
+        Returns:
+            Mean of the measured losses: 0-dim, fp32 (fp64 for fp64 models), detached; NaN for a skipped step.
+        """
+        record = self.measure(closure) if closure is not None else self._pending
+        if record is None:
+            raise RuntimeError("step() without a closure applies a measured step, and nothing was measured: call "
+                               "measure(closure) first or step(closure)")  # fmt: skip
+        self.apply_(record)
+        slots = self._slots
+        dtype = torch.float64 if any(s.tensor.dtype == torch.float64 for s in slots) else torch.float32
+        return torch.tensor(record.loss, dtype=dtype, device=slots[0].tensor.device)
+
+    def discard_(self) -> None:
+        """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
+        self._pending = None
+        if self._moved is not None:
+            with HeldInterrupts(), torch.no_grad():
+                self._moved.abort()
+            self._moved = None
+
+    @property
+    def last_record(self) -> Record | None:
+        """The record that was applied last."""
+        return self._last_record
+
+    @property
+    def steps_done(self) -> int:
+        """Number of finished steps; the next record has this number as its `step`."""
+        return self._step
+
+    @property
+    def n_skipped(self) -> int:
+        """Number of steps whose loss was not finite."""
+        return self._skipped
+
+    # -- its parts -------------------------------------------------------------------------------------------------
+
+    def _draws(self) -> list[Draw]:
+        return [Draw(self._seed, self._step, k) for k in range(self._n_directions)]
+
+    def _launches(self) -> ops.Steps:
+        if self._steps is None:
+            self._steps = self._make_steps(self._slots)
+        return self._steps
+
+    def _taus(self) -> list[float]:
+        return [rules.rounded(self.param_groups[slot.group]["tau"], slot.tensor.dtype == torch.float64)
+                for slot in self._slots]  # fmt: skip
+
+    def _scalars(self, record: Record, slot: Slot) -> rules.Scalars:
+        group, double = self.param_groups[slot.group], slot.tensor.dtype == torch.float64
+        rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=double)
+        return rules.step_scalars(rho, lr=record.lrs[slot.group], beta=group.get(self.momentum_key, 0.0), tau=group["tau"],
+                                  weight_decay=group["weight_decay"], rho_clip=self._rho_clip, double=double)  # fmt: skip
+
+    def _momenta(self) -> list[Tensor | None]:
+        """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
+        momenta: list[Tensor | None] = []
+        for slot in self._slots:
+            state = self.state[slot.tensor]
+            if "momentum" not in state and self._has_momentum(self.param_groups[slot.group]):
+                own = torch.bfloat16 if slot.tensor.dtype == torch.float16 else slot.tensor.dtype
+                state["momentum"] = torch.zeros(slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device)
+            momenta.append(state.get("momentum"))
+        return momenta
+
+    def _walk_back(self, steps: ops.Steps, draws: list[Draw]) -> None:
+        """Ends the walk that `measure` left; without one (a replay), walks the same way first."""
+        if self._moved is None:
+            for probe in steps.probes(draws, self._taus()):
+                self._moved = probe
+                probe.plus()
+                if self._estimator.name == "two-sided":
+                    probe.minus()
+        if self._moved is not None:
+            self._moved.abort()
+        self._moved = None
+
+    def _finish(self, record: Record) -> None:
+        self._step += 1
+        self._pending, self._last_record = None, record
+        if record.skipped:
+            self._skipped += 1
+            self._skipped_in_a_row += 1
+        else:
+            self._skipped_in_a_row, self._last_finite = 0, record.step
+
+    def _report_lost(self, steps: ops.Steps, draw: Draw, taus: list[float]) -> None:
+        lost = steps.lost(draw, taus)
+        self.lost_share = {part.name: part.share for part in lost}
+        log.info("share of perturbations lost to rounding: %s", self.lost_share)
+        bad = sorted((part for part in lost if part.share > _LOST_WARNING), key=lambda part: -part.share)
+        if bad:
+            worst = ", ".join(f"{part.name} {part.share:.0%}" for part in bad[:3])
+            warnings.warn(f"tau is too small for the precision of {len(bad)} of {len(lost)} tensors: x + tau e rounds to the "
+                          f"same value as the point it is compared with ({worst}); such coordinates are not trained. Raise tau or keep "
+                          "these tensors in float32", stacklevel=4)  # fmt: skip
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise RuntimeError("an earlier step failed while it was writing, so parameters and state are not those of any step; "
+                               f"reload: last finished step {_name(self._step - 1 if self._step else None)}")  # fmt: skip
+
+    def _check_storage(self) -> None:
+        for slot in self._slots:
+            x = slot.tensor
+            if x.numel() and x.untyped_storage().nbytes() == 0:
+                raise RuntimeError(f"the storage of {slot.name} was freed (offloaded or resharded); bring it back before the step")
+            momentum = self.state[x].get("momentum") if x in self.state else None
+            if momentum is not None and (momentum.shape != x.shape or momentum.device != x.device):
+                raise RuntimeError(f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
+                                   f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model")  # fmt: skip
+
+    def _check_record(self, record: Record) -> None:
+        if not isinstance(record, Record):
+            raise TypeError(f"apply_ takes a jaguar.Record, got {type(record).__name__}")
+        if record.step != self._step:
+            raise ValueError(f"this record is of step {record.step}, but the optimizer has finished {self._step} steps")
+        if len(record.lrs) != len(self.param_groups):
+            raise ValueError(f"the record has {len(record.lrs)} learning rates for {len(self.param_groups)} parameter groups")
+        if not all(lr >= 0 and math.isfinite(lr) for lr in record.lrs):
+            raise ValueError(f"the record's learning rates must be finite and at least 0, got {record.lrs}")
+        expected = self._estimator.n_losses(self._n_directions)
+        if len(record.losses) != expected:
+            raise ValueError(f"the record has {len(record.losses)} losses, but {self._n_directions} direction(s) of the "
+                             f"{self._estimator.name} estimator have {expected}")  # fmt: skip
+        if not record.skipped and not all(map(math.isfinite, record.losses)):
+            raise ValueError(f"the record has a non-finite loss {record.losses} but is not marked as skipped")
+
+    # -- torch.optim.Optimizer -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters; only before the first `measure`.
+
+        Tied tensors count once and tensors with requires_grad=False are left out.
+        """
+        if self._watch.started:
+            raise RuntimeError("a parameter group can be added only before the first measure: the records made so far would not fit it")
+        group, n_frozen = prepared_group(param_group, self.param_groups, self.group_keys)
+        groups = list(self.param_groups)
+        super().add_param_group(group)
+        try:
+            self._slots = build_slots(self.param_groups)
+        except ValueError:
+            self.param_groups[:] = groups
+            raise
+        self._n_frozen += n_frozen
+        self._steps = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict, with the step counter, seed and options under "jaguar"; ints, floats, tensors and strings only."""
+        if self._moved is not None:
+            raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
+        own = {"step": self._step, "seed": self._seed, "skipped": self._skipped, "skipped_in_a_row": self._skipped_in_a_row,
+               "last_finite": -1 if self._last_finite is None else self._last_finite, "options": dict(self._options)}  # fmt: skip
+        return super().state_dict() | {"jaguar": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, in the dtypes that were saved; nothing changes if it does not fit.
+
+        Raises:
+            ValueError: it is of another optimizer, other options or other parameters; the first difference is named.
+        """
+        from jaguar.optimizers.checkpoint import check_fits, exact_state
+
+        check_fits(self, state_dict)
+        state = exact_state(self, state_dict)
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        for tensor, values in state.items():
+            self.state[tensor] = values
+        own = state_dict["jaguar"]
+        self._step, self._seed = own["step"], own["seed"]
+        self._skipped, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
+        self._last_finite = None if own["last_finite"] < 0 else own["last_finite"]
+        self._broken, self._pending, self._moved, self._last_record = False, None, None, None
+        self._watch.restart(self.param_groups if self._step else None)
+        self._slots, self._steps = build_slots(self.param_groups), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks")}
+
+    def __repr__(self) -> str:
+        count = sum(slot.count for slot in self._slots)
+        frozen = f", {self._n_frozen} frozen tensors left out" if self._n_frozen else ""
+        lines = [f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}", *self._describe(),
+                 f"backend: {self._backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"]  # fmt: skip
+        for i, group in enumerate(self.param_groups):
+            numbers = ", ".join(f"{key}={group[key]:g}" for key in self.group_keys)
+            lines.append(f"group {i}: {len(group['params'])} tensors, {numbers}")
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+    def _describe(self) -> list[str]:
+        return [", ".join(f"{key}={value}" for key, value in self._options.items())]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _name(step: int | None) -> str:
+    return "none" if step is None else str(step)

@@ -1,0 +1,117 @@
+"""Parameter groups: what may stand in one, and that only the learning rate changes during a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from jaguar.params import canonical_name, check_tensor, identity, named_entries
+from jaguar.rules import rounded
+
+
+def split_groups(params: Any) -> list[dict[str, Any]]:
+    """Torch's `params` argument (tensors, dicts or named tensors) as a list of group dicts."""
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, (str, set, dict)) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be an ordered iterable of tensors, of dicts, or of (name, tensor), got {type(params).__name__}")
+    entries = list(params)
+    if not entries:
+        raise ValueError("the list of parameters is empty: pass model.parameters() or model.named_parameters()")
+    if any(isinstance(entry, dict) for entry in entries):
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise TypeError("params mixes dicts and tensors: give every parameter in a dict, or none")
+        return [dict(entry) for entry in entries]
+    return [{"params": entries}]
+
+
+def check_group(keys: Sequence[str], group: dict[str, Any], where: str) -> None:
+    """Raises ValueError for an option that a group cannot have, or a value outside its range."""
+    for key in group:
+        if key not in (*keys, "params", "param_names", "initial_lr"):
+            raise ValueError(f"{where} has the option {key!r}; a parameter group may set {', '.join(keys)}, and everything else "
+                             "is an argument of the optimizer")  # fmt: skip
+    for key in keys:
+        if key not in group:
+            continue
+        try:
+            value = float(group[key])
+        except (TypeError, ValueError):
+            raise ValueError(f"{key}={group[key]!r} of {where} is not a number") from None
+        if key == "tau" and not (0.0 < value < math.inf and rounded(value) > 0.0):
+            raise ValueError(f"tau={value} of {where}: the length of the perturbation must be positive (1e-3 is common)")
+        if key in ("lr", "weight_decay") and not 0.0 <= value < math.inf:
+            raise ValueError(f"{key}={value} of {where} must be at least 0")
+        if key in ("beta", "momentum") and not 0.0 <= value < 1.0:
+            raise ValueError(f"{key}={value} of {where} must lie in [0, 1)")
+
+
+def prepared_group(group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """The group as torch takes it, and how many frozen tensors were left out.
+
+    Tensors with requires_grad=False are left out; tied tensors are there once, under the alphabetically first of
+    their names.
+
+    Raises:
+        ValueError: an unknown option, a value out of range, a tensor that cannot be trained, or one in two groups.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError("a parameter group is a dict with the key 'params'")
+    check_group(keys, group, f"parameter group {len(others)}")
+    elsewhere = {identity(tensor) for other in others for tensor in other["params"] if tensor.numel()}
+    kept: dict[Any, tuple[str | None, Tensor]] = {}
+    n_frozen = 0
+    for position, (name, tensor) in enumerate(named_entries(group["params"])):
+        if not tensor.requires_grad:
+            n_frozen += 1
+            continue
+        label = f"parameter {name!r}" if name is not None else f"parameter #{position}"
+        check_tensor(label, tensor)
+        key = identity(tensor) if tensor.numel() else id(tensor)  # empty tensors share address 0 without being tied
+        if key in elsewhere:
+            raise ValueError(f"{label} (or the tensor it is tied to) is already in another parameter group")
+        if key not in kept or _before(name, kept[key][0]):
+            kept[key] = (name, tensor)
+    named = [name is not None for name, _ in kept.values()]
+    if any(named) and not all(named):
+        raise ValueError("some parameters have names and some do not: pass model.named_parameters(), or tensors only")
+    entries = list(kept.values()) if all(named) else [tensor for _, tensor in kept.values()]
+    return group | {"params": entries}, n_frozen
+
+
+def _before(name: str | None, other: str | None) -> bool:
+    return name is not None and other is not None and canonical_name(name) < canonical_name(other)
+
+
+class Watch:
+    """Notices that something other than the learning rate of a group changed after the first measure."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [key for key in keys if key != "lr"]
+        self._first: list[dict[str, float]] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether a step was measured."""
+        return self._first is not None
+
+    def check(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raises RuntimeError where a group is not what it was at the first call, ValueError for a bad lr."""
+        now = [{key: float(group[key]) for key in self._keys} for group in groups]
+        if self._first is None:
+            self._first = now
+        for i, (old, new, group) in enumerate(zip(self._first, now, groups, strict=True)):
+            for key in self._keys:
+                if old[key] != new[key]:
+                    raise RuntimeError(f"{key} of parameter group {i} changed from {old[key]:g} to {new[key]:g} during the run; only lr may be "
+                                       "scheduled (with OneCycleLR: cycle_momentum=False)")  # fmt: skip
+            check_group(["lr"], {"lr": group["lr"]}, f"parameter group {i}")
+
+    def restart(self, groups: Sequence[dict[str, Any]] | None) -> None:
+        """Takes these groups as the first ones (None: the next ones that are checked)."""
+        self._first = None
+        if groups is not None:
+            self.check(groups)

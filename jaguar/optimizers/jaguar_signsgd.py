@@ -1,0 +1,107 @@
+"""JAGUAR SignSGD (arXiv 2506.04430, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from jaguar import ops
+from jaguar.directions import Coordinates, ReleasedBlock
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.params import Slot
+
+_DEFAULT_LR = {"sampled": 1e-4, "all": 1e-6}
+
+
+class JaguarSignSGD(ZerothOrder):
+    """SignSGD with momentum on sampled coordinates: two forward passes a step, one momentum buffer.
+
+        rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   e = sum over i in S of s_i e_i
+        m_i <- beta m_i + (1 - beta) rho s_i             for i in S
+        x_i <- (1 - lr wd) x_i - lr sign(m_i)            for i in S (update="sampled"), for all i (update="all")
+
+    `coordinates=1, update="all"` is Algorithm 1 to the letter. With fraction p, "all" moves a coordinate 1/p times per
+    visit, so equal travel means lr_all = p lr_sampled; momentum remembers 1 / (p (1 - beta)) steps. With "sampled",
+    weight decay acts on S only, at the effective rate p lr wd.
+
+    Args:
+        params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, beta, weight_decay, or
+            model.named_parameters(), whose names make the random numbers independent of the order.
+        lr: length of a coordinate's step; None: 1e-4 for "sampled", 1e-6 for "all".
+        beta: momentum factor in [0, 1).
+        weight_decay: decoupled, multiplied by lr.
+        tau: length of the perturbation of a coordinate.
+        coordinates: int: number over the whole set; float in (0, 1]: fraction of every tensor.
+        layout: "uniform": elements; "block": rows x columns of each matrix.
+        signs: "rademacher": random s_i; "ones": s_i = 1.
+        update: "sampled" or "all".
+        momentum_dtype: torch.float32, bfloat16 or float8_e5m2; None: the parameter's (bfloat16 for fp16 parameters).
+        rounding: "stochastic" (the default) or "nearest", for everything stored in less than fp32.
+        n_directions: directions per step; entry updates in order, then one sign step.
+        estimator: "two-sided", or "one-sided": (f(x + tau e) - f(x)) / tau.
+        rho_clip: bound on |rho|.
+        seed: of all directions and rounding noise, in [0, 2**64).
+        backend: "auto", or a name that `jaguar info` lists.
+        released: what the authors' released code computes (one joint block of 10 % of the rows x 10 % of the columns
+            per matrix, the same sign, no momentum), for table parity; excludes the sampling, beta and update arguments.
+
+    Raises:
+        ValueError: an argument is out of range; the message names what would be right.
+
+    Source: arXiv 2506.04430, Algorithm 1.
+    Equivalent to: `m[S] = beta * m[S] + (1 - beta) * rho * s; x[S] -= lr * m[S].sign()`.
+    """
+
+    group_keys = ("lr", "tau", "beta", "weight_decay")
+    momentum_key = "beta"
+
+    def __init__(self, params: Any, lr: float | None = None, beta: float = 0.9, weight_decay: float = 0.0, *,
+                 tau: float = 1e-3, coordinates: int | float = 0.01, layout: str = "uniform",
+                 signs: str = "rademacher", update: str = "sampled", momentum_dtype: torch.dtype | None = None,
+                 rounding: str | None = None, n_directions: int = 1, estimator: str = "two-sided",
+                 rho_clip: float | None = None, seed: int = 0, backend: str = "auto", released: bool = False) -> None:  # fmt: skip
+        if update not in _DEFAULT_LR:
+            raise ValueError(f"update={update!r}: choose 'sampled' or 'all'")
+        self._update = update
+        self._direction: Coordinates | ReleasedBlock = Coordinates(coordinates, layout, signs)
+        if released:
+            given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
+            usual = {"coordinates": 0.01, "layout": "uniform", "signs": "rademacher", "update": "sampled", "beta": 0.9}
+            for name, value in given.items():
+                if value != usual[name]:
+                    raise ValueError(f"released=True fixes sampling, beta and update, so {name}={value!r} cannot be given with it")
+            self._direction = ReleasedBlock()
+            self.group_keys = ("lr", "tau", "weight_decay")  # no beta: momentum starts at 0 in every step
+        options = {"optimizer": type(self).__name__, "coordinates": coordinates, "layout": layout, "signs": signs,
+                   "update": update, "released": bool(released)}  # fmt: skip
+        values = {"lr": _DEFAULT_LR[update] if lr is None else lr, "tau": tau, "beta": beta, "weight_decay": weight_decay}
+        defaults = {key: values[key] for key in self.group_keys}
+        super().__init__(params, defaults, options=options, estimator=estimator, n_directions=n_directions, rho_clip=rho_clip,
+                         rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, backend=backend)  # fmt: skip
+        total = sum(slot.total for slot in self._slots)
+        if isinstance(coordinates, int) and coordinates > total:
+            raise ValueError(f"coordinates={coordinates} is more than the {total} there are; a float in (0, 1] is a fraction")
+
+    @property
+    def fraction(self) -> float:
+        """p: the probability that a coordinate is sampled in a step (of a matrix, with a block layout)."""
+        return self._direction.fraction(sum(slot.total for slot in self._slots))
+
+    def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
+        return ops.coordinate_steps(self._backend, slots, self._direction, update=self._update,
+                                    stochastic=self._stochastic, two_sided=self._estimator.name == "two-sided")  # fmt: skip
+
+    def _has_momentum(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def _describe(self) -> list[str]:
+        p = self.fraction
+        what = "released code's joint block" if self._options["released"] else (
+            f"{self._options['coordinates']!r}, layout {self._options['layout']}, signs {self._options['signs']}")  # fmt: skip
+        betas = sorted({group.get("beta", 0.0) for group in self.param_groups})
+        memory = " / ".join(f"{1.0 / (p * (1.0 - beta)):,.0f}" for beta in betas)
+        return [f"coordinates: {what} (fraction {p:.6g}), update {self._update}",
+                f"momentum: {self._options['momentum_dtype'] or 'parameter precision'}, remembers {memory} steps",
+                f"estimator: {self._estimator.name}, {self._n_directions} direction(s), rounding {self._options['rounding']}"]  # fmt: skip

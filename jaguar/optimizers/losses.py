@@ -1,0 +1,60 @@
+"""Losses as they come out of closures: converted once, and watched for the silent failures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROW = 10  # steps in a row before something that may be chance is reported
+_ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
+
+
+class LossGuard:
+    """Turns a closure's result into a number, and warns once of each thing that makes the number useless."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._equal = self._zero = 0
+
+    def as_float(self, loss: Any, double: bool) -> float:
+        """The loss, rounded to fp32 unless `double`.
+
+        Raises:
+            TypeError: it is neither a tensor nor a number.
+            ValueError: it has more than one element.
+        """
+        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            loss = torch.tensor(loss, dtype=torch.float64)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the closure must return the loss as a scalar tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"the closure must return one number, got a tensor of shape {tuple(loss.shape)}; take its mean")
+        if loss.dim() != 0:
+            self._tell("shape", f"the closure's loss has shape {tuple(loss.shape)} instead of (); its only element is used")
+        if loss.grad_fn is not None:
+            self._tell("graph", "the closure's loss carries a graph: something inside enables gradients, which costs memory for nothing")
+        if loss.dtype in (torch.bfloat16, torch.float16):
+            grain = "1.95 in bfloat16" if loss.dtype == torch.bfloat16 else "0.24 in float16"
+            self._tell("half", f"the closure's loss is {loss.dtype}; at tau 1e-3 the derivative then comes in steps of {grain}. "
+                               "Compute the loss in float32: cross_entropy(logits.float(), labels)")  # fmt: skip
+        return float(loss.detach().to(torch.float64 if double else torch.float32))
+
+    def watch(self, losses: Sequence[float], n_perturbed: int) -> None:
+        """Counts steps whose losses are all equal, or all exactly zero, and warns at ten in a row."""
+        equal = len(set(losses)) == 1
+        self._equal = self._equal + 1 if equal and n_perturbed >= _ENOUGH else 0
+        self._zero = self._zero + 1 if equal and losses[0] == 0.0 else 0
+        if self._zero == _ROW:
+            self._tell("zero", f"the loss was exactly 0.0 in {_ROW} steps in a row: labels masked out, or NaNs filtered away?")
+        elif self._equal == _ROW:
+            self._tell("equal", f"all losses of a step were bit-equal in {_ROW} steps in a row: the perturbed parameters do not reach "
+                                "the loss (merged or switched-off adapter, frozen graph, stale copy of the weights?)")  # fmt: skip
+
+    def _tell(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(message, stacklevel=4)

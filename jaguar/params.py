@@ -1,0 +1,179 @@
+"""What is trained: names, streams, groups, tied tensors once, and every refusal with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Wrappers (DDP, torch.compile, FSDP) insert a path component; the parameter is the same with and without.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")
+
+
+def canonical_name(name: str) -> str:
+    """`name` without the path components that wrappers insert: `module.`, `_orig_mod.`, `_fsdp_wrapped_module.`."""
+    return _WRAPPERS.sub("", name)
+
+
+def stream_of(name: str) -> int:
+    """The stream id of a named tensor: 32-bit BLAKE2b of its canonical name, little-endian."""
+    return int.from_bytes(hashlib.blake2b(canonical_name(name).encode(), digest_size=4).digest(), "little")
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One trained tensor, or the part of it that is held here.
+
+    Attributes:
+        name: canonical name, or `#position` where names are not known.
+        tensor: the local values, any strides; local element j (row-major) is logical element `start + j`.
+        stream: uint32 id that separates this tensor's random numbers from every other tensor's.
+        group: index of its parameter group.
+        shape: shape of the whole logical tensor.
+        start: logical index of the first local element; 0 unless the tensor is a shard.
+    """
+
+    name: str
+    tensor: Tensor
+    stream: int
+    group: int
+    shape: torch.Size
+    start: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of local elements."""
+        return self.tensor.numel()
+
+    @property
+    def total(self) -> int:
+        """Number of elements of the whole logical tensor."""
+        return math.prod(self.shape)
+
+
+def named_entries(params: Any) -> Iterator[tuple[str | None, Tensor]]:
+    """(name or None, tensor) of a tensor, an iterable of tensors, or an iterable of (name, tensor)."""
+    if isinstance(params, Tensor):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be tensors, dicts or model.named_parameters(), got {type(params).__name__}")
+    for entry in params:
+        name, tensor = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"a parameter must be a torch.Tensor, got {type(tensor).__name__}; "
+                            "pass model.parameters() or model.named_parameters()")  # fmt: skip
+        yield name, tensor
+
+
+def check_tensor(label: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that cannot be perturbed in place element by element."""
+    if tensor.is_meta:
+        raise ValueError(f"{label} is on the meta device and has no values; materialise the model first")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{label} is sparse ({tensor.layout}); only dense tensors can be trained")
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(f"{label} is sharded (DTensor), which is not supported yet; pass whole tensors")
+    if tensor.is_quantized or tensor.dtype not in PARAMETER_DTYPES:
+        raise ValueError(f"{label} has dtype {tensor.dtype}; trainable dtypes are "
+                         + ", ".join(str(d) for d in PARAMETER_DTYPES)
+                         + " (set requires_grad=False on integer or quantised weights and train an adapter)")  # fmt: skip
+    if _overlaps_itself(tensor):
+        raise ValueError(f"{label} overlaps itself (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
+                         "pass tensor.contiguous() or the tensor that was expanded")  # fmt: skip
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors exactly when they are tied: same storage, offset, shape and strides."""
+    return (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(),
+            tensor.dtype, tuple(tensor.shape), tensor.stride())  # fmt: skip
+
+
+def build_slots(groups: list[dict[str, Any]]) -> list[Slot]:
+    """The slots of torch parameter groups, in canonical order; tied tensors must already be there once.
+
+    Raises ValueError where two names share a canonical name or a stream, or two tensors overlap in memory.
+    """
+    slots: list[Slot] = []
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, tensor in zip(names, group["params"], strict=True):
+            position = len(slots)
+            label = canonical_name(name) if name is not None else f"#{position}"
+            stream = stream_of(name) if name is not None else position
+            slots.append(Slot(label, tensor, stream, index, tensor.shape))
+    seen: dict[int, str] = {}
+    for slot in slots:
+        if slot.stream in seen:
+            other = seen[slot.stream]
+            what = "the same canonical name" if other == slot.name else "the same 32-bit stream id"
+            raise ValueError(f"parameters {other!r} and {slot.name!r} have {what}; rename one of them")
+        seen[slot.stream] = slot.name
+    _refuse_overlaps(slots)
+    if slots and not slots[0].name.startswith("#"):
+        slots.sort(key=lambda slot: slot.name)
+    return slots
+
+
+def _extent(tensor: Tensor) -> int:
+    """Storage elements from the first to one past the last element of `tensor`."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and tensor.numel() > 0:
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _refuse_overlaps(slots: list[Slot]) -> None:
+    """Interleaved views (columns of one matrix) are fine as long as no element is shared."""
+    spans = []
+    for slot in slots:
+        if slot.count:
+            begin = slot.tensor.data_ptr()
+            spans.append((str(slot.tensor.device), begin, begin + _extent(slot.tensor) * slot.tensor.element_size(), slot))
+    spans.sort(key=lambda span: span[:3])
+    open_spans: list[tuple[str, int, int, Slot]] = []
+    for device, begin, end, slot in spans:
+        open_spans = [span for span in open_spans if span[0] == device and span[2] > begin]
+        for _, other_begin, other_end, other in open_spans:
+            if _share_bytes(other, other_begin, slot, begin, max(end, other_end)):
+                raise ValueError(f"parameters {other.name!r} and {slot.name!r} overlap in memory without being the same "
+                                 "tensor; pass the tensor they are views of")  # fmt: skip
+        open_spans.append((device, begin, end, slot))
+
+
+def _share_bytes(a: Slot, a_begin: int, b: Slot, b_begin: int, end: int) -> bool:
+    touched = torch.zeros(end - a_begin, dtype=torch.bool)
+    for slot, begin in ((a, a_begin), (b, b_begin)):
+        width = slot.tensor.element_size()
+        shape = (*slot.tensor.shape, width)
+        stride = (*(s * width for s in slot.tensor.stride()), 1)
+        view = touched.as_strided(shape, stride, begin - a_begin)
+        if slot is b and bool(view.any()):
+            return True
+        view.fill_(True)
+    return False
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not a POSIX system: prefer the path that needs no copy
+        return 0

@@ -1,0 +1,63 @@
+"""What the coordinate and the dense launches of the reference share: moving a value and storing a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jaguar import rng, rules
+from jaguar.params import Slot
+from jaguar.rng import Draw, Purpose
+from jaguar.rounding import compute_dtype, needs_noise, store
+
+
+@dataclass(frozen=True)
+class Lost:
+    """How many perturbed coordinates of a tensor rounding put back where they were."""
+
+    name: str
+    lost: int
+    perturbed: int
+
+    @property
+    def share(self) -> float:
+        """Lost coordinates / perturbed coordinates."""
+        return self.lost / max(self.perturbed, 1)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The tensors and options that all launches of one optimizer have in common.
+
+    Attributes:
+        slots: the tensors, in canonical order.
+        stochastic: round updates stochastically where storage is narrower than fp32.
+        two_sided: the estimator visits x - tau e besides x + tau e.
+    """
+
+    slots: Sequence[Slot]
+    stochastic: bool
+    two_sided: bool
+
+    def endpoints(self, x: Tensor, e: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        """The two stored points whose losses are compared: x + tau e, and x - tau e or x itself."""
+        return moved(x, e, tau), moved(x, e, -tau) if self.two_sided else x
+
+    def stored(self, value: Tensor, dtype: torch.dtype, draw: Draw, slot: Slot, where: Tensor | slice, purpose: Purpose) -> Tensor:
+        """`value` as `dtype`, rounded with the noise of the local elements `where`."""
+        if not (self.stochastic and needs_noise(dtype)):
+            return store(value, dtype)
+        key = draw.key(purpose)
+        if isinstance(where, slice):
+            start, count = slot.start + where.start, where.stop - where.start
+            return store(value, dtype, rng.noise16(key, slot.stream, start, count, purpose, value.device))
+        return store(value, dtype, rng.noise16_at(key, slot.stream, slot.start + where, purpose))
+
+
+def moved(x: Tensor, e: Tensor, scale: float) -> Tensor:
+    """x + scale e, rounded to nearest in x's dtype."""
+    wide = compute_dtype(x.dtype)
+    return store(rules.perturbed(x.to(wide), e.to(wide), scale), x.dtype)

@@ -1,0 +1,150 @@
+"""Probes of dense directions: three ways to move all trained tensors along e and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from jaguar.params import Slot, identity
+
+# move(slot, scale): x <- x + scale e of one slot, rounded to nearest.
+Move: TypeAlias = Callable[[Slot, float], None]
+
+
+class CopyProbe:
+    """Restores from a copy of all trained tensors."""
+
+    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Move) -> None:
+        self._work, self._move = list(zip(slots, taus, strict=True)), move
+        self._saved: list[Tensor] = []
+
+    def plus(self) -> None:
+        """x <- x + tau e."""
+        for slot, tau in self._work:
+            self._saved.append(slot.tensor.detach().clone())
+            self._move(slot, tau)
+
+    def minus(self) -> None:
+        """x <- x - tau e, from the copies."""
+        for (slot, tau), saved in zip(self._work, self._saved, strict=True):
+            slot.tensor.copy_(saved)
+            self._move(slot, -tau)
+
+    def finish(self) -> None:
+        """x <- the copies; tensors that a failed `plus` did not reach have none."""
+        for (slot, _), saved in zip(self._work, self._saved, strict=False):
+            slot.tensor.copy_(saved)
+        self._saved.clear()
+
+    abort = finish
+
+
+class ModuleProbe:
+    """Moves the parameters of a module when its forward begins and restores them when it ends.
+
+    Exact, and needs a copy of the modules in flight only. The parameters must be used inside the forward of the
+    module that owns them; one that no module used during an evaluation is an error, not a silent zero.
+    """
+
+    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Move) -> None:
+        self._by_identity = {identity(slot.tensor): (slot, tau) for slot, tau in zip(slots, taus, strict=True)}
+        self._move = move
+        self._sign = 0.0
+        self._saved: dict[Slot, Tensor] = {}
+        self._depth: dict[Slot, int] = {}
+        self._hooks: list[Any] = []
+
+    def plus(self) -> None:
+        """From now on modules run with x + tau e."""
+        self._sign = 1.0
+        self._hooks = [register_module_forward_pre_hook(self._enter),
+                       register_module_forward_hook(self._leave, always_call=True)]  # fmt: skip
+
+    def minus(self) -> None:
+        """From now on modules run with x - tau e."""
+        self._check_all_used()
+        self._sign = -1.0
+
+    def finish(self) -> None:
+        """Modules run with x again."""
+        self._check_all_used()
+        self.abort()
+
+    def abort(self) -> None:
+        """Modules run with x again, also after a failure inside one of them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for slot in list(self._saved):
+            self._put_back(slot)
+        self._depth.clear()
+
+    def _check_all_used(self) -> None:
+        unused = sorted(slot.name for slot, _ in self._by_identity.values() if slot.count and slot not in self._depth)
+        self._depth.clear()
+        if unused:
+            raise RuntimeError(f"restore='module': no module's forward used {', '.join(unused[:3])}"
+                               f"{' and others' if len(unused) > 3 else ''} during the closure, so it would not have been "
+                               "perturbed; pass restore='copy' or freeze it")  # fmt: skip
+
+    def _owned(self, module: nn.Module) -> list[tuple[Slot, float]]:
+        keys = [identity(p) for p in module._parameters.values() if p is not None]
+        return [self._by_identity[key] for key in keys if key in self._by_identity]
+
+    def _enter(self, module: nn.Module, _inputs: Any) -> None:
+        for slot, tau in self._owned(module):
+            if self._depth.setdefault(slot, 0) == 0:
+                with torch.no_grad():
+                    self._saved[slot] = slot.tensor.detach().clone()
+                    self._move(slot, self._sign * tau)
+            self._depth[slot] += 1
+
+    def _leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        for slot, _ in self._owned(module):
+            self._depth[slot] -= 1
+            if self._depth[slot] == 0:
+                self._put_back(slot)
+
+    def _put_back(self, slot: Slot) -> None:
+        with torch.no_grad():
+            slot.tensor.copy_(self._saved[slot])
+        del self._saved[slot]
+
+
+class WalkProbe:
+    """Steps +tau, -2 tau and, later, +tau, each rounded: no memory, and parameters that are not quite restored.
+
+    `finish` leaves the parameters where the last evaluation was; `abort` walks back. The next probe of the step, or
+    the update, walks back first, so that a replay which does the same walks meets the same bits.
+    """
+
+    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Move, before: WalkProbe | None) -> None:
+        self._work, self._move, self._before = list(zip(slots, taus, strict=True)), move, before
+        self._at = [0.0] * len(self._work)
+
+    def plus(self) -> None:
+        """x <- x + tau e, after the walk back of the direction before."""
+        if self._before is not None:
+            self._before.abort()
+        self._walk(1.0)
+
+    def minus(self) -> None:
+        """x <- x - 2 tau e."""
+        self._walk(-1.0)
+
+    def finish(self) -> None:
+        """Nothing: the parameters stay moved."""
+
+    def abort(self) -> None:
+        """x <- x + tau e (or x - tau e): back, but for the roundings."""
+        self._walk(0.0)
+
+    def _walk(self, to: float) -> None:
+        for i, (slot, tau) in enumerate(self._work):
+            if self._at[i] != to:
+                self._move(slot, (to - self._at[i]) * tau)
+                self._at[i] = to

@@ -1,0 +1,205 @@
+"""Counter-based random numbers: the definition that every backend must reproduce bit for bit.
+
+A number depends on (seed, step, direction, purpose, stream, logical element index) and on nothing else, so a
+tensor can be cut, moved, transposed or held in another dtype without changing its draws, and the generators
+of torch, numpy and python are neither read nor written here.
+
+    step key = words 0, 1 of philox(key=seed, counter=(step low, direction, purpose, step high))
+    element  = philox(key=step key, counter=(group low, group high, stream, purpose))
+
+Words are uint32 values held in int64 tensors: torch has no unsigned arithmetic on every device, and the low 64
+bits of a product of two words are right whether or not the sign bit is taken.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox-4x32-10).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# Any change to a bit that comes out of this file needs a new tag; a journal names the tag it was written with.
+TAG = "philox4x32-10/1"
+
+Word: TypeAlias = "int | Tensor"
+Key: TypeAlias = tuple[int, int]
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a draw is for; it separates the streams of one step from each other."""
+
+    CLOSURE = 0  # seeds of the global generators while the closure runs
+    DIRECTION = 1  # dense directions
+    COORDINATES = 2  # coordinate choice and signs
+    ROWS = 3  # row choice of the block layout
+    COLUMNS = 4  # column choice of the block layout
+    LAYERS = 5  # layer choice
+    ROUND = 6  # stochastic rounding of parameters
+    ROUND_STATE = 7  # stochastic rounding of optimizer state
+
+
+def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Four uint32 words of Philox-4x32-10; ints and int64 tensors may be mixed and broadcast.
+
+    Raises nothing: every value is taken modulo 2**32 by the caller.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(_ROUNDS):
+        p0 = c0 * _MULTIPLIERS[0]
+        p1 = c2 * _MULTIPLIERS[1]
+        c0 = ((p1 >> 32) & _MASK) ^ c1 ^ k0
+        c1 = p1 & _MASK
+        c2 = ((p0 >> 32) & _MASK) ^ c3 ^ k1
+        c3 = p0 & _MASK
+        k0 = (k0 + _WEYL[0]) & _MASK
+        k1 = (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def step_key(seed: int, step: int, direction: int, purpose: Purpose) -> Key:
+    """The 64-bit key of one (step, direction, purpose) of a run; `seed` and `step` are uint64."""
+    counter = (step & _MASK, direction, int(purpose), step >> 32)
+    k0, k1, _, _ = philox((seed & _MASK, seed >> 32), counter)
+    return int(k0), int(k1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One direction of one step of one run: what a direction's random numbers are keyed by."""
+
+    seed: int
+    step: int
+    direction: int = 0
+
+    def key(self, purpose: Purpose) -> Key:
+        """The step key of this draw for `purpose`."""
+        return step_key(self.seed, self.step, self.direction, purpose)
+
+
+def closure_seed(seed: int, step: int) -> int:
+    """The 63-bit seed that the global generators get before every evaluation of one step."""
+    k0, k1 = step_key(seed, step, 0, Purpose.CLOSURE)
+    return (k1 << 32 | k0) >> 1
+
+
+def words(key: Key, group: Tensor, stream: Word, purpose: Purpose) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words of each `group` (int64, any shape, up to 2**63 - 1) in a `stream` (uint32)."""
+    w0, w1, w2, w3 = philox(key, (group & _MASK, group >> 32, stream, int(purpose)))
+    assert isinstance(w0, Tensor) and isinstance(w1, Tensor) and isinstance(w2, Tensor) and isinstance(w3, Tensor)
+    return w0, w1, w2, w3
+
+
+def mulhi64(high: Tensor, low: Tensor, bound: Word) -> Tensor:
+    """floor((high * 2**32 + low) * bound / 2**64): a 64-bit word scaled to [0, bound), bound < 2**63."""
+    b1, b0 = bound >> 32, bound & _MASK
+    cross0 = low * b1
+    cross1 = high * b0
+    lowest = ((low * b0) >> 32) & _MASK
+    carry = ((cross0 & _MASK) + (cross1 & _MASK) + lowest) >> 32
+    return high * b1 + ((cross0 >> 32) & _MASK) + ((cross1 >> 32) & _MASK) + carry
+
+
+def _groups(start: int, count: int, size: int, device: torch.device | None) -> tuple[Tensor, int]:
+    """The groups of `size` elements that cover [start, start + count), and start's place in the first of them."""
+    first = start // size
+    return torch.arange(first, -(-(start + count) // size), dtype=torch.int64, device=device), start - first * size
+
+
+def signs(key: Key, stream: int, start: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Rademacher numbers of elements start .. start + count: fp32 (count,), +1 or -1.
+
+    Element i takes bit i % 32 of word (i % 128) // 32 of call i // 128; a set bit is -1.
+    """
+    group, skip = _groups(start, count, 128, device)
+    word = torch.stack(words(key, group, stream, Purpose.DIRECTION), dim=1)
+    bits = (word.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
+    return 1.0 - 2.0 * bits.reshape(-1)[skip : skip + count].to(torch.float32)
+
+
+def normals(key: Key, stream: int, start: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Standard normal numbers of elements start .. start + count: fp32 (count,).
+
+    Box-Muller, u = ((w >> 8) + 0.5) * 2**-24, four numbers a call:
+
+        z0, z1 = sqrt(-2 ln u0) * (cos 2 pi u1, sin 2 pi u1);    z2, z3 the same from u2, u3
+
+    The functions are fixed polynomials in separate multiplications and additions (never a library's `log` or
+    `cos`, whose last bit differs between devices), so the bits are part of the interface.
+    """
+    group, skip = _groups(start, count, 4, device)
+    u0, u1, u2, u3 = (((w >> 8).to(torch.float32) + 0.5) * 2.0**-24
+                      for w in words(key, group, stream, Purpose.DIRECTION))  # fmt: skip
+    pairs = []
+    for radius, angle in ((u0, u1), (u2, u3)):
+        r = torch.sqrt(_log(radius) * -2.0)
+        cos, sin = _cos_sin_turns(angle)
+        pairs += [r * cos, r * sin]
+    return torch.stack(pairs, dim=1).reshape(-1)[skip : skip + count]
+
+
+def noise16(key: Key, stream: int, start: int, count: int, purpose: Purpose,
+            device: torch.device | None = None) -> Tensor:  # fmt: skip
+    """16 random bits for each of elements start .. start + count: int64 (count,), for stochastic rounding.
+
+    Element i takes half i % 2 (low half first) of word (i % 8) // 2 of call i // 8.
+    """
+    group, skip = _groups(start, count, 8, device)
+    word = torch.stack(words(key, group, stream, purpose), dim=1)
+    return torch.stack((word & 0xFFFF, word >> 16), dim=2).reshape(-1)[skip : skip + count]
+
+
+def noise16_at(key: Key, stream: int, index: Tensor, purpose: Purpose) -> Tensor:
+    """`noise16` of the elements at `index` (int64, any order)."""
+    word = torch.stack(words(key, index >> 3, stream, purpose), dim=-1)
+    chosen = word.gather(-1, ((index >> 1) & 3).unsqueeze(-1)).squeeze(-1)
+    return (chosen >> (16 * (index & 1))) & 0xFFFF
+
+
+def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    y = x * coefficients[0] + coefficients[1]
+    for c in coefficients[2:]:
+        y = y * x + c
+    return y
+
+
+# Minimax coefficients of Cephes (S. Moshier, 1989: logf, sinf, cosf), below 2 ulp on the ranges used here.
+_LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+
+
+def _log(u: Tensor) -> Tensor:
+    """Natural logarithm of fp32 u in (0, 1]."""
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23  # so that the mantissa lies in [sqrt(1/2), sqrt(2))
+    x = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    e = exponent.to(torch.float32)
+    z = x * x
+    y = _horner(x, _LOG) * x * z + e * _LN2_LOW
+    return (y - z * 0.5 + x) + e * _LN2_HIGH
+
+
+def _cos_sin_turns(u: Tensor) -> tuple[Tensor, Tensor]:
+    """cos(2 pi u) and sin(2 pi u) of fp32 u in [0, 1]."""
+    quarter = torch.floor(u * 4.0 + 0.5)
+    a = (u * 4.0 - quarter) * (math.pi / 2)
+    z = a * a
+    sin = _horner(z, _SIN) * z * a + a
+    cos = _horner(z, _COS) * z * z - z * 0.5 + 1.0
+    q = quarter.to(torch.int32) & 3
+    swapped = (q & 1) == 1
+    c, s = torch.where(swapped, sin, cos), torch.where(swapped, cos, sin)
+    return torch.where((q == 1) | (q == 2), -c, c), torch.where(q >= 2, -s, s)
