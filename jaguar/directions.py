@@ -71,8 +71,10 @@ class Coordinates:
     def __post_init__(self) -> None:
         k = self.coordinates
         if isinstance(k, bool) or not isinstance(k, (int, float)):
-            raise ValueError(f"coordinates={k!r}: give an int (a number of coordinates over the whole set) or a float "
-                             "in (0, 1] (a fraction of every tensor)")  # fmt: skip
+            raise ValueError(
+                f"coordinates={k!r}: give an int (a number of coordinates over the whole set) or a float "
+                "in (0, 1] (a fraction of every tensor)"
+            )
         if self.layout not in ("uniform", "block"):
             raise ValueError(f"layout={self.layout!r}: choose 'uniform' or 'block'")
         if self.signs not in ("rademacher", "ones"):
@@ -81,8 +83,9 @@ class Coordinates:
             if k < 1:
                 raise ValueError(f"coordinates={k}: a number of coordinates must be at least 1")
             if self.layout == "block":
-                raise ValueError(f"layout='block' needs a fraction, not a number: coordinates={k} (int) should be a "
-                                 "float in (0, 1]")  # fmt: skip
+                raise ValueError(
+                    f"layout='block' needs a fraction, not a number: coordinates={k} (int) should be a float in (0, 1]"
+                )
         elif not 0.0 < k <= 1.0:
             raise ValueError(f"coordinates={k}: a fraction lies in (0, 1]; for a number of coordinates give an int")
         else:
@@ -93,8 +96,10 @@ class Coordinates:
         if abs(fraction / actual - 1.0) > 0.1:
             g = self.stratum if actual > fraction else self.stratum - 1
             above, below = 1.0 / g**self._axes, 1.0 / (g + 1) ** self._axes
-            raise ValueError(f"coordinates={fraction}: with layout={self.layout!r} the nearest fractions are "
-                             f"{below:.6g} and {above:.6g}; choose one of them")  # fmt: skip
+            raise ValueError(
+                f"coordinates={fraction}: with layout={self.layout!r} the nearest fractions are "
+                f"{below:.6g} and {above:.6g}; choose one of them"
+            )
 
     @property
     def _axes(self) -> int:
@@ -120,7 +125,7 @@ class Coordinates:
         else:
             samples = self._sample_fraction(draw.key(Purpose.COORDINATES), slots)
         # One coordinate is Algorithm 1's e_i: its sign would cancel, so the first evaluation is the one at x + tau e_i.
-        if self.signs == "ones" or self.coordinates == 1 and isinstance(self.coordinates, int):
+        if self.signs == "ones" or (self.coordinates == 1 and isinstance(self.coordinates, int)):
             samples = [(index, torch.ones_like(sign)) for index, sign in samples]
         return samples
 

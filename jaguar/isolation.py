@@ -39,7 +39,9 @@ class Isolation:
         self._hook = register_module_forward_pre_hook(self._remember)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._hook.remove()
         self._restore_buffers()
         torch.clear_autocast_cache()
@@ -50,7 +52,7 @@ class Isolation:
             _numpy_random().set_state(self._numpy)
 
     def evaluate(self, closure: Callable[[], T], seed: int) -> T:
-        """closure() from the random state that `seed` (63 bits) names, the buffers of before the step, under no_grad."""
+        """closure() under no_grad, from the random state of `seed` (63 bits) and the buffers of before the step."""
         self._restore_buffers()
         for generator in self._generators:
             generator.manual_seed(seed)
@@ -66,8 +68,11 @@ class Isolation:
             return
         for part in module.modules():
             if part not in self._buffers:
-                self._buffers[part] = {name: _Snapshot(buffer) for name, buffer in part._buffers.items()
-                                       if buffer is not None and not buffer.is_inference()}  # fmt: skip
+                self._buffers[part] = {
+                    name: _Snapshot(buffer)
+                    for name, buffer in part._buffers.items()
+                    if buffer is not None and not buffer.is_inference()
+                }
 
     def _restore_buffers(self) -> None:
         for module, buffers in self._buffers.items():

@@ -19,6 +19,10 @@ from jaguar.rules import Scalars
 NAMES = ("auto", "reference", "triton", "cuda")
 
 
+class Unavailable(RuntimeError):
+    """A backend was named that cannot run here."""
+
+
 class Steps(Protocol):
     """The launches of one optimizer over one list of tensors."""
 
@@ -37,8 +41,10 @@ class Steps(Protocol):
 
 def unavailable() -> dict[str, str]:
     """Why each backend that cannot run here cannot, by name; what is not listed is available."""
-    missing = {"triton": "this version of jaguar has no Triton kernels yet",
-               "cuda": "this version of jaguar has no CUDA extension yet"}  # fmt: skip
+    missing = {
+        "triton": "this version of jaguar has no Triton kernels yet",
+        "cuda": "this version of jaguar has no CUDA extension yet",
+    }
     if importlib.util.find_spec("triton") is None:
         missing["triton"] += " (and triton is not installed)"
     return missing
@@ -54,23 +60,38 @@ def choose(backend: str) -> str:
 
     Raises:
         ValueError: there is no backend of this name.
-        RuntimeError: there is, but not here; the message has the reason and what is available.
+        Unavailable: there is, but not here; the message has the reason and what is available.
     """
     if backend not in NAMES:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, NAMES))}")
     if backend in unavailable():
-        raise RuntimeError(f"backend={backend!r} is not available: {unavailable()[backend]}; "
-                           f"available: {', '.join(available())}")  # fmt: skip
+        raise Unavailable(
+            f"backend={backend!r} is not available: {unavailable()[backend]}; available: {', '.join(available())}"
+        )
     return "reference" if backend == "auto" else backend
 
 
-def coordinate_steps(backend: str, slots: Sequence[Slot], direction: Coordinates | ReleasedBlock, *, update: str,
-                     stochastic: bool, two_sided: bool) -> Steps:  # fmt: skip
+def coordinate_steps(
+    backend: str,
+    slots: Sequence[Slot],
+    direction: Coordinates | ReleasedBlock,
+    *,
+    update: str,
+    stochastic: bool,
+    two_sided: bool,
+) -> Steps:
     """JAGUAR's launches on `backend`, which `choose` returned."""
     return reference.CoordinateSteps(slots, stochastic, two_sided, direction, update)
 
 
-def dense_steps(backend: str, slots: Sequence[Slot], direction: Gaussian | Rademacher, *, restore: str,
-                stochastic: bool, two_sided: bool) -> Steps:  # fmt: skip
+def dense_steps(
+    backend: str,
+    slots: Sequence[Slot],
+    direction: Gaussian | Rademacher,
+    *,
+    restore: str,
+    stochastic: bool,
+    two_sided: bool,
+) -> Steps:
     """The launches of dense directions on `backend`, which `choose` returned."""
     return reference.DenseSteps(slots, stochastic, two_sided, direction, restore)

@@ -69,8 +69,10 @@ def named_entries(params: Any) -> Iterator[tuple[str | None, Tensor]]:
     for entry in params:
         name, tensor = entry if isinstance(entry, tuple) else (None, entry)
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"a parameter must be a torch.Tensor, got {type(tensor).__name__}; "
-                            "pass model.parameters() or model.named_parameters()")  # fmt: skip
+            raise TypeError(
+                f"a parameter must be a torch.Tensor, got {type(tensor).__name__}; "
+                "pass model.parameters() or model.named_parameters()"
+            )
         yield name, tensor
 
 
@@ -83,18 +85,28 @@ def check_tensor(label: str, tensor: Tensor) -> None:
     if type(tensor).__name__ == "DTensor":
         raise ValueError(f"{label} is sharded (DTensor), which is not supported yet; pass whole tensors")
     if tensor.is_quantized or tensor.dtype not in PARAMETER_DTYPES:
-        raise ValueError(f"{label} has dtype {tensor.dtype}; trainable dtypes are "
-                         + ", ".join(str(d) for d in PARAMETER_DTYPES)
-                         + " (set requires_grad=False on integer or quantised weights and train an adapter)")  # fmt: skip
+        raise ValueError(
+            f"{label} has dtype {tensor.dtype}; trainable dtypes are "
+            + ", ".join(str(d) for d in PARAMETER_DTYPES)
+            + " (set requires_grad=False on integer or quantised weights and train an adapter)"
+        )
     if _overlaps_itself(tensor):
-        raise ValueError(f"{label} overlaps itself (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
-                         "pass tensor.contiguous() or the tensor that was expanded")  # fmt: skip
+        raise ValueError(
+            f"{label} overlaps itself (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
+            "pass tensor.contiguous() or the tensor that was expanded"
+        )
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors exactly when they are tied: same storage, offset, shape and strides."""
-    return (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(),
-            tensor.dtype, tuple(tensor.shape), tensor.stride())  # fmt: skip
+    return (
+        tensor.device,
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
 
 
 def build_slots(groups: list[dict[str, Any]]) -> list[Slot]:
@@ -144,15 +156,19 @@ def _refuse_overlaps(slots: list[Slot]) -> None:
     for slot in slots:
         if slot.count:
             begin = slot.tensor.data_ptr()
-            spans.append((str(slot.tensor.device), begin, begin + _extent(slot.tensor) * slot.tensor.element_size(), slot))
+            spans.append(
+                (str(slot.tensor.device), begin, begin + _extent(slot.tensor) * slot.tensor.element_size(), slot)
+            )
     spans.sort(key=lambda span: span[:3])
     open_spans: list[tuple[str, int, int, Slot]] = []
     for device, begin, end, slot in spans:
         open_spans = [span for span in open_spans if span[0] == device and span[2] > begin]
         for _, other_begin, other_end, other in open_spans:
             if _share_bytes(other, other_begin, slot, begin, max(end, other_end)):
-                raise ValueError(f"parameters {other.name!r} and {slot.name!r} overlap in memory without being the same "
-                                 "tensor; pass the tensor they are views of")  # fmt: skip
+                raise ValueError(
+                    f"parameters {other.name!r} and {slot.name!r} overlap in memory without being the same "
+                    "tensor; pass the tensor they are views of"
+                )
         open_spans.append((device, begin, end, slot))
 
 

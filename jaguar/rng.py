@@ -138,8 +138,9 @@ def normals(key: Key, stream: int, start: int, count: int, device: torch.device 
     `cos`, whose last bit differs between devices), so the bits are part of the interface.
     """
     group, skip = _groups(start, count, 4, device)
-    u0, u1, u2, u3 = (((w >> 8).to(torch.float32) + 0.5) * 2.0**-24
-                      for w in words(key, group, stream, Purpose.DIRECTION))  # fmt: skip
+    u0, u1, u2, u3 = (
+        ((w >> 8).to(torch.float32) + 0.5) * 2.0**-24 for w in words(key, group, stream, Purpose.DIRECTION)
+    )
     pairs = []
     for radius, angle in ((u0, u1), (u2, u3)):
         r = torch.sqrt(_log(radius) * -2.0)
@@ -148,8 +149,9 @@ def normals(key: Key, stream: int, start: int, count: int, device: torch.device 
     return torch.stack(pairs, dim=1).reshape(-1)[skip : skip + count]
 
 
-def noise16(key: Key, stream: int, start: int, count: int, purpose: Purpose,
-            device: torch.device | None = None) -> Tensor:  # fmt: skip
+def noise16(
+    key: Key, stream: int, start: int, count: int, purpose: Purpose, device: torch.device | None = None
+) -> Tensor:
     """16 random bits for each of elements start .. start + count: int64 (count,), for stochastic rounding.
 
     Element i takes half i % 2 (low half first) of word (i % 8) // 2 of call i // 8.
@@ -174,8 +176,17 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 # Minimax coefficients of Cephes (S. Moshier, 1989: logf, sinf, cosf), below 2 ulp on the ranges used here.
-_LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
-        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+_LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
 _SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 _COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4

@@ -44,16 +44,29 @@ class Scalars:
     lr: float
 
 
-def step_scalars(rho: Sequence[float], *, lr: float, beta: float, weight_decay: float, tau: float,
-                 rho_clip: float | None, double: bool) -> Scalars:  # fmt: skip
+def step_scalars(
+    rho: Sequence[float],
+    *,
+    lr: float,
+    beta: float,
+    weight_decay: float,
+    tau: float,
+    rho_clip: float | None,
+    double: bool,
+) -> Scalars:
     """The scalars of a step, from the one place that makes them; kernels only load them."""
     if rho_clip is not None:
         limit = rounded(rho_clip, double)
         rho = [math.copysign(min(abs(r), limit), r) for r in rho]
     gain = rounded(1.0 - beta, double)
-    return Scalars(tau=rounded(tau, double), rho=tuple(rho), entry=tuple(rounded(gain * r, double) for r in rho),
-                   beta=rounded(beta, double), decay=rounded(1.0 - lr * weight_decay, double),
-                   lr=rounded(lr, double))  # fmt: skip
+    return Scalars(
+        tau=rounded(tau, double),
+        rho=tuple(rho),
+        entry=tuple(rounded(gain * r, double) for r in rho),
+        beta=rounded(beta, double),
+        decay=rounded(1.0 - lr * weight_decay, double),
+        lr=rounded(lr, double),
+    )
 
 
 def perturbed(x: Tensor, e: Tensor, scale: float) -> Tensor:

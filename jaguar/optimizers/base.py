@@ -28,6 +28,10 @@ _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
 _LOST_WARNING = 0.05
 
 
+class NonFiniteLoss(RuntimeError):
+    """Too many losses in a row were NaN or infinite."""
+
+
 class ZerothOrder(torch.optim.Optimizer):
     """Base of the zero-order optimizers: a step is measured into a record, and a record is applied.
 
@@ -42,9 +46,20 @@ class ZerothOrder(torch.optim.Optimizer):
     # Non-finite losses in a row after which a run is given up.
     max_skipped = 25
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, options: dict[str, Any], estimator: str,
-                 n_directions: int, rho_clip: float | None, rounding: str | None,
-                 momentum_dtype: torch.dtype | None, seed: int, backend: str) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        options: dict[str, Any],
+        estimator: str,
+        n_directions: int,
+        rho_clip: float | None,
+        rounding: str | None,
+        momentum_dtype: torch.dtype | None,
+        seed: int,
+        backend: str,
+    ) -> None:
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator={estimator!r}: choose {' or '.join(map(repr, ESTIMATORS))}")
         if not _is_int(n_directions) or not 1 <= n_directions <= 1000:
@@ -54,8 +69,10 @@ class ZerothOrder(torch.optim.Optimizer):
         if rounding not in (None, "stochastic", "nearest"):
             raise ValueError(f"rounding={rounding!r}: choose 'stochastic' (the default) or 'nearest'")
         if momentum_dtype is not None and momentum_dtype not in _MOMENTUM_DTYPES:
-            raise ValueError(f"momentum_dtype={momentum_dtype}: choose one of {', '.join(map(str, _MOMENTUM_DTYPES))}, "
-                             "or None for the parameters' precision")  # fmt: skip
+            raise ValueError(
+                f"momentum_dtype={momentum_dtype}: choose one of {', '.join(map(str, _MOMENTUM_DTYPES))}, "
+                "or None for the parameters' precision"
+            )
         if not _is_int(seed) or not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed!r}: give an int in [0, 2**64)")
         self._backend = ops.choose(backend)
@@ -63,9 +80,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self._n_directions, self._rho_clip, self._seed = n_directions, rho_clip, seed
         self._stochastic, self._momentum_dtype = rounding != "nearest", momentum_dtype
         self._options = options | {
-            "rng": rng.TAG, "estimator": estimator, "n_directions": n_directions, "rho_clip": rho_clip,
-            "rounding": rounding or "stochastic", "momentum_dtype": str(momentum_dtype) if momentum_dtype else None,
-        }  # fmt: skip
+            "rng": rng.TAG,
+            "estimator": estimator,
+            "n_directions": n_directions,
+            "rho_clip": rho_clip,
+            "rounding": rounding or "stochastic",
+            "momentum_dtype": str(momentum_dtype) if momentum_dtype else None,
+        }
         self._step = 0
         self._skipped = self._skipped_in_a_row = 0
         self._last_finite: int | None = None
@@ -82,8 +103,11 @@ class ZerothOrder(torch.optim.Optimizer):
         check_group(self.group_keys, defaults, "the optimizer")
         super().__init__(split_groups(params), defaults)
         if not self._slots:
-            raise ValueError(f"no parameter to train: all {self._n_frozen} tensors have requires_grad=False"
-                             if self._n_frozen else "the list of parameters is empty")  # fmt: skip
+            raise ValueError(
+                f"no parameter to train: all {self._n_frozen} tensors have requires_grad=False"
+                if self._n_frozen
+                else "the list of parameters is empty"
+            )
 
     # -- what a subclass says --------------------------------------------------------------------------------------
 
@@ -108,12 +132,15 @@ class ZerothOrder(torch.optim.Optimizer):
             closure: () -> scalar loss tensor; called under no_grad, several times, with the same random state.
 
         Raises:
-            RuntimeError: the optimizer is broken, or `max_skipped` losses in a row were not finite.
+            NonFiniteLoss: `max_skipped` steps in a row had a loss that was not finite.
+            RuntimeError: the optimizer is broken by an earlier failure.
             TypeError, ValueError: the closure returned something that is no scalar.
         """
         self._check_usable()
         if self._moved is not None:
-            raise RuntimeError("the parameters are still moved by the last walk: call apply_(record) or discard_() first")
+            raise RuntimeError(
+                "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
+            )
         if not callable(closure):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
         self._watch.check(self.param_groups)
@@ -138,8 +165,10 @@ class ZerothOrder(torch.optim.Optimizer):
             self._moved = probes[-1] if walked else None
             if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
                 self.discard_()
-                raise RuntimeError(f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
-                                   f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data")  # fmt: skip
+                raise NonFiniteLoss(
+                    f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
+                    f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data"
+                )
             self._pending = record
         self._guard.watch(losses, steps.n_perturbed(draws[0]))
         return record
@@ -177,8 +206,10 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         record = self.measure(closure) if closure is not None else self._pending
         if record is None:
-            raise RuntimeError("step() without a closure applies a measured step, and nothing was measured: call "
-                               "measure(closure) first or step(closure)")  # fmt: skip
+            raise RuntimeError(
+                "step() without a closure applies a measured step, and nothing was measured: call "
+                "measure(closure) first or step(closure)"
+            )
         self.apply_(record)
         slots = self._slots
         dtype = torch.float64 if any(s.tensor.dtype == torch.float64 for s in slots) else torch.float32
@@ -218,14 +249,23 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._steps
 
     def _taus(self) -> list[float]:
-        return [rules.rounded(self.param_groups[slot.group]["tau"], slot.tensor.dtype == torch.float64)
-                for slot in self._slots]  # fmt: skip
+        return [
+            rules.rounded(self.param_groups[slot.group]["tau"], slot.tensor.dtype == torch.float64)
+            for slot in self._slots
+        ]
 
     def _scalars(self, record: Record, slot: Slot) -> rules.Scalars:
         group, double = self.param_groups[slot.group], slot.tensor.dtype == torch.float64
         rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=double)
-        return rules.step_scalars(rho, lr=record.lrs[slot.group], beta=group.get(self.momentum_key, 0.0), tau=group["tau"],
-                                  weight_decay=group["weight_decay"], rho_clip=self._rho_clip, double=double)  # fmt: skip
+        return rules.step_scalars(
+            rho,
+            lr=record.lrs[slot.group],
+            beta=group.get(self.momentum_key, 0.0),
+            tau=group["tau"],
+            weight_decay=group["weight_decay"],
+            rho_clip=self._rho_clip,
+            double=double,
+        )
 
     def _momenta(self) -> list[Tensor | None]:
         """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
@@ -234,7 +274,9 @@ class ZerothOrder(torch.optim.Optimizer):
             state = self.state[slot.tensor]
             if "momentum" not in state and self._has_momentum(self.param_groups[slot.group]):
                 own = torch.bfloat16 if slot.tensor.dtype == torch.float16 else slot.tensor.dtype
-                state["momentum"] = torch.zeros(slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device)
+                state["momentum"] = torch.zeros(
+                    slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device
+                )
             momenta.append(state.get("momentum"))
         return momenta
 
@@ -266,24 +308,34 @@ class ZerothOrder(torch.optim.Optimizer):
         bad = sorted((part for part in lost if part.share > _LOST_WARNING), key=lambda part: -part.share)
         if bad:
             worst = ", ".join(f"{part.name} {part.share:.0%}" for part in bad[:3])
-            warnings.warn(f"tau is too small for the precision of {len(bad)} of {len(lost)} tensors: x + tau e rounds to the "
-                          f"same value as the point it is compared with ({worst}); such coordinates are not trained. Raise tau or keep "
-                          "these tensors in float32", stacklevel=4)  # fmt: skip
+            warnings.warn(
+                f"tau is too small for the precision of {len(bad)} of {len(lost)} tensors: x + tau e rounds to the "
+                f"same value as the point it is compared with ({worst}); such coordinates are not trained. "
+                "Raise tau or keep "
+                "these tensors in float32",
+                stacklevel=4,
+            )
 
     def _check_usable(self) -> None:
         if self._broken:
-            raise RuntimeError("an earlier step failed while it was writing, so parameters and state are not those of any step; "
-                               f"reload: last finished step {_name(self._step - 1 if self._step else None)}")  # fmt: skip
+            raise RuntimeError(
+                "an earlier step failed while it was writing, so parameters and state are not those of any step; "
+                f"reload: last finished step {_name(self._step - 1 if self._step else None)}"
+            )
 
     def _check_storage(self) -> None:
         for slot in self._slots:
             x = slot.tensor
             if x.numel() and x.untyped_storage().nbytes() == 0:
-                raise RuntimeError(f"the storage of {slot.name} was freed (offloaded or resharded); bring it back before the step")
+                raise RuntimeError(
+                    f"the storage of {slot.name} was freed (offloaded or resharded); bring it back before the step"
+                )
             momentum = self.state[x].get("momentum") if x in self.state else None
             if momentum is not None and (momentum.shape != x.shape or momentum.device != x.device):
-                raise RuntimeError(f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
-                                   f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model")  # fmt: skip
+                raise RuntimeError(
+                    f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
+                    f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model"
+                )
 
     def _check_record(self, record: Record) -> None:
         if not isinstance(record, Record):
@@ -291,13 +343,17 @@ class ZerothOrder(torch.optim.Optimizer):
         if record.step != self._step:
             raise ValueError(f"this record is of step {record.step}, but the optimizer has finished {self._step} steps")
         if len(record.lrs) != len(self.param_groups):
-            raise ValueError(f"the record has {len(record.lrs)} learning rates for {len(self.param_groups)} parameter groups")
+            raise ValueError(
+                f"the record has {len(record.lrs)} learning rates for {len(self.param_groups)} parameter groups"
+            )
         if not all(lr >= 0 and math.isfinite(lr) for lr in record.lrs):
             raise ValueError(f"the record's learning rates must be finite and at least 0, got {record.lrs}")
         expected = self._estimator.n_losses(self._n_directions)
         if len(record.losses) != expected:
-            raise ValueError(f"the record has {len(record.losses)} losses, but {self._n_directions} direction(s) of the "
-                             f"{self._estimator.name} estimator have {expected}")  # fmt: skip
+            raise ValueError(
+                f"the record has {len(record.losses)} losses, but {self._n_directions} direction(s) of the "
+                f"{self._estimator.name} estimator have {expected}"
+            )
         if not record.skipped and not all(map(math.isfinite, record.losses)):
             raise ValueError(f"the record has a non-finite loss {record.losses} but is not marked as skipped")
 
@@ -309,7 +365,9 @@ class ZerothOrder(torch.optim.Optimizer):
         Tied tensors count once and tensors with requires_grad=False are left out.
         """
         if self._watch.started:
-            raise RuntimeError("a parameter group can be added only before the first measure: the records made so far would not fit it")
+            raise RuntimeError(
+                "a parameter group can be added only before the first measure: the records made so far would not fit it"
+            )
         group, n_frozen = prepared_group(param_group, self.param_groups, self.group_keys)
         groups = list(self.param_groups)
         super().add_param_group(group)
@@ -322,11 +380,17 @@ class ZerothOrder(torch.optim.Optimizer):
         self._steps = None
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict, with the step counter, seed and options under "jaguar"; ints, floats, tensors and strings only."""
+        """torch's state_dict, with step counter, seed and options under "jaguar"; loads with weights_only=True."""
         if self._moved is not None:
             raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
-        own = {"step": self._step, "seed": self._seed, "skipped": self._skipped, "skipped_in_a_row": self._skipped_in_a_row,
-               "last_finite": -1 if self._last_finite is None else self._last_finite, "options": dict(self._options)}  # fmt: skip
+        own = {
+            "step": self._step,
+            "seed": self._seed,
+            "skipped": self._skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "last_finite": -1 if self._last_finite is None else self._last_finite,
+            "options": dict(self._options),
+        }
         return super().state_dict() | {"jaguar": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -356,8 +420,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def __repr__(self) -> str:
         count = sum(slot.count for slot in self._slots)
         frozen = f", {self._n_frozen} frozen tensors left out" if self._n_frozen else ""
-        lines = [f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}", *self._describe(),
-                 f"backend: {self._backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"]  # fmt: skip
+        lines = [
+            f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}",
+            *self._describe(),
+            f"backend: {self._backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}",
+        ]
         for i, group in enumerate(self.param_groups):
             numbers = ", ".join(f"{key}={group[key]:g}" for key in self.group_keys)
             lines.append(f"group {i}: {len(group['params'])} tensors, {numbers}")

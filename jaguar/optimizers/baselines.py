@@ -49,10 +49,24 @@ class ZOSGD(ZerothOrder):
     group_keys = ("lr", "tau", "momentum", "weight_decay")
     momentum_key = "momentum"
 
-    def __init__(self, params: Any, lr: float = 1e-6, momentum: float = 0.0, weight_decay: float = 0.0, *,
-                 tau: float = 1e-3, distribution: str = "gaussian", restore: str | None = None,
-                 momentum_dtype: torch.dtype | None = None, rounding: str | None = None, n_directions: int = 1,
-                 estimator: str = "two-sided", rho_clip: float | None = None, seed: int = 0, backend: str = "auto") -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-6,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        tau: float = 1e-3,
+        distribution: str = "gaussian",
+        restore: str | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        rounding: str | None = None,
+        n_directions: int = 1,
+        estimator: str = "two-sided",
+        rho_clip: float | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
         if distribution not in DENSE:
             raise ValueError(f"distribution={distribution!r}: choose {' or '.join(map(repr, DENSE))}")
         if restore is not None and restore not in RESTORES:
@@ -60,12 +74,28 @@ class ZOSGD(ZerothOrder):
         self._direction, self._restore = DENSE[distribution], restore
         options = {"optimizer": type(self).__name__, "distribution": distribution, "restore": restore}
         defaults = {"lr": lr, "tau": tau, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, options=options, estimator=estimator, n_directions=n_directions, rho_clip=rho_clip,
-                         rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, backend=backend)  # fmt: skip
+        super().__init__(
+            params,
+            defaults,
+            options=options,
+            estimator=estimator,
+            n_directions=n_directions,
+            rho_clip=rho_clip,
+            rounding=rounding,
+            momentum_dtype=momentum_dtype,
+            seed=seed,
+            backend=backend,
+        )
 
     def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
-        return ops.dense_steps(self._backend, slots, self._direction, restore=self._restore or choose_restore(slots),
-                               stochastic=self._stochastic, two_sided=self._estimator.name == "two-sided")  # fmt: skip
+        return ops.dense_steps(
+            self._backend,
+            slots,
+            self._direction,
+            restore=self._restore or choose_restore(slots),
+            stochastic=self._stochastic,
+            two_sided=self._estimator.name == "two-sided",
+        )
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:
         return float(group["momentum"]) > 0.0

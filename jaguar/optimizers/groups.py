@@ -17,7 +17,10 @@ def split_groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, Tensor):
         params = [params]
     if isinstance(params, (str, set, dict)) or not isinstance(params, Iterable):
-        raise TypeError(f"params must be an ordered iterable of tensors, of dicts, or of (name, tensor), got {type(params).__name__}")
+        raise TypeError(
+            "params must be an ordered iterable of tensors, of dicts, or of (name, tensor), got "
+            f"{type(params).__name__}"
+        )
     entries = list(params)
     if not entries:
         raise ValueError("the list of parameters is empty: pass model.parameters() or model.named_parameters()")
@@ -32,8 +35,10 @@ def check_group(keys: Sequence[str], group: dict[str, Any], where: str) -> None:
     """Raises ValueError for an option that a group cannot have, or a value outside its range."""
     for key in group:
         if key not in (*keys, "params", "param_names", "initial_lr"):
-            raise ValueError(f"{where} has the option {key!r}; a parameter group may set {', '.join(keys)}, and everything else "
-                             "is an argument of the optimizer")  # fmt: skip
+            raise ValueError(
+                f"{where} has the option {key!r}; a parameter group may set {', '.join(keys)}, and everything else "
+                "is an argument of the optimizer"
+            )
     for key in keys:
         if key not in group:
             continue
@@ -42,14 +47,18 @@ def check_group(keys: Sequence[str], group: dict[str, Any], where: str) -> None:
         except (TypeError, ValueError):
             raise ValueError(f"{key}={group[key]!r} of {where} is not a number") from None
         if key == "tau" and not (0.0 < value < math.inf and rounded(value) > 0.0):
-            raise ValueError(f"tau={value} of {where}: the length of the perturbation must be positive (1e-3 is common)")
+            raise ValueError(
+                f"tau={value} of {where}: the length of the perturbation must be positive (1e-3 is common)"
+            )
         if key in ("lr", "weight_decay") and not 0.0 <= value < math.inf:
             raise ValueError(f"{key}={value} of {where} must be at least 0")
         if key in ("beta", "momentum") and not 0.0 <= value < 1.0:
             raise ValueError(f"{key}={value} of {where} must lie in [0, 1)")
 
 
-def prepared_group(group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Sequence[str]) -> tuple[dict[str, Any], int]:
+def prepared_group(
+    group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> tuple[dict[str, Any], int]:
     """The group as torch takes it, and how many frozen tensors were left out.
 
     Tensors with requires_grad=False are left out; tied tensors are there once, under the alphabetically first of
@@ -106,8 +115,11 @@ class Watch:
         for i, (old, new, group) in enumerate(zip(self._first, now, groups, strict=True)):
             for key in self._keys:
                 if old[key] != new[key]:
-                    raise RuntimeError(f"{key} of parameter group {i} changed from {old[key]:g} to {new[key]:g} during the run; only lr may be "
-                                       "scheduled (with OneCycleLR: cycle_momentum=False)")  # fmt: skip
+                    raise RuntimeError(
+                        f"{key} of parameter group {i} changed from {old[key]:g} to {new[key]:g} during the "
+                        "run; only lr may be "
+                        "scheduled (with OneCycleLR: cycle_momentum=False)"
+                    )
             check_group(["lr"], {"lr": group["lr"]}, f"parameter group {i}")
 
     def restart(self, groups: Sequence[dict[str, Any]] | None) -> None:

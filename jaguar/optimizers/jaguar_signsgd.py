@@ -57,11 +57,27 @@ class JaguarSignSGD(ZerothOrder):
     group_keys = ("lr", "tau", "beta", "weight_decay")
     momentum_key = "beta"
 
-    def __init__(self, params: Any, lr: float | None = None, beta: float = 0.9, weight_decay: float = 0.0, *,
-                 tau: float = 1e-3, coordinates: int | float = 0.01, layout: str = "uniform",
-                 signs: str = "rademacher", update: str = "sampled", momentum_dtype: torch.dtype | None = None,
-                 rounding: str | None = None, n_directions: int = 1, estimator: str = "two-sided",
-                 rho_clip: float | None = None, seed: int = 0, backend: str = "auto", released: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None = None,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        tau: float = 1e-3,
+        coordinates: int | float = 0.01,
+        layout: str = "uniform",
+        signs: str = "rademacher",
+        update: str = "sampled",
+        momentum_dtype: torch.dtype | None = None,
+        rounding: str | None = None,
+        n_directions: int = 1,
+        estimator: str = "two-sided",
+        rho_clip: float | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+        released: bool = False,
+    ) -> None:
         if update not in _DEFAULT_LR:
             raise ValueError(f"update={update!r}: choose 'sampled' or 'all'")
         self._update = update
@@ -71,18 +87,43 @@ class JaguarSignSGD(ZerothOrder):
             usual = {"coordinates": 0.01, "layout": "uniform", "signs": "rademacher", "update": "sampled", "beta": 0.9}
             for name, value in given.items():
                 if value != usual[name]:
-                    raise ValueError(f"released=True fixes sampling, beta and update, so {name}={value!r} cannot be given with it")
+                    raise ValueError(
+                        f"released=True fixes sampling, beta and update, so {name}={value!r} cannot be given with it"
+                    )
             self._direction = ReleasedBlock()
             self.group_keys = ("lr", "tau", "weight_decay")  # no beta: momentum starts at 0 in every step
-        options = {"optimizer": type(self).__name__, "coordinates": coordinates, "layout": layout, "signs": signs,
-                   "update": update, "released": bool(released)}  # fmt: skip
-        values = {"lr": _DEFAULT_LR[update] if lr is None else lr, "tau": tau, "beta": beta, "weight_decay": weight_decay}
+        options = {
+            "optimizer": type(self).__name__,
+            "coordinates": coordinates,
+            "layout": layout,
+            "signs": signs,
+            "update": update,
+            "released": bool(released),
+        }
+        values = {
+            "lr": _DEFAULT_LR[update] if lr is None else lr,
+            "tau": tau,
+            "beta": beta,
+            "weight_decay": weight_decay,
+        }
         defaults = {key: values[key] for key in self.group_keys}
-        super().__init__(params, defaults, options=options, estimator=estimator, n_directions=n_directions, rho_clip=rho_clip,
-                         rounding=rounding, momentum_dtype=momentum_dtype, seed=seed, backend=backend)  # fmt: skip
+        super().__init__(
+            params,
+            defaults,
+            options=options,
+            estimator=estimator,
+            n_directions=n_directions,
+            rho_clip=rho_clip,
+            rounding=rounding,
+            momentum_dtype=momentum_dtype,
+            seed=seed,
+            backend=backend,
+        )
         total = sum(slot.total for slot in self._slots)
         if isinstance(coordinates, int) and coordinates > total:
-            raise ValueError(f"coordinates={coordinates} is more than the {total} there are; a float in (0, 1] is a fraction")
+            raise ValueError(
+                f"coordinates={coordinates} is more than the {total} there are; a float in (0, 1] is a fraction"
+            )
 
     @property
     def fraction(self) -> float:
@@ -90,18 +131,30 @@ class JaguarSignSGD(ZerothOrder):
         return self._direction.fraction(sum(slot.total for slot in self._slots))
 
     def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
-        return ops.coordinate_steps(self._backend, slots, self._direction, update=self._update,
-                                    stochastic=self._stochastic, two_sided=self._estimator.name == "two-sided")  # fmt: skip
+        return ops.coordinate_steps(
+            self._backend,
+            slots,
+            self._direction,
+            update=self._update,
+            stochastic=self._stochastic,
+            two_sided=self._estimator.name == "two-sided",
+        )
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:
         return True
 
     def _describe(self) -> list[str]:
         p = self.fraction
-        what = "released code's joint block" if self._options["released"] else (
-            f"{self._options['coordinates']!r}, layout {self._options['layout']}, signs {self._options['signs']}")  # fmt: skip
+        what = (
+            "released code's joint block"
+            if self._options["released"]
+            else (f"{self._options['coordinates']!r}, layout {self._options['layout']}, signs {self._options['signs']}")
+        )
         betas = sorted({group.get("beta", 0.0) for group in self.param_groups})
         memory = " / ".join(f"{1.0 / (p * (1.0 - beta)):,.0f}" for beta in betas)
-        return [f"coordinates: {what} (fraction {p:.6g}), update {self._update}",
-                f"momentum: {self._options['momentum_dtype'] or 'parameter precision'}, remembers {memory} steps",
-                f"estimator: {self._estimator.name}, {self._n_directions} direction(s), rounding {self._options['rounding']}"]  # fmt: skip
+        return [
+            f"coordinates: {what} (fraction {p:.6g}), update {self._update}",
+            f"momentum: {self._options['momentum_dtype'] or 'parameter precision'}, remembers {memory} steps",
+            f"estimator: {self._estimator.name}, {self._n_directions} direction(s), rounding "
+            f"{self._options['rounding']}",
+        ]

@@ -32,15 +32,26 @@ class LossGuard:
         if not isinstance(loss, Tensor):
             raise TypeError(f"the closure must return the loss as a scalar tensor, got {type(loss).__name__}")
         if loss.numel() != 1:
-            raise ValueError(f"the closure must return one number, got a tensor of shape {tuple(loss.shape)}; take its mean")
+            raise ValueError(
+                f"the closure must return one number, got a tensor of shape {tuple(loss.shape)}; take its mean"
+            )
         if loss.dim() != 0:
-            self._tell("shape", f"the closure's loss has shape {tuple(loss.shape)} instead of (); its only element is used")
+            self._tell(
+                "shape", f"the closure's loss has shape {tuple(loss.shape)} instead of (); its only element is used"
+            )
         if loss.grad_fn is not None:
-            self._tell("graph", "the closure's loss carries a graph: something inside enables gradients, which costs memory for nothing")
+            self._tell(
+                "graph",
+                "the closure's loss carries a graph: something inside enables gradients, which costs memory "
+                "for nothing",
+            )
         if loss.dtype in (torch.bfloat16, torch.float16):
             grain = "1.95 in bfloat16" if loss.dtype == torch.bfloat16 else "0.24 in float16"
-            self._tell("half", f"the closure's loss is {loss.dtype}; at tau 1e-3 the derivative then comes in steps of {grain}. "
-                               "Compute the loss in float32: cross_entropy(logits.float(), labels)")  # fmt: skip
+            self._tell(
+                "half",
+                f"the closure's loss is {loss.dtype}; at tau 1e-3 the derivative then comes in steps of {grain}. "
+                "Compute the loss in float32: cross_entropy(logits.float(), labels)",
+            )
         return float(loss.detach().to(torch.float64 if double else torch.float32))
 
     def watch(self, losses: Sequence[float], n_perturbed: int) -> None:
@@ -49,10 +60,15 @@ class LossGuard:
         self._equal = self._equal + 1 if equal and n_perturbed >= _ENOUGH else 0
         self._zero = self._zero + 1 if equal and losses[0] == 0.0 else 0
         if self._zero == _ROW:
-            self._tell("zero", f"the loss was exactly 0.0 in {_ROW} steps in a row: labels masked out, or NaNs filtered away?")
+            self._tell(
+                "zero", f"the loss was exactly 0.0 in {_ROW} steps in a row: labels masked out, or NaNs filtered away?"
+            )
         elif self._equal == _ROW:
-            self._tell("equal", f"all losses of a step were bit-equal in {_ROW} steps in a row: the perturbed parameters do not reach "
-                                "the loss (merged or switched-off adapter, frozen graph, stale copy of the weights?)")  # fmt: skip
+            self._tell(
+                "equal",
+                f"all losses of a step were bit-equal in {_ROW} steps in a row: the perturbed parameters do not reach "
+                "the loss (merged or switched-off adapter, frozen graph, stale copy of the weights?)",
+            )
 
     def _tell(self, what: str, message: str) -> None:
         if what not in self._told:

@@ -46,7 +46,9 @@ class Launches:
         """The two stored points whose losses are compared: x + tau e, and x - tau e or x itself."""
         return moved(x, e, tau), moved(x, e, -tau) if self.two_sided else x
 
-    def stored(self, value: Tensor, dtype: torch.dtype, draw: Draw, slot: Slot, where: Tensor | slice, purpose: Purpose) -> Tensor:
+    def stored(
+        self, value: Tensor, dtype: torch.dtype, draw: Draw, slot: Slot, where: Tensor | slice, purpose: Purpose
+    ) -> Tensor:
         """`value` as `dtype`, rounded with the noise of the local elements `where`."""
         if not (self.stochastic and needs_noise(dtype)):
             return store(value, dtype)

@@ -61,8 +61,10 @@ class ModuleProbe:
     def plus(self) -> None:
         """From now on modules run with x + tau e."""
         self._sign = 1.0
-        self._hooks = [register_module_forward_pre_hook(self._enter),
-                       register_module_forward_hook(self._leave, always_call=True)]  # fmt: skip
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
 
     def minus(self) -> None:
         """From now on modules run with x - tau e."""
@@ -87,9 +89,11 @@ class ModuleProbe:
         unused = sorted(slot.name for slot, _ in self._by_identity.values() if slot.count and slot not in self._depth)
         self._depth.clear()
         if unused:
-            raise RuntimeError(f"restore='module': no module's forward used {', '.join(unused[:3])}"
-                               f"{' and others' if len(unused) > 3 else ''} during the closure, so it would not have been "
-                               "perturbed; pass restore='copy' or freeze it")  # fmt: skip
+            raise RuntimeError(
+                f"restore='module': no module's forward used {', '.join(unused[:3])}"
+                f"{' and others' if len(unused) > 3 else ''} during the closure, so it would not have been "
+                "perturbed; pass restore='copy' or freeze it"
+            )
 
     def _owned(self, module: nn.Module) -> list[tuple[Slot, float]]:
         keys = [identity(p) for p in module._parameters.values() if p is not None]

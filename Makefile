@@ -1,0 +1,60 @@
+# make demo | compare | test | test-full | check | bench        (make help tells more)
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+
+.PHONY: help demo compare test test-full check bench clean
+
+help:
+	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; about ten minutes on 2 cores"
+	@echo "make compare [SEED=n]  the same, and ZO-SGD with as many forward passes"
+	@echo "make test              the default test suite, without a GPU and without a network"
+	@echo "make test-full         all tests that need no GPU"
+	@echo "make check             ruff, mypy on jaguar/, import layering"
+	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
+
+# pip's own messages go to a log: without a network they are pages, and one line says it better.
+define install
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(1) (once, into $(VENV))"
+	@{ $(BIN)/python -m pip install --disable-pip-version-check --retries 1 -c constraints.txt torch \
+	   && $(BIN)/python -m pip install --disable-pip-version-check --retries 1 -c constraints.txt -e '.[$(1)]'; } > $(VENV)/install.log 2>&1 \
+	   || { echo "error: installation failed. Connect this machine to a package index and run the same command again;" \
+	             "what pip said is in $(VENV)/install.log" >&2; exit 1; }
+	@touch $@
+endef
+
+# torch first and alone: resolved together with the rest, another build of it may be chosen.
+$(VENV)/.demo: pyproject.toml setup.py constraints.txt
+	$(call install,demo)
+
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt
+	$(call install,$(comma_dev))
+
+comma := ,
+comma_dev := test$(comma)dev
+
+demo: $(VENV)/.demo
+	@$(BIN)/python demo/demo.py --seed $(SEED)
+
+compare: $(VENV)/.demo
+	@$(BIN)/python demo/demo.py --seed $(SEED) --compare
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff . 2>/dev/null || true
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layering.py
+
+bench: $(VENV)/.demo
+	$(BIN)/python bench/bench_step.py
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

@@ -1,0 +1,445 @@
+"""`jaguar finetune` and `jaguar eval`: from a model and a file of labelled text to figures, a picture and a model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import jaguar
+from jaguar.interrupts import HeldInterrupts
+from jaguar.models import Loaded, load, load_task, save_task, select_trainable
+from jaguar.optimizers import ZOSGD, JaguarSignSGD
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.report import StepBar, draw_curves, row_bar, score_table
+from jaguar.saving import check_space, prepare_folder, save_files, save_folder, write_model
+from jaguar.scoring import OptionScorer, Scores, batches, evaluate, paired_se
+from jaguar.tasks.text_classification import Example, Row, Task, class_names, read_rows
+
+METHODS: dict[str, type[ZerothOrder]] = {"jaguar-signsgd": JaguarSignSGD, "zo-sgd": ZOSGD}
+
+_STATE = "training_state.pt"
+# What may differ between a run and the run that continues it.
+_FREE = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "model",
+    "logging_steps",
+    "save_steps",
+    "use_cpu",
+)
+
+
+class Interrupted(Exception):
+    """Ctrl-C; carries what to tell the user."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where labelled text comes from and how it becomes a prompt; empty means: as saved beside the model."""
+
+    text_column: str = "text"
+    label_column: str = "label"
+    template: str | None = None
+    verbalizers: tuple[str, ...] | None = None
+    max_length: int = 512
+    eval_batch_size: int = 32
+
+    def task(self, model: str, is_classifier: bool, rows: list[Row]) -> Task:
+        """The prompt: what was given, else what lies beside the model, else the text and labels themselves."""
+        saved = load_task(model)
+        labels = tuple(class_names(rows)) if saved is None else saved.labels
+        template = self.template or (saved.template if saved else "{text}")
+        if is_classifier:
+            if self.verbalizers:
+                raise ValueError("--verbalizers are for causal LMs; a sequence classifier has its own classes")
+            return Task(template, labels)
+        verbalizers = self.verbalizers or (saved.verbalizers if saved else tuple(f" {label}" for label in labels))
+        return Task(template, labels, verbalizers)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a fine-tuning run."""
+
+    model: str
+    train_file: str
+    test_file: str
+    output_dir: str
+    data: Data = field(default_factory=Data)
+    method: str = "jaguar-signsgd"
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    train: str = "all"
+    dtype: str = "auto"
+    use_cpu: bool = False
+    max_steps: int = 100
+    batch_size: int = 16
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    eval_steps: int = 0
+    logging_steps: int = 10
+    save_steps: int = 0
+    seed: int = 0
+    resume_from_checkpoint: str | None = None
+    overwrite_output_dir: bool = False
+
+    def comparable(self) -> dict[str, Any]:
+        """The settings that a continued run must share, as plain values."""
+        settings = json.loads(json.dumps(asdict(self), default=str))
+        return {key: value for key, value in settings.items() if key not in _FREE}
+
+
+@dataclass
+class History:
+    """What happened so far."""
+
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    test_points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    forward_passes: int = 0
+    seconds: float = 0.0
+
+
+class Finetuning:
+    """One run: set up (every refusal comes here), then `train`, then `finish`."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
+        self.folder = Path(run.output_dir)
+        prepare_folder(self.folder)
+        if (self.folder / "config.json").exists() and not run.overwrite_output_dir:
+            raise ValueError(
+                f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
+                "--overwrite_output_dir"
+            )
+        train_rows = read_rows(run.train_file, run.data.text_column, run.data.label_column)
+        test_rows = read_rows(run.test_file, run.data.text_column, run.data.label_column)
+        source = run.resume_from_checkpoint or run.model
+        state = self._load_state(Path(source)) if run.resume_from_checkpoint else None
+        with console.status(f"loading {source}"):
+            self.loaded = load(source, n_labels=len(class_names(train_rows)), dtype=run.dtype, use_cpu=run.use_cpu)
+        self.task = run.data.task(source, self.loaded.is_classifier, train_rows)
+        self.train_set, self.test_set = (
+            _examples(self.task, rows, self.loaded, run.data, path)
+            for rows, path in ((train_rows, run.train_file), (test_rows, run.test_file))
+        )
+        if len(self.train_set) < run.batch_size:
+            raise ValueError(
+                f"{run.train_file} has {len(self.train_set)} rows, fewer than one batch of {run.batch_size}"
+            )
+        self.scorer = _scorer(self.loaded, self.task, self.train_set[0])
+        self.optimizer = self._make_optimizer()
+        self.scheduler = self._make_scheduler()
+        check_space(self.folder, self.loaded.model)
+        self.history = History()
+        self.before: Scores | None = None
+        if state is not None:
+            self._restore(state)
+
+    def _make_optimizer(self) -> ZerothOrder:
+        chosen = select_trainable(self.loaded.model, self.run.train)
+        kind = METHODS[self.run.method]
+        known = inspect.signature(kind).parameters
+        for key in self.run.optimizer:
+            if key not in known:
+                options = ", ".join(f"--{name}" for name in known if name not in ("params", "seed"))
+                raise ValueError(f"--method {self.run.method} has no option --{key}; it has {options}")
+        return kind(chosen, **self.run.optimizer, seed=self.run.seed)
+
+    def _make_scheduler(self) -> Any:
+        from transformers import get_scheduler
+
+        return get_scheduler(self.run.lr_scheduler_type, self.optimizer, self.run.warmup_steps, self.run.max_steps)
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def describe(self) -> None:
+        """Prints what will happen."""
+        run, out = self.run, self.console
+        count = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        total = sum(p.numel() for p in self.loaded.model.parameters())
+        out.print(
+            f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained (--train {run.train})",
+            highlight=False,
+        )
+        out.print(
+            f"data {len(self.train_set):,} training and {len(self.test_set):,} held-out rows, labels "
+            f"{', '.join(self.task.labels)}",
+            highlight=False,
+        )
+        out.print(str(self.optimizer), highlight=False)
+        if isinstance(self.optimizer, JaguarSignSGD) and run.max_steps < 3.0 / self.optimizer.fraction:
+            out.print(
+                f"note: {run.max_steps} steps visit a coordinate "
+                f"{run.max_steps * self.optimizer.fraction:.2g} times on average; momentum "
+                "will hardly act (fewer than 3 visits)",
+                style="yellow",
+                highlight=False,
+            )
+
+    def train(self) -> None:
+        """The steps that are left.
+
+        Raises:
+            Interrupted: Ctrl-C; the state is saved unless nothing was done yet.
+        """
+        run, history = self.run, self.history
+        done = self.optimizer.steps_done
+        begin, before = time.monotonic(), history.seconds
+        try:
+            if self.before is None:
+                self.before = self.test("zero-shot")
+                begin = time.monotonic()
+            work = islice(batches(self.train_set, run.batch_size, run.seed, done), run.max_steps - done)
+            with StepBar(self.console, run.max_steps, done, run.logging_steps) as bar:
+                for batch in work:
+                    self._step(batch)
+                    done = self.optimizer.steps_done
+                    history.seconds = before + time.monotonic() - begin
+                    bar.update(done, history.losses, history.accuracies)
+                    if run.eval_steps and done % run.eval_steps == 0 and done < run.max_steps:
+                        self.test(f"step {done}")
+                    if run.save_steps and done % run.save_steps == 0:
+                        self.save_checkpoint()
+            self.after = self.test("tuned")
+        except KeyboardInterrupt:
+            raise Interrupted(self._stop()) from None
+
+    def _step(self, batch: list[Example]) -> None:
+        hits: list[Tensor] = []
+        labels = torch.tensor([example.label for example in batch], device=self.scorer.device)
+
+        def closure() -> Tensor:
+            logits = self.scorer(batch)
+            hits.append((logits.argmax(1) == labels).float().mean())
+            return self.scorer.loss(logits, batch)
+
+        before = self.scorer.forward_passes
+        loss = self.optimizer.measure(closure).loss
+        with HeldInterrupts():  # the step and what is remembered of it belong together
+            self.optimizer.step()
+            self.scheduler.step()
+            self.history.forward_passes += self.scorer.forward_passes - before
+            self.history.losses.append(loss)
+            self.history.accuracies.append(torch.stack(hits).mean().item())
+
+    def test(self, what: str) -> Scores:
+        """Scores the held-out rows and remembers the figures."""
+        bar, advance = row_bar(self.console, f"scoring held-out rows ({what})", len(self.test_set))
+        with bar:
+            scores = evaluate(self.scorer, self.test_set, self.run.data.eval_batch_size, advance)
+        figures = scores.figures()
+        self.history.test_points.append((self.optimizer.steps_done, figures))
+        self.console.print(
+            f"{what}: accuracy {figures['accuracy']:.2%}"
+            + (f", AUC {figures['auc']:.4f}" if "auc" in figures else "")
+            + f", loss {figures['loss']:.4f} on {len(self.test_set)} held-out rows",
+            highlight=False,
+        )
+        return scores
+
+    def finish(self) -> dict[str, Any]:
+        """Saves model, picture and figures, prints the table, and returns the figures."""
+        assert self.before is not None
+        run, history = self.run, self.history
+        before, after = self.before.figures(), self.after.figures()
+        se = paired_se(self.before, self.after)
+        metrics = {
+            "method": run.method,
+            "train": run.train,
+            "seed": run.seed,
+            "steps": self.optimizer.steps_done,
+            "skipped_steps": self.optimizer.n_skipped,
+            "test_rows": len(self.test_set),
+            "before": before,
+            "after": after,
+            "accuracy_change": after["accuracy"] - before["accuracy"],
+            "paired_se": se,
+            "training_seconds": history.seconds,
+            "training_forward_passes": history.forward_passes,
+            "peak_memory_bytes": _peak_memory(),
+            "command": " ".join(sys.argv),
+            "versions": _versions(),
+        }
+
+        def write(folder: Path) -> None:
+            write_model(folder, self.loaded.model, self.loaded.tokenizer)
+            save_task(self.task, folder)
+            draw_curves(
+                folder / "training_curves.png",
+                losses=history.losses,
+                accuracies=history.accuracies,
+                test_points=history.test_points,
+                title=f"{run.method} on {Path(run.model).name}, seed {run.seed}: held-out accuracy "
+                f"{before['accuracy']:.1%} to {after['accuracy']:.1%}",
+            )
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+        with HeldInterrupts():
+            save_files(self.folder, write)
+        points = 100 * metrics["accuracy_change"]
+        change = {
+            "accuracy": f"{points:+.2f} points, paired SE {100 * se:.2f}",
+            "loss": f"{after['loss'] - before['loss']:+.4f}",
+        }
+        if "auc" in before:
+            change["auc"] = f"{after['auc'] - before['auc']:+.4f}"
+        self.console.print(
+            score_table(
+                f"{run.method}, {len(self.test_set)} held-out rows", {"zero-shot": before, "tuned": after}, change
+            )
+        )
+        self.console.print(
+            f"{self.optimizer.steps_done} steps in {history.seconds:.0f} s, {history.forward_passes} forward passes of "
+            f"{run.batch_size} rows, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
+            highlight=False,
+        )
+        self.console.print(f"model, training_curves.png and metrics.json are in {self.folder}", highlight=False)
+        return metrics
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> Path:
+        """Everything that a continued run needs, in output_dir/checkpoint-STEP; older checkpoints go."""
+        assert self.before is not None
+        folder = self.folder / f"checkpoint-{self.optimizer.steps_done}"
+        state = {
+            "run": self.run.comparable(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": asdict(self.history),
+            "before": self.before.logits,
+            "test_rows": len(self.test_set),
+        }
+
+        def write(staging: Path) -> None:
+            write_model(staging, self.loaded.model, self.loaded.tokenizer)
+            save_task(self.task, staging)
+            torch.save(state, staging / _STATE)
+
+        with HeldInterrupts():
+            save_folder(folder, write)
+        return folder
+
+    def _load_state(self, folder: Path) -> dict[str, Any]:
+        path = folder / _STATE
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} is not a checkpoint of jaguar finetune: it has no {_STATE}")
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception as error:  # torch.load has no exception of its own for a damaged file
+            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        for key, value in self.run.comparable().items():
+            if state["run"].get(key) != value:
+                raise ValueError(
+                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {value!r}; "
+                    "give the same "
+                    "options to continue it"
+                )
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["test_rows"] != len(self.test_set):
+            raise ValueError(
+                f"the checkpoint was made with {state['test_rows']} held-out rows, {self.run.test_file} has "
+                f"{len(self.test_set)}"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history = History(**state["history"])
+        self.before = Scores(state["before"], torch.tensor([example.label for example in self.test_set]))
+
+    def _stop(self) -> str:
+        if self.before is None or self.optimizer.steps_done == 0:
+            return "stopped before the first step; there is nothing to save"
+        folder = self.save_checkpoint()
+        words = [
+            word
+            for i, word in enumerate(sys.argv[1:], 1)
+            if not word.startswith("--resume_from_checkpoint") and sys.argv[i - 1] != "--resume_from_checkpoint"
+        ]
+        return (
+            f"stopped after step {self.optimizer.steps_done} of {self.run.max_steps}; saved in {folder}\n"
+            f"go on with: jaguar {_quoted(words)} --resume_from_checkpoint {folder}"
+        )
+
+
+def evaluate_model(
+    model: str, test_file: str, data: Data, console: Console, *, dtype: str, use_cpu: bool
+) -> dict[str, float]:
+    """Scores a model on labelled text and prints the figures."""
+    rows = read_rows(test_file, data.text_column, data.label_column)
+    with console.status(f"loading {model}"):
+        loaded = load(model, dtype=dtype, use_cpu=use_cpu)
+    task = data.task(model, loaded.is_classifier, rows)
+    examples = _examples(task, rows, loaded, data, test_file)
+    scorer = _scorer(loaded, task, examples[0])
+    begin = time.monotonic()
+    bar, advance = row_bar(console, "scoring", len(examples))
+    with bar:
+        figures = evaluate(scorer, examples, data.eval_batch_size, advance).figures()
+    console.print(
+        score_table(
+            f"{model}, {len(examples)} rows of {test_file}",
+            {"": figures},
+            {"accuracy": f"standard error {100 * figures['accuracy_se']:.2f} points"},
+        )
+    )
+    console.print(
+        f"{len(examples)} rows in {time.monotonic() - begin:.0f} s, {scorer.forward_passes} forward passes, "
+        "peak memory "
+        f"{_peak_memory() / 2**30:.2f} GiB",
+        highlight=False,
+    )
+    return figures
+
+
+def _examples(task: Task, rows: list[Row], loaded: Loaded, data: Data, path: str) -> list[Example]:
+    try:
+        return task.examples(rows, loaded.tokenizer, min(data.max_length, loaded.max_length))
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+
+
+def _scorer(loaded: Loaded, task: Task, example: Example) -> OptionScorer:
+    options = None if loaded.is_classifier else task.option_ids(loaded.tokenizer)
+    scorer = OptionScorer(loaded.model, loaded.pad_id, options)
+    scorer.check_head(example)
+    return scorer
+
+
+def _peak_memory() -> int:
+    """Bytes: allocated on the GPU at most, or resident in this process at most."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "jaguar": jaguar.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _quoted(words: list[str]) -> str:
+    import shlex
+
+    return shlex.join(words)

@@ -1,0 +1,133 @@
+"""What people look at: a progress bar, a table, and a picture of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_WINDOW = 25  # steps in the running means
+
+
+def running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
+    """Mean of the last `window` values, at each place; values that are not finite are left out."""
+    means = []
+    for i in range(len(values)):
+        part = [v for v in values[max(0, i + 1 - window) : i + 1] if v == v and abs(v) != float("inf")]
+        means.append(sum(part) / len(part) if part else float("nan"))
+    return means
+
+
+class StepBar:
+    """A progress bar with loss, accuracy and steps per second; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, total: int, done: int, every: int) -> None:
+        self._console, self._total, self._every = console, total, every
+        self._begin, self._first = time.monotonic(), done
+        columns = (
+            SpinnerColumn(),
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+
+    def __enter__(self) -> StepBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, losses: Sequence[float], accuracies: Sequence[float]) -> None:
+        """Shows the running means of the last steps."""
+        rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-9)
+        figures = (
+            f"loss {running_mean(losses[-_WINDOW:])[-1]:.4f}  accuracy {running_mean(accuracies[-_WINDOW:])[-1]:.1%}  "
+            f"{rate:.2f} steps/s"
+        )
+        self._bar.update(self._task, completed=done, figures=figures)
+        if not self._console.is_terminal and (done % self._every == 0 or done == self._total):
+            self._console.print(f"step {done}/{self._total}  {figures}", highlight=False)
+
+
+def row_bar(console: Console, what: str, rows: int) -> tuple[Progress, Any]:
+    """A progress bar over rows, to be used as a context manager, and the function that advances it."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    task = bar.add_task(what, total=rows)
+    return bar, lambda count: bar.advance(task, count)
+
+
+def score_table(title: str, columns: dict[str, dict[str, float]], change: dict[str, str] | None = None) -> Table:
+    """Accuracy, AUC and loss, a column per model; `change` adds a last column by figure."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("held-out text")
+    for name in columns:
+        table.add_column(name, justify="right")
+    if change:
+        table.add_column("change", justify="right")
+    for key, label, form in (("accuracy", "accuracy", "{:.2%}"), ("auc", "AUC", "{:.4f}"), ("loss", "loss", "{:.4f}")):
+        if all(key in figures for figures in columns.values()):
+            cells = [form.format(figures[key]) for figures in columns.values()]
+            table.add_row(label, *cells, *([change.get(key, "")] if change else []))
+    return table
+
+
+def draw_curves(
+    path: Path,
+    *,
+    title: str,
+    losses: Sequence[float],
+    accuracies: Sequence[float],
+    test_points: Sequence[tuple[int, dict[str, float]]],
+) -> None:
+    """A PNG: training loss and accuracy by step with their running means, and the held-out figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    steps = range(1, len(losses) + 1)
+    test_steps = [step for step, _ in test_points]
+    for axes, what, values, key in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), (losses, accuracies), ("loss", "accuracy"), strict=True
+    ):
+        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training batch, perturbed")
+        axes.plot(steps, running_mean(values), color="tab:blue", linewidth=1.6, label=f"mean of {_WINDOW} batches")
+        tested = [figures[key] for _, figures in test_points]
+        if what == "accuracy":
+            errors = [figures["accuracy_se"] for _, figures in test_points]
+            axes.errorbar(
+                test_steps,
+                tested,
+                yerr=errors,
+                color="tab:red",
+                marker="o",
+                capsize=3,
+                label="held out, +- 1 standard error",
+            )
+        else:
+            axes.plot(test_steps, tested, color="tab:red", marker="o", label="held out")
+        axes.set_xlabel("step")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

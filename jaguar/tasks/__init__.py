@@ -1,0 +1,1 @@
+"""Tasks: labelled text in, prompts and options out."""

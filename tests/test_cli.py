@@ -1,0 +1,325 @@
+"""The command line, run as a user runs it, on tiny models."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from jaguar import cli, finetune
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.causal_lm(folder / "lm")
+    tiny.classifier(folder / "classifier")
+    tiny.write_csv(folder / "train.csv", tiny.sentences(96, seed=1))
+    tiny.write_jsonl(folder / "test.jsonl", tiny.sentences(40, seed=2))
+    return folder
+
+
+def words(folder, out, *more, model="lm"):
+    prompt = ["--template", tiny.TEMPLATE, "--verbalizers", " negative", " positive"] if model == "lm" else []
+    return [
+        "finetune",
+        "--model",
+        str(folder / model),
+        "--train_file",
+        str(folder / "train.csv"),
+        "--test_file",
+        str(folder / "test.jsonl"),
+        "--output_dir",
+        str(out),
+        "--per_device_train_batch_size",
+        "8",
+        "--max_steps",
+        "6",
+        "--learning_rate",
+        "1e-2",
+        "--tau",
+        "1e-2",
+        "--coordinates",
+        "0.5",
+        "--logging_steps",
+        "2",
+        *prompt,
+        *more,
+    ]
+
+
+def refused(capsys, *argv):
+    """Runs a command that must be refused, and returns its one line."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def test_finetune_then_eval(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(words(folder, out, "--eval_steps", "3")) == 0
+    printed = capsys.readouterr().out
+    assert "6 steps in" in printed and "12 forward passes of 8 rows" in printed and "step 6/6" in printed
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == 6 and metrics["training_forward_passes"] == 12 and metrics["test_rows"] == 40
+    assert (out / "training_curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder / "lm", out))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert cli.main(["eval", "--model", str(out), "--test_file", str(folder / "test.jsonl")]) == 0
+    assert f"{metrics['after']['accuracy']:.2%}" in capsys.readouterr().out  # with the prompt that was saved beside it
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--method", "zo-sgd"),
+        ("--optim-zo", "jaguar-signsgd"),
+        ("--coordinates", "3"),
+        ("--train", "norm"),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_finetune_variants(folder, tmp_path, more, monkeypatch):
+    monkeypatch.setattr(
+        "warnings.warn", lambda *a, **k: None
+    )  # bf16 norms at 1.0 lose perturbations, as they should say
+    line = words(folder, tmp_path / "out", *more)
+    if "zo-sgd" in more:
+        at = line.index("--coordinates")
+        del line[at : at + 2]
+    assert cli.main(line) == 0
+    dtypes = {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16 if "bfloat16" in more else torch.float32}
+
+
+def test_only_the_chosen_parameters_move(folder, tmp_path):
+    assert cli.main(words(folder, tmp_path / "out", "--train", "norm")) == 0
+    before, after = load_file(folder / "lm" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("norm" in name for name in moved)
+
+
+def test_a_classifier_is_trained_on_its_classes(folder, tmp_path):
+    assert cli.main(words(folder, tmp_path / "out", "--train", "bias", model="classifier")) == 0
+    assert cli.main(["eval", "--model", str(tmp_path / "out"), "--test_file", str(folder / "test.jsonl")]) == 0
+
+
+def test_training_learns_the_words(folder, tmp_path):
+    out = tmp_path / "out"
+    assert (
+        cli.main(
+            words(
+                folder,
+                out,
+                "--max_steps",
+                "150",
+                "--coordinates",
+                "1.0",
+                "--learning_rate",
+                "5e-3",
+                "--logging_steps",
+                "50",
+            )
+        )
+        == 0
+    )
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["after"]["loss"] < metrics["before"]["loss"] - 0.1 and metrics["after"]["auc"] > 0.8
+
+
+# -- interrupted runs --------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(words(folder, whole, "--eval_steps", "2")) == 0
+    line = words(folder, parts, "--eval_steps", "2")
+    original, calls = finetune.Finetuning._step, []
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        original(self, batch)
+
+    monkeypatch.setattr(sys, "argv", ["jaguar", *line])
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Finetuning, "_step", interrupted)
+        assert cli.main(line) == 130
+    message = capsys.readouterr().out
+    assert "stopped after step 3 of 6" in message
+    resume = shlex.split(message.split("go on with: jaguar ")[1])
+    assert resume == [*line, "--resume_from_checkpoint", str(parts / "checkpoint-3")]
+    assert cli.main(resume) == 0
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    figures = [json.loads((out / "metrics.json").read_text()) for out in (whole, parts)]
+    assert figures[0]["after"] == figures[1]["after"] and figures[0]["paired_se"] == figures[1]["paired_se"]
+
+
+def test_save_steps_leaves_checkpoints_that_continue(folder, tmp_path, capsys):
+    out, more = tmp_path / "out", tmp_path / "more"
+    assert cli.main(words(folder, out, "--save_steps", "4")) == 0
+    assert cli.main(words(folder, more, "--resume_from_checkpoint", str(out / "checkpoint-4"))) == 0
+    assert (out / "model.safetensors").read_bytes() == (more / "model.safetensors").read_bytes()
+    error = refused(
+        capsys,
+        *words(folder, tmp_path / "x", "--resume_from_checkpoint", str(out / "checkpoint-4"), "--max_steps", "7"),
+    )
+    assert "max_steps = 6, this run has 7" in error
+    assert "has no training_state.pt" in refused(
+        capsys, *words(folder, tmp_path / "x", "--resume_from_checkpoint", str(out))
+    )
+    (out / "checkpoint-4" / "training_state.pt").write_bytes(b"torn")
+    assert "damaged" in refused(
+        capsys, *words(folder, tmp_path / "x", "--resume_from_checkpoint", str(out / "checkpoint-4"))
+    )
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
+    line = words(folder, tmp_path / "out", "--max_steps", "100000", "--logging_steps", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "jaguar", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for text in process.stdout:
+        if text.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "stopped after step" in rest and "--resume_from_checkpoint" in rest
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (checkpoint / "model.safetensors").is_file() and (checkpoint / "training_state.pt").is_file()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tau", "0"), "tau=0.0 of the optimizer: the length of the perturbation must be positive"),
+        (("--learning_rate", "-1"), "lr=-1.0 of the optimizer must be at least 0"),
+        (("--learning_rate", "much"), "invalid float value: 'much'"),
+        (("--beta", "1"), "beta=1.0 of the optimizer must lie in"),
+        (("--coordinates", "0"), "at least 1"),
+        (("--coordinates", "1.5"), "a fraction lies in (0, 1]"),
+        (("--coordinates", "0.7"), "0.5 and 1"),
+        (("--coordinates", "99999999"), "is more than the"),
+        (("--layout", "rows"), "choose 'uniform' or 'block'"),
+        (("--released",), "coordinates=0.5 cannot be given with it"),
+        (("--momentum", "0.9"), "jaguar-signsgd has no option --momentum"),
+        (("--method", "adam"), "invalid choice: 'adam'"),
+        (("--backend", "triton"), "backend='triton' is not available: "),
+        (("--backend", "magic"), "backend='magic': choose one of"),
+        (("--max_steps", "0"), "not at least 1"),
+        (("--train", "bias"), "has no such parameters"),
+        (("--verbalizers", " negative"), "1 verbalizers for the 2 labels"),
+        (("--verbalizers", " very dull", " positive"), "is 2 tokens"),
+        (("--template", "no place"), "no {text}"),
+        (("--max_length", "3"), "the template alone is longer than max_length=3"),
+        (("--text_column", "review"), "no column 'review'"),
+        (("--train_file", "none.csv"), "none.csv does not exist"),
+        (("--per_device_train_batch_size", "97"), "fewer than one batch of 97"),
+        (("--output_dir", "/dev/null/x"), "cannot write to the output folder '/dev/null/x'"),
+        (("--model", "/none/such"), "the model folder '/none/such' does not exist"),
+        (("--nonsense",), "unrecognized arguments: --nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, message):
+    assert message in refused(capsys, *words(folder, tmp_path / "out", *more))
+
+
+def test_broken_models_are_refused(folder, tmp_path, capsys):
+    empty, torn, other = tmp_path / "empty", tmp_path / "torn", tmp_path / "other"
+    empty.mkdir()
+    assert "the folder is incomplete or damaged" in refused(
+        capsys, *words(folder, tmp_path / "out", "--model", str(empty))
+    )
+    tiny.causal_lm(torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "could not load the model" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(torn)))
+    tiny.causal_lm(other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(config | {"architectures": ["BertForMaskedLM"], "model_type": "bert"})
+    )
+    assert "is a BertForMaskedLM" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(other)))
+    assert "is a file" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(weights)))
+
+
+def test_a_model_in_the_output_folder_is_not_overwritten_unasked(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(words(folder, out)) == 0
+    capsys.readouterr()
+    assert "already holds a model" in refused(capsys, *words(folder, out))
+    assert cli.main(words(folder, out, "--overwrite_output_dir")) == 0
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(words(folder, out)) == 0
+    good = {path.name: path.read_bytes() for path in out.iterdir()}
+    # No file of this process may grow past 8 KB: the kernel refuses the write as it does on a full disk.
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); from jaguar.cli import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    line = words(folder, out, "--overwrite_output_dir", "--seed", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *line],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not save" in done.stderr, done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == good
+
+
+def test_too_little_space_is_said_before_the_training(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+    assert "only 1 MB are free" in refused(capsys, *words(folder, tmp_path / "out"))
+
+
+# -- help and info -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        ((), ["finetune", "eval", "info"]),
+        (("finetune",), ["--optim-zo", "--learning_rate", "number over the whole set", "default: 100"]),
+        (("eval",), ["--test_file", "standard error"]),
+    ],
+    ids=["jaguar", "finetune", "eval"],
+)
+def test_help_teaches(capsys, command, texts):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and all(text in printed for text in texts)
+
+
+def test_info_names_backends_and_reasons(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "known answer met" in printed and "reference" in printed and "no Triton kernels yet" in printed
+
+
+def test_a_short_run_is_told_that_momentum_will_hardly_act(folder, tmp_path, capsys):
+    assert cli.main(words(folder, tmp_path / "out", "--coordinates", "0.01")) == 0
+    assert "momentum will hardly act" in " ".join(capsys.readouterr().out.split())
