@@ -8,36 +8,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich_argparse import RawDescriptionRichHelpFormatter
 
 import jaguar
-
-FINETUNE = """\
-Fine-tunes a causal LM or a sequence classifier on labelled text with forward passes only.
-
-The model is a folder in Hugging Face form or a hub name; the data are CSV files with a header line or JSONL files with
-an object a line. A causal LM reads the prompt (--template) and is scored on one token per class (--verbalizers); a
-classifier is scored on its classes. Options of an optimizer that are left out keep the optimizer's own defaults.
-
-  jaguar finetune --model ./SmolLM2-135M --train_file train.csv --test_file test.csv --output_dir tuned \\
-      --template 'Review: {text}\\nSentiment:' --verbalizers ' negative' ' positive' \\
-      --train norm --tau 1e-2 --learning_rate 4e-4 --coordinates 1.0 --max_steps 150
-"""
-
-EVAL = """\
-Scores a model on labelled text: accuracy with its standard error, AUC for two classes, loss.
-
-A model that jaguar fine-tuned remembers its prompt; for any other causal LM give --template and --verbalizers.
-
-  jaguar eval --model tuned --test_file test.csv
-"""
-
-INFO = "Shows versions, devices, the backends that can run here, why the others cannot, and what 'auto' chooses."
+from jaguar.flags import OPTIMIZER_FLAGS, make_parser
 
 
 class Refused(Exception):
@@ -53,16 +30,9 @@ def _refusals() -> Iterator[None]:
         raise Refused(str(error)) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from jaguar import ops
     from jaguar.optimizers.base import NonFiniteLoss
 
@@ -73,232 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_, **__: console.print(
                 f"warning: {message}", style="yellow", markup=False, highlight=False
             )
-            return int(args.command(args, console))
+            return {"finetune": _finetune, "eval": _eval, "info": _info}[args.command](args, console)
     except KeyboardInterrupt:
-        print(f"{args.prog}: stopped", file=sys.stderr)
+        print(f"jaguar {args.command}: stopped", file=sys.stderr)
         return 130
     except (Refused, OSError, ops.Unavailable, NonFiniteLoss) as error:
-        print(f"{args.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jaguar {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="jaguar",
-        formatter_class=RawDescriptionRichHelpFormatter,
-        description="Fine-tuning of language models with forward passes only.",
-    )
-    parser.add_argument("--version", action="version", version=f"jaguar {jaguar.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="finetune | eval | info", parser_class=_Parser)
-    for name, short, text, add, run, usage in (
-        (
-            "finetune",
-            "train a model on labelled text",
-            FINETUNE,
-            _add_finetune,
-            _finetune,
-            "jaguar finetune --model DIR --train_file FILE --test_file FILE --output_dir DIR [options]",
-        ),
-        (
-            "eval",
-            "score a model on labelled text",
-            EVAL,
-            _add_eval,
-            _eval,
-            "jaguar eval --model DIR --test_file FILE [options]",
-        ),
-        ("info", "versions, devices and backends", INFO, lambda parser: None, _info, "jaguar info"),
-    ):
-        sub = commands.add_parser(
-            name, help=short, description=escape(text), usage=usage, formatter_class=RawDescriptionRichHelpFormatter
-        )
-        sub.set_defaults(command=run, prog=sub.prog)
-        add(sub)
-    return parser
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", required=True, metavar="DIR", help="folder in Hugging Face form, or a name on the hub"
-    )
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="precision of the weights; auto: as saved (default: %(default)s)",
-    )
-    model.add_argument("--use_cpu", action="store_true", help="stay on the CPU even if there is a GPU")
-    data = parser.add_argument_group("data")
-    data.add_argument("--test_file", required=True, metavar="FILE", help="held-out rows, .csv or .jsonl")
-    data.add_argument("--text_column", default="text", metavar="NAME", help="column of the text (default: %(default)s)")
-    data.add_argument(
-        "--label_column", default="label", metavar="NAME", help="column of the label (default: %(default)s)"
-    )
-    data.add_argument(
-        "--template",
-        metavar="PROMPT",
-        type=_unescaped,
-        help=r"prompt; {text} stands for the text, \n for a new line "
-        "(default: as saved beside the model, else '{text}')",
-    )
-    data.add_argument(
-        "--verbalizers",
-        nargs="+",
-        metavar="WORD",
-        help="one-token answers of a causal LM, in the order of the sorted labels, "
-        "with their leading blank (default: as saved beside the model, else the labels)",
-    )
-    data.add_argument(
-        "--max_length",
-        type=_positive,
-        default=512,
-        metavar="N",
-        help="tokens of a prompt; longer texts lose their end (default: %(default)s)",
-    )
-    data.add_argument(
-        "--per_device_eval_batch_size",
-        type=_positive,
-        default=32,
-        metavar="N",
-        help="rows per forward pass when scoring (default: %(default)s)",
-    )
-
-
-def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    from jaguar.finetune import METHODS
-    from jaguar.models import TRAINABLE
-
-    _add_eval(parser)
-    more = parser.add_argument_group("training data and output")
-    more.add_argument("--train_file", required=True, metavar="FILE", help="rows to train on, .csv or .jsonl")
-    more.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="gets the tuned model, training_curves.png and metrics.json"
-    )
-    more.add_argument(
-        "--overwrite_output_dir", action="store_true", help="allow an output folder that already holds a model"
-    )
-    more.add_argument(
-        "--resume_from_checkpoint", metavar="DIR", help="go on from a checkpoint that Ctrl-C or --save_steps left"
-    )
-    more.add_argument(
-        "--save_steps",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="save a checkpoint every N steps; 0: only on Ctrl-C (default: %(default)s)",
-    )
-    run = parser.add_argument_group("training")
-    run.add_argument(
-        "--method",
-        "--optim-zo",
-        "--optim_zo",
-        choices=tuple(METHODS),
-        default="jaguar-signsgd",
-        dest="method",
-        help="optimizer (default: %(default)s)",
-    )
-    run.add_argument(
-        "--train",
-        choices=TRAINABLE,
-        default="all",
-        help="parameters that are trained; norm: weights and biases of the normalisation layers (default: %(default)s)",
-    )
-    run.add_argument(
-        "--max_steps",
-        type=_positive,
-        default=100,
-        metavar="N",
-        help="steps, two forward passes each unless --estimator or --n_directions say otherwise (default: %(default)s)",
-    )
-    run.add_argument(
-        "--per_device_train_batch_size",
-        type=_positive,
-        default=16,
-        metavar="N",
-        help="rows per step (default: %(default)s)",
-    )
-    run.add_argument(
-        "--lr_scheduler_type",
-        choices=("linear", "constant", "cosine", "constant_with_warmup"),
-        default="linear",
-        help="linear and cosine fall to 0 over the run (default: %(default)s)",
-    )
-    run.add_argument(
-        "--warmup_steps",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="steps over which lr rises from 0 (default: %(default)s)",
-    )
-    run.add_argument(
-        "--eval_steps",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="score the held-out rows every N steps; 0: before and after only (default: %(default)s)",
-    )
-    run.add_argument(
-        "--logging_steps",
-        type=_positive,
-        default=10,
-        metavar="N",
-        help="a line every N steps where there is no terminal (default: %(default)s)",
-    )
-    run.add_argument(
-        "--seed",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="of directions, rounding noise and batch order (default: %(default)s)",
-    )
-    zo = parser.add_argument_group("optimizer", "what is left out keeps the default of the optimizer")
-    zo.add_argument("--learning_rate", type=float, dest="lr", metavar="X", help="length of a step")
-    zo.add_argument("--tau", type=float, metavar="X", help="length of the perturbation")
-    zo.add_argument("--weight_decay", type=float, metavar="X", help="decoupled, multiplied by the learning rate")
-    zo.add_argument("--beta", type=float, metavar="X", help="momentum factor of jaguar-signsgd")
-    zo.add_argument("--momentum", type=float, metavar="X", help="momentum factor of zo-sgd")
-    zo.add_argument(
-        "--coordinates",
-        type=_coordinates,
-        metavar="K|P",
-        help="perturbed coordinates: 100 is a number over the whole set, 0.01 a "
-        "fraction of every tensor (1 is one, 1.0 is all)",
-    )
-    zo.add_argument("--layout", help="uniform or block")
-    zo.add_argument("--signs", help="rademacher or ones")
-    zo.add_argument("--update", help="sampled: the sign step moves the sampled coordinates; all: every one")
-    zo.add_argument("--released", action="store_const", const=True, help="what the authors' released code computes")
-    zo.add_argument("--distribution", help="gaussian or rademacher direction of zo-sgd")
-    zo.add_argument("--restore", help="how zo-sgd gets back to its parameters: copy, module or walk")
-    zo.add_argument("--n_directions", type=int, metavar="N", help="directions per step")
-    zo.add_argument("--estimator", help="two-sided or one-sided")
-    zo.add_argument("--rho_clip", type=float, metavar="X", help="bound on the directional derivative")
-    zo.add_argument("--momentum_dtype", type=_dtype, metavar="DTYPE", help="float32, bfloat16 or float8_e5m2")
-    zo.add_argument("--rounding", help="stochastic or nearest, for weights stored in less than float32")
-    zo.add_argument("--backend", help="auto, or a name that `jaguar info` lists")
-
-
-_OPTIMIZER_FLAGS = (
-    "lr",
-    "tau",
-    "weight_decay",
-    "beta",
-    "momentum",
-    "coordinates",
-    "layout",
-    "signs",
-    "update",
-    "released",
-    "distribution",
-    "restore",
-    "n_directions",
-    "estimator",
-    "rho_clip",
-    "momentum_dtype",
-    "rounding",
-    "backend",
-)
 
 
 def _quiet_transformers() -> None:
@@ -309,7 +60,7 @@ def _quiet_transformers() -> None:
 
 
 def _data(args: argparse.Namespace) -> Any:
-    from jaguar.finetune import Data
+    from jaguar.evaluation import Data
 
     return Data(
         text_column=args.text_column,
@@ -325,7 +76,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     from jaguar.finetune import Finetuning, Interrupted, Run
 
     _quiet_transformers()
-    optimizer = {key: getattr(args, key) for key in _OPTIMIZER_FLAGS if getattr(args, key) is not None}
+    optimizer = {key: getattr(args, key) for key in OPTIMIZER_FLAGS if getattr(args, key) is not None}
     run = Run(
         model=args.model,
         train_file=args.train_file,
@@ -361,7 +112,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
-    from jaguar.finetune import evaluate_model
+    from jaguar.evaluation import evaluate_model
 
     _quiet_transformers()
     with _refusals():
@@ -400,40 +151,6 @@ def _info(args: argparse.Namespace, console: Console) -> int:
     )
     console.print(table)
     return 0 if healthy else 1
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n")
-
-
-def _coordinates(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _dtype(text: str) -> Any:
-    import torch
-
-    names = ("float32", "bfloat16", "float8_e5m2")
-    if text not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
-    return getattr(torch, text)
 
 
 if __name__ == "__main__":

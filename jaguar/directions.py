@@ -108,13 +108,14 @@ class Coordinates:
     @property
     def stratum(self) -> int:
         """G: elements per stratum (uniform), rows per stratum and columns per stratum (block)."""
-        return max(1, round((1.0 / self.coordinates) ** (1 / self._axes)))
+        per_axis: float = (1.0 / self.coordinates) ** (1.0 / self._axes)
+        return max(1, round(per_axis))
 
     def fraction(self, total: int) -> float:
         """The actual probability that a coordinate of a matrix is chosen, of `total` coordinates in the set."""
         if isinstance(self.coordinates, int):
             return self.coordinates / max(total, 1)
-        return 1.0 / self.stratum**self._axes
+        return float(1.0 / self.stratum**self._axes)
 
     def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
         """The sample of every slot, as local indices in ascending order."""

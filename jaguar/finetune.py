@@ -1,11 +1,10 @@
-"""`jaguar finetune` and `jaguar eval`: from a model and a file of labelled text to figures, a picture and a model."""
+"""`jaguar finetune`: from a model and labelled text to figures, a picture and a tuned model."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import platform
-import resource
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,16 +17,16 @@ from rich.console import Console
 from torch import Tensor
 
 import jaguar
+from jaguar.choices import METHODS
+from jaguar.evaluation import Data, make_scorer, peak_memory, versions
 from jaguar.interrupts import HeldInterrupts
-from jaguar.models import Loaded, load, load_task, save_task, select_trainable
-from jaguar.optimizers import ZOSGD, JaguarSignSGD
+from jaguar.models import load, save_task, select_trainable
+from jaguar.optimizers import JaguarSignSGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.report import StepBar, draw_curves, row_bar, score_table
 from jaguar.saving import check_space, prepare_folder, save_files, save_folder, write_model
-from jaguar.scoring import OptionScorer, Scores, batches, evaluate, paired_se
-from jaguar.tasks.text_classification import Example, Row, Task, class_names, read_rows
-
-METHODS: dict[str, type[ZerothOrder]] = {"jaguar-signsgd": JaguarSignSGD, "zo-sgd": ZOSGD}
+from jaguar.scoring import Scores, batches, evaluate, paired_se
+from jaguar.tasks.text_classification import Example, read_rows
 
 _STATE = "training_state.pt"
 # What may differ between a run and the run that continues it.
@@ -44,30 +43,6 @@ _FREE = (
 
 class Interrupted(Exception):
     """Ctrl-C; carries what to tell the user."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where labelled text comes from and how it becomes a prompt; empty means: as saved beside the model."""
-
-    text_column: str = "text"
-    label_column: str = "label"
-    template: str | None = None
-    verbalizers: tuple[str, ...] | None = None
-    max_length: int = 512
-    eval_batch_size: int = 32
-
-    def task(self, model: str, is_classifier: bool, rows: list[Row]) -> Task:
-        """The prompt: what was given, else what lies beside the model, else the text and labels themselves."""
-        saved = load_task(model)
-        labels = tuple(class_names(rows)) if saved is None else saved.labels
-        template = self.template or (saved.template if saved else "{text}")
-        if is_classifier:
-            if self.verbalizers:
-                raise ValueError("--verbalizers are for causal LMs; a sequence classifier has its own classes")
-            return Task(template, labels)
-        verbalizers = self.verbalizers or (saved.verbalizers if saved else tuple(f" {label}" for label in labels))
-        return Task(template, labels, verbalizers)
 
 
 @dataclass(frozen=True)
@@ -129,17 +104,20 @@ class Finetuning:
         source = run.resume_from_checkpoint or run.model
         state = self._load_state(Path(source)) if run.resume_from_checkpoint else None
         with console.status(f"loading {source}"):
-            self.loaded = load(source, n_labels=len(class_names(train_rows)), dtype=run.dtype, use_cpu=run.use_cpu)
-        self.task = run.data.task(source, self.loaded.is_classifier, train_rows)
+            self.loaded = load(source, dtype=run.dtype, use_cpu=run.use_cpu)
+        self.task = run.data.task(source, self.loaded, train_rows)
+        if self.loaded.is_classifier:
+            self.loaded.model.config.id2label = dict(enumerate(self.task.labels))
+            self.loaded.model.config.label2id = {label: i for i, label in enumerate(self.task.labels)}
         self.train_set, self.test_set = (
-            _examples(self.task, rows, self.loaded, run.data, path)
+            run.data.examples(self.task, rows, self.loaded, path)
             for rows, path in ((train_rows, run.train_file), (test_rows, run.test_file))
         )
         if len(self.train_set) < run.batch_size:
             raise ValueError(
                 f"{run.train_file} has {len(self.train_set)} rows, fewer than one batch of {run.batch_size}"
             )
-        self.scorer = _scorer(self.loaded, self.task, self.train_set[0])
+        self.scorer = make_scorer(self.loaded, self.task, self.train_set[0])
         self.optimizer = self._make_optimizer()
         self.scheduler = self._make_scheduler()
         check_space(self.folder, self.loaded.model)
@@ -150,7 +128,7 @@ class Finetuning:
 
     def _make_optimizer(self) -> ZerothOrder:
         chosen = select_trainable(self.loaded.model, self.run.train)
-        kind = METHODS[self.run.method]
+        kind: type[ZerothOrder] = getattr(jaguar, METHODS[self.run.method])
         known = inspect.signature(kind).parameters
         for key in self.run.optimizer:
             if key not in known:
@@ -256,7 +234,7 @@ class Finetuning:
         run, history = self.run, self.history
         before, after = self.before.figures(), self.after.figures()
         se = paired_se(self.before, self.after)
-        metrics = {
+        metrics: dict[str, Any] = {
             "method": run.method,
             "train": run.train,
             "seed": run.seed,
@@ -269,9 +247,9 @@ class Finetuning:
             "paired_se": se,
             "training_seconds": history.seconds,
             "training_forward_passes": history.forward_passes,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "command": " ".join(sys.argv),
-            "versions": _versions(),
+            "versions": versions(),
         }
 
         def write(folder: Path) -> None:
@@ -372,74 +350,5 @@ class Finetuning:
         ]
         return (
             f"stopped after step {self.optimizer.steps_done} of {self.run.max_steps}; saved in {folder}\n"
-            f"go on with: jaguar {_quoted(words)} --resume_from_checkpoint {folder}"
+            f"go on with: jaguar {shlex.join(words)} --resume_from_checkpoint {folder}"
         )
-
-
-def evaluate_model(
-    model: str, test_file: str, data: Data, console: Console, *, dtype: str, use_cpu: bool
-) -> dict[str, float]:
-    """Scores a model on labelled text and prints the figures."""
-    rows = read_rows(test_file, data.text_column, data.label_column)
-    with console.status(f"loading {model}"):
-        loaded = load(model, dtype=dtype, use_cpu=use_cpu)
-    task = data.task(model, loaded.is_classifier, rows)
-    examples = _examples(task, rows, loaded, data, test_file)
-    scorer = _scorer(loaded, task, examples[0])
-    begin = time.monotonic()
-    bar, advance = row_bar(console, "scoring", len(examples))
-    with bar:
-        figures = evaluate(scorer, examples, data.eval_batch_size, advance).figures()
-    console.print(
-        score_table(
-            f"{model}, {len(examples)} rows of {test_file}",
-            {"": figures},
-            {"accuracy": f"standard error {100 * figures['accuracy_se']:.2f} points"},
-        )
-    )
-    console.print(
-        f"{len(examples)} rows in {time.monotonic() - begin:.0f} s, {scorer.forward_passes} forward passes, "
-        "peak memory "
-        f"{_peak_memory() / 2**30:.2f} GiB",
-        highlight=False,
-    )
-    return figures
-
-
-def _examples(task: Task, rows: list[Row], loaded: Loaded, data: Data, path: str) -> list[Example]:
-    try:
-        return task.examples(rows, loaded.tokenizer, min(data.max_length, loaded.max_length))
-    except ValueError as error:
-        raise ValueError(f"{path}, {error}") from None
-
-
-def _scorer(loaded: Loaded, task: Task, example: Example) -> OptionScorer:
-    options = None if loaded.is_classifier else task.option_ids(loaded.tokenizer)
-    scorer = OptionScorer(loaded.model, loaded.pad_id, options)
-    scorer.check_head(example)
-    return scorer
-
-
-def _peak_memory() -> int:
-    """Bytes: allocated on the GPU at most, or resident in this process at most."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "jaguar": jaguar.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _quoted(words: list[str]) -> str:
-    import shlex
-
-    return shlex.join(words)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from jaguar.choices import TRAINABLE
 from jaguar.tasks.text_classification import Task
 
-TRAINABLE = ("all", "norm", "bias")
 _TASK_FILE = "jaguar_task.json"
 
 
@@ -29,12 +29,11 @@ class Loaded:
     max_length: int
 
 
-def load(name: str, *, n_labels: int | None = None, dtype: str = "auto", use_cpu: bool = False) -> Loaded:
+def load(name: str, *, dtype: str = "auto", use_cpu: bool = False) -> Loaded:
     """A causal LM or sequence classifier with its tokenizer.
 
     Args:
         name: a local folder in Hugging Face form, or a name on the hub.
-        n_labels: number of classes that the data has; a classifier must have as many.
         dtype: of the weights: "float32", "bfloat16", "float16", or "auto" for the one they were saved in.
         use_cpu: stay on the CPU even if there is a GPU.
 
@@ -57,9 +56,7 @@ def load(name: str, *, n_labels: int | None = None, dtype: str = "auto", use_cpu
             f"the model {name!r} is a {kind}; jaguar fine-tunes causal LMs (...ForCausalLM) and sequence classifiers "
             "(...ForSequenceClassification)"
         )
-    if is_classifier and n_labels is not None and config.num_labels != n_labels:
-        raise ValueError(f"the classifier {name!r} has {config.num_labels} classes, but the data has {n_labels} labels")
-    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     with _errors_of_loading(name, folder.is_dir()):
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -37,6 +37,19 @@ class Record:
         """Mean of the losses."""
         return math.fsum(self.losses) / len(self.losses) if all(map(math.isfinite, self.losses)) else math.nan
 
+    def check(self, *, step: int, n_lrs: int, n_losses: int) -> None:
+        """Raises ValueError unless this is the record of step number `step` with so many rates and losses."""
+        if self.step != step:
+            raise ValueError(f"this record is of step {self.step}, but the optimizer has finished {step} steps")
+        if len(self.lrs) != n_lrs:
+            raise ValueError(f"the record has {len(self.lrs)} learning rates for {n_lrs} parameter groups")
+        if not all(lr >= 0 and math.isfinite(lr) for lr in self.lrs):
+            raise ValueError(f"the record's learning rates must be finite and at least 0, got {self.lrs}")
+        if len(self.losses) != n_losses:
+            raise ValueError(f"the record has {len(self.losses)} losses; this optimizer measures {n_losses} a step")
+        if not self.skipped and not all(map(math.isfinite, self.losses)):
+            raise ValueError(f"the record has a non-finite loss {self.losses} but is not marked as skipped")
+
     def pack(self) -> bytes:
         """The record as bytes, little-endian, with a CRC-32 at the end."""
         numbers = self.lrs + self.losses

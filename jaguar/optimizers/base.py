@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,16 +14,14 @@ from jaguar.estimators import ESTIMATORS, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
-from jaguar.optimizers.losses import LossGuard
+from jaguar.optimizers.guards import LossGuard, warn_of_lost
 from jaguar.params import Slot, build_slots
 from jaguar.record import Record
 from jaguar.rng import Draw
 
 Closure = Callable[[], Tensor]
-log = logging.getLogger("jaguar")
 
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
-_LOST_WARNING = 0.05
 
 
 class NonFiniteLoss(RuntimeError):
@@ -40,7 +36,7 @@ class ZerothOrder(torch.optim.Optimizer):
     state_dict.
     """
 
-    group_keys: ClassVar[tuple[str, ...]]
+    group_keys: tuple[str, ...]
     momentum_key: ClassVar[str]
 
     # Non-finite losses in a row after which a run is given up.
@@ -149,7 +145,9 @@ class ZerothOrder(torch.optim.Optimizer):
         steps, draws, taus = self._launches(), self._draws(), self._taus()
         lrs = tuple(float(group["lr"]) for group in self.param_groups)
         if self._step == 0 and self.lost_share is None:
-            self._report_lost(steps, draws[0], taus)
+            lost = steps.lost(draws[0], taus)
+            self.lost_share = {part.name: part.share for part in lost}
+            warn_of_lost(lost)
         double = any(slot.tensor.dtype == torch.float64 for slot in self._slots)
         seed = rng.closure_seed(self._seed, self._step)
         with HeldInterrupts() as held, Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
@@ -181,7 +179,10 @@ class ZerothOrder(torch.optim.Optimizer):
             RuntimeError: the optimizer is broken by an earlier failure.
         """
         self._check_usable()
-        self._check_record(record)
+        if not isinstance(record, Record):
+            raise TypeError(f"apply_ takes a jaguar.Record, got {type(record).__name__}")
+        n_losses = self._estimator.n_losses(self._n_directions)
+        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses)
         self._watch.check(self.param_groups)
         self._check_storage()
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
@@ -301,21 +302,6 @@ class ZerothOrder(torch.optim.Optimizer):
         else:
             self._skipped_in_a_row, self._last_finite = 0, record.step
 
-    def _report_lost(self, steps: ops.Steps, draw: Draw, taus: list[float]) -> None:
-        lost = steps.lost(draw, taus)
-        self.lost_share = {part.name: part.share for part in lost}
-        log.info("share of perturbations lost to rounding: %s", self.lost_share)
-        bad = sorted((part for part in lost if part.share > _LOST_WARNING), key=lambda part: -part.share)
-        if bad:
-            worst = ", ".join(f"{part.name} {part.share:.0%}" for part in bad[:3])
-            warnings.warn(
-                f"tau is too small for the precision of {len(bad)} of {len(lost)} tensors: x + tau e rounds to the "
-                f"same value as the point it is compared with ({worst}); such coordinates are not trained. "
-                "Raise tau or keep "
-                "these tensors in float32",
-                stacklevel=4,
-            )
-
     def _check_usable(self) -> None:
         if self._broken:
             raise RuntimeError(
@@ -336,26 +322,6 @@ class ZerothOrder(torch.optim.Optimizer):
                     f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
                     f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model"
                 )
-
-    def _check_record(self, record: Record) -> None:
-        if not isinstance(record, Record):
-            raise TypeError(f"apply_ takes a jaguar.Record, got {type(record).__name__}")
-        if record.step != self._step:
-            raise ValueError(f"this record is of step {record.step}, but the optimizer has finished {self._step} steps")
-        if len(record.lrs) != len(self.param_groups):
-            raise ValueError(
-                f"the record has {len(record.lrs)} learning rates for {len(self.param_groups)} parameter groups"
-            )
-        if not all(lr >= 0 and math.isfinite(lr) for lr in record.lrs):
-            raise ValueError(f"the record's learning rates must be finite and at least 0, got {record.lrs}")
-        expected = self._estimator.n_losses(self._n_directions)
-        if len(record.losses) != expected:
-            raise ValueError(
-                f"the record has {len(record.losses)} losses, but {self._n_directions} direction(s) of the "
-                f"{self._estimator.name} estimator have {expected}"
-            )
-        if not record.skipped and not all(map(math.isfinite, record.losses)):
-            raise ValueError(f"the record has a non-finite loss {record.losses} but is not marked as skipped")
 
     # -- torch.optim.Optimizer -------------------------------------------------------------------------------------
 

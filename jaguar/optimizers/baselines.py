@@ -46,7 +46,7 @@ class ZOSGD(ZerothOrder):
     Equivalent to: `g = rho * z; m = momentum * m + g; x -= lr * m`.
     """
 
-    group_keys = ("lr", "tau", "momentum", "weight_decay")
+    group_keys: tuple[str, ...] = ("lr", "tau", "momentum", "weight_decay")
     momentum_key = "momentum"
 
     def __init__(

@@ -54,7 +54,7 @@ class JaguarSignSGD(ZerothOrder):
     Equivalent to: `m[S] = beta * m[S] + (1 - beta) * rho * s; x[S] -= lr * m[S].sign()`.
     """
 
-    group_keys = ("lr", "tau", "beta", "weight_decay")
+    group_keys: tuple[str, ...] = ("lr", "tau", "beta", "weight_decay")
     momentum_key = "beta"
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Losses as they come out of closures: converted once, and watched for the silent failures."""
+"""What would fail silently: losses that carry no signal, perturbations that rounding swallows."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jaguar.reference.common import Lost
+
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
+_LOST_SHARE = 0.05  # of a tensor's perturbed coordinates
 
 
 class LossGuard:
@@ -74,3 +78,17 @@ class LossGuard:
         if what not in self._told:
             self._told.add(what)
             warnings.warn(message, stacklevel=4)
+
+
+def warn_of_lost(lost: Sequence[Lost]) -> None:
+    """Logs the share of perturbations that rounding swallows in each tensor, and warns where it is large."""
+    logging.getLogger("jaguar").info("lost to rounding: %s", ", ".join(f"{p.name} {p.share:.1%}" for p in lost))
+    bad = sorted((part for part in lost if part.share > _LOST_SHARE), key=lambda part: -part.share)
+    if bad:
+        worst = ", ".join(f"{part.name} {part.share:.0%}" for part in bad[:3])
+        warnings.warn(
+            f"tau is too small for the precision of {len(bad)} of {len(lost)} tensors: rounding swallows the "
+            f"perturbation of some coordinates ({worst}), and those are not trained. Raise tau or keep these tensors "
+            "in float32",
+            stacklevel=4,
+        )
