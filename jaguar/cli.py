@@ -74,6 +74,7 @@ def _data(args: argparse.Namespace) -> Any:
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:
     from jaguar.finetune import Finetuning, Interrupted, Run
+    from jaguar.report import say
 
     _quiet_transformers()
     optimizer = {key: getattr(args, key) for key in OPTIMIZER_FLAGS if getattr(args, key) is not None}
@@ -105,7 +106,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     try:
         job.train()
     except Interrupted as stop:
-        console.print(str(stop), highlight=False, soft_wrap=True)
+        say(console, str(stop))
         return 130
     job.finish()
     return 0

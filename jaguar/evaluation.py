@@ -13,7 +13,7 @@ from rich.console import Console
 
 import jaguar
 from jaguar.models import Loaded, load, load_task
-from jaguar.report import row_bar, score_table
+from jaguar.report import row_bar, say, score_table
 from jaguar.scoring import OptionScorer, evaluate
 from jaguar.tasks.text_classification import Example, Row, Task, class_names, read_rows
 
@@ -91,11 +91,9 @@ def evaluate_model(
         figures = evaluate(scorer, examples, data.eval_batch_size, advance).figures()
     note = {"accuracy": f"standard error {100 * figures['accuracy_se']:.2f} points"}
     console.print(score_table(f"{model}, {len(examples)} rows of {test_file}", {"": figures}, note))
-    console.print(
-        f"{len(examples)} rows in {time.monotonic() - begin:.0f} s, {scorer.forward_passes} forward passes, "
-        f"peak memory {peak_memory() / 2**30:.2f} GiB",
-        highlight=False,
-    )
+    seconds, memory = time.monotonic() - begin, peak_memory() / 2**30
+    passes = scorer.forward_passes
+    say(console, f"{len(examples)} rows in {seconds:.0f} s, {passes} forward passes, peak memory {memory:.2f} GiB")
     return figures
 
 

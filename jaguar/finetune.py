@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,8 @@ from jaguar.choices import METHODS
 from jaguar.evaluation import Data, make_scorer, peak_memory, versions
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
-from jaguar.optimizers import JaguarSignSGD
 from jaguar.optimizers.base import ZerothOrder
-from jaguar.report import StepBar, draw_curves, row_bar, score_table
+from jaguar.report import StepBar, draw_curves, row_bar, say, score_table
 from jaguar.saving import check_space, prepare_folder, save_files, save_folder, write_model
 from jaguar.scoring import Scores, batches, evaluate, paired_se
 from jaguar.tasks.text_classification import Example, read_rows
@@ -145,27 +145,23 @@ class Finetuning:
 
     def describe(self) -> None:
         """Prints what will happen."""
-        run, out = self.run, self.console
+        run, model = self.run, self.loaded.model
         count = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-        total = sum(p.numel() for p in self.loaded.model.parameters())
-        out.print(
-            f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained (--train {run.train})",
-            highlight=False,
-        )
-        out.print(
-            f"data {len(self.train_set):,} training and {len(self.test_set):,} held-out rows, labels "
-            f"{', '.join(self.task.labels)}",
-            highlight=False,
-        )
-        out.print(str(self.optimizer), highlight=False)
-        if isinstance(self.optimizer, JaguarSignSGD) and run.max_steps < 3.0 / self.optimizer.fraction:
-            out.print(
-                f"note: {run.max_steps} steps visit a coordinate "
-                f"{run.max_steps * self.optimizer.fraction:.2g} times on average; momentum "
-                "will hardly act (fewer than 3 visits)",
-                style="yellow",
-                highlight=False,
+        total = sum(p.numel() for p in model.parameters())
+        labels = ", ".join(self.task.labels)
+        self._say(f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained (--train {run.train})")
+        self._say(f"data: {len(self.train_set):,} training and {len(self.test_set):,} held-out rows, labels {labels}")
+        self._say(str(self.optimizer))
+        visits = run.max_steps * getattr(self.optimizer, "fraction", 3.0)
+        if visits < 3.0:
+            self._say(
+                f"note: {run.max_steps} steps visit a coordinate {visits:.2g} times on average, fewer than 3; momentum "
+                "will hardly act",
+                "yellow",
             )
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        say(self.console, text, style)
 
     def train(self) -> None:
         """The steps that are left.
@@ -220,11 +216,10 @@ class Finetuning:
             scores = evaluate(self.scorer, self.test_set, self.run.data.eval_batch_size, advance)
         figures = scores.figures()
         self.history.test_points.append((self.optimizer.steps_done, figures))
-        self.console.print(
-            f"{what}: accuracy {figures['accuracy']:.2%}"
-            + (f", AUC {figures['auc']:.4f}" if "auc" in figures else "")
-            + f", loss {figures['loss']:.4f} on {len(self.test_set)} held-out rows",
-            highlight=False,
+        auc = f", AUC {figures['auc']:.4f}" if "auc" in figures else ""
+        rows = len(self.test_set)
+        self._say(
+            f"{what}: accuracy {figures['accuracy']:.2%}{auc}, loss {figures['loss']:.4f} on {rows} held-out rows"
         )
         return scores
 
@@ -274,17 +269,14 @@ class Finetuning:
         }
         if "auc" in before:
             change["auc"] = f"{after['auc'] - before['auc']:+.4f}"
-        self.console.print(
-            score_table(
-                f"{run.method}, {len(self.test_set)} held-out rows", {"zero-shot": before, "tuned": after}, change
-            )
-        )
-        self.console.print(
+        columns = {"zero-shot": before, "tuned": after}
+        self.console.print(score_table(f"{run.method}, {len(self.test_set)} held-out rows", columns, change))
+        memory = metrics["peak_memory_bytes"] / 2**30
+        self._say(
             f"{self.optimizer.steps_done} steps in {history.seconds:.0f} s, {history.forward_passes} forward passes of "
-            f"{run.batch_size} rows, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
-            highlight=False,
+            f"{run.batch_size} rows, peak memory {memory:.2f} GiB"
         )
-        self.console.print(f"model, training_curves.png and metrics.json are in {self.folder}", highlight=False)
+        self._say(f"model, training_curves.png and metrics.json are in {self.folder}")
         return metrics
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -350,5 +342,10 @@ class Finetuning:
         ]
         return (
             f"stopped after step {self.optimizer.steps_done} of {self.run.max_steps}; saved in {folder}\n"
-            f"go on with: jaguar {shlex.join(words)} --resume_from_checkpoint {folder}"
+            f"go on with: {_program()} {shlex.join(words)} --resume_from_checkpoint {folder}"
         )
+
+
+def _program() -> str:
+    """How this program is called from a shell here."""
+    return "jaguar" if shutil.which("jaguar") else f"{shlex.quote(sys.executable)} -m jaguar"

@@ -14,6 +14,11 @@ from rich.table import Table
 _WINDOW = 25  # steps in the running means
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a line as it is: paths are not markup, and only a terminal wraps it."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
 def running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
     """Mean of the last `window` values, at each place; values that are not finite are left out."""
     means = []
@@ -56,7 +61,7 @@ class StepBar:
         )
         self._bar.update(self._task, completed=done, figures=figures)
         if not self._console.is_terminal and (done % self._every == 0 or done == self._total):
-            self._console.print(f"step {done}/{self._total}  {figures}", highlight=False)
+            say(self._console, f"step {done}/{self._total}  {figures}")
 
 
 def row_bar(console: Console, what: str, rows: int) -> tuple[Progress, Any]:
