@@ -160,7 +160,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypat
         assert cli.main(line) == 130
     message = capsys.readouterr().out
     assert "stopped after step 3 of 6" in message
-    resume = shlex.split(message.split("go on with: jaguar ")[1])
+    resume = shlex.split(
+        message.split("-m jaguar ")[1] if "-m jaguar" in message else message.split("go on with: jaguar ")[1]
+    )
     assert resume == [*line, "--resume_from_checkpoint", str(parts / "checkpoint-3")]
     assert cli.main(resume) == 0
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()

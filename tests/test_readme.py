@@ -1,0 +1,41 @@
+"""The README is true: its Python runs, its paths exist, its commands parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaguar.flags import make_parser
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.S)
+
+
+def test_the_ten_lines_of_python_run(capsys):
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    assert "Record(step=499" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))))
+def test_linked_files_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_the_commands_parse():
+    commands = re.findall(r"^jaguar (.*?[^\\])$", "\n".join(blocks("sh")), flags=re.S | re.M)
+    assert len(commands) == 2
+    for command in commands:
+        make_parser().parse_args(shlex.split(command.replace("\\\n", " ")))
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"make ([a-z-]+)", TEXT))
+    assert targets and all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets)
