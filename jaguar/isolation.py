@@ -81,16 +81,15 @@ class Isolation:
 
 
 class _Snapshot:
-    """A buffer and its values; torch's version counter tells whether anything wrote to it."""
+    """A buffer and its values; batch_norm writes without raising the version counter, so values are compared."""
 
     def __init__(self, buffer: Tensor) -> None:
-        self._buffer, self._values, self._version = buffer, buffer.detach().clone(), buffer._version
+        self._buffer, self._values = buffer, buffer.detach().clone()
 
     def restored(self) -> Tensor:
-        if self._buffer._version != self._version:
+        if not torch.equal(self._buffer, self._values):
             with torch.no_grad():
                 self._buffer.copy_(self._values)
-            self._version = self._buffer._version
         return self._buffer
 
 

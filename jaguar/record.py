@@ -35,7 +35,8 @@ class Record:
     @property
     def loss(self) -> float:
         """Mean of the losses."""
-        return math.fsum(self.losses) / len(self.losses) if all(map(math.isfinite, self.losses)) else math.nan
+        finite = bool(self.losses) and all(map(math.isfinite, self.losses))
+        return math.fsum(self.losses) / len(self.losses) if finite else math.nan
 
     def check(self, *, step: int, n_lrs: int, n_losses: int) -> None:
         """Raises ValueError unless this is the record of step number `step` with so many rates and losses."""

@@ -13,7 +13,8 @@ from torch import Tensor
 STORAGE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2)
 
 # dtype -> (mantissa bits, smallest normal exponent, largest finite value), for the formats narrower than bf16's range
-_NARROW = {torch.float16: (10, -14, 65504.0), torch.float8_e5m2: (2, -14, 57344.0)}
+_E5M2_MAX = torch.finfo(torch.float8_e5m2).max
+_NARROW = {torch.float16: (10, -14, torch.finfo(torch.float16).max), torch.float8_e5m2: (2, -14, _E5M2_MAX)}
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
@@ -38,9 +39,11 @@ def store(value: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> Ten
         value: fp32 or fp64, any shape.
         noise: integers in [0, 2**16), value's shape; None rounds to nearest, ties to even.
 
-    Equivalent to: `value.to(dtype)` without noise.
+    Equivalent to: `value.to(dtype)` without noise (float8_e5m2 saturates in both cases).
     """
     if noise is None or not needs_noise(dtype):
+        if dtype == torch.float8_e5m2:  # its range is small enough for finite losses to leave it
+            value = torch.where(value.abs() < torch.inf, value.clamp(-_E5M2_MAX, _E5M2_MAX), value)
         return value.to(dtype)
     value = value.to(torch.float32)
     rounded = _bf16(value, noise) if dtype == torch.bfloat16 else _narrow(value, dtype, noise)

@@ -197,7 +197,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 self._broken = True
                 raise
             self._finish(record)
-        torch.clear_autocast_cache()
+            torch.clear_autocast_cache()
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """measure(closure) and apply_ in one; without a closure, applies what was measured last.
@@ -275,9 +275,10 @@ class ZerothOrder(torch.optim.Optimizer):
             state = self.state[slot.tensor]
             if "momentum" not in state and self._has_momentum(self.param_groups[slot.group]):
                 own = torch.bfloat16 if slot.tensor.dtype == torch.float16 else slot.tensor.dtype
-                state["momentum"] = torch.zeros(
-                    slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device
-                )
+                with torch.inference_mode(False):  # state made in inference mode could not be written to outside it
+                    state["momentum"] = torch.zeros(
+                        slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device
+                    )
             momenta.append(state.get("momentum"))
         return momenta
 

@@ -109,6 +109,8 @@ class ModuleProbe:
 
     def _leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
         for slot, _ in self._owned(module):
+            if self._depth.get(slot, 0) == 0:  # `_enter` failed before it came to this one
+                continue
             self._depth[slot] -= 1
             if self._depth[slot] == 0:
                 self._put_back(slot)

@@ -1,0 +1,347 @@
+"""Silent failures made loud, transactions that hold, and checks that the checks would notice."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+
+import pytest
+import test_measure
+import torch
+from conftest import CONFIGS, Bag, all_bits, bits, every_form, make, state_bits, warned, weights
+from torch import nn
+
+import jaguar.params
+from jaguar import ZOSGD, JaguarSignSGD, rules
+from jaguar.reference.coordinate import CoordinateProbe
+from jaguar.reference.probes import CopyProbe
+
+configs = pytest.mark.parametrize("config", CONFIGS)
+
+
+def sgd_rule(config: str) -> str:
+    return "jaguar.rules.sign_step" if CONFIGS[config][0] is JaguarSignSGD else "jaguar.rules.sgd_step"
+
+
+# -- lost perturbations (rule 10) --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["sampled", "all"])
+@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+def test_lost_perturbations_are_reported_and_not_trained(update: str, estimator: str) -> None:
+    lost = torch.full((400,), 1.0, dtype=torch.bfloat16, requires_grad=True)
+    fine = torch.full((400,), 0.01, dtype=torch.bfloat16, requires_grad=True)
+    opt = JaguarSignSGD(
+        [("lost", lost), ("fine", fine)], tau=1e-3, lr=0.1, coordinates=0.5, update=update, estimator=estimator
+    )
+    messages = warned(opt, lambda: (lost.float() ** 2).sum() + (fine.float() ** 2).sum(), 5)
+    assert len(messages) == 1 and "lost 100%" in messages[0] and "tau is too small" in messages[0]
+    assert "1 of 2 tensors" in messages[0] and opt.lost_share == {"lost": 1.0, "fine": 0.0}
+    assert (lost == 1).all() and not opt.state[lost]["momentum"].any(), "the coordinate counts as unsampled"
+    assert (fine != 0.01).sum() > 150 and opt.state[fine]["momentum"].any()
+
+
+def test_lost_coordinates_only() -> None:
+    x = torch.where(torch.arange(200) % 2 == 0, 1.0, 0.01).to(torch.bfloat16).requires_grad_()
+    before = x.detach().clone()
+    opt = JaguarSignSGD([x], tau=1e-3, lr=0.1, coordinates=1.0)
+    with pytest.warns(UserWarning, match="50%"):
+        opt.step(lambda: x.float().sum())
+    assert torch.equal(x[::2], before[::2]) and (x[1::2] != before[1::2]).all()
+
+
+def test_lost_means_equal_to_the_point_it_is_compared_with() -> None:
+    """1 + 0.003 rounds to 1 in bf16 and 1 - 0.003 does not: lost against f(x), not against f(x - tau)."""
+    for estimator, moves in (("one-sided", 0), ("two-sided", 200)):
+        x = torch.full((200,), 1.0, dtype=torch.bfloat16, requires_grad=True)
+        opt = JaguarSignSGD([x], tau=3e-3, lr=0.1, coordinates=1.0, signs="ones", estimator=estimator)
+        assert len(warned(opt, lambda: x.float().sum(), 1)) == (moves == 0)  # noqa: B023
+        assert int((x != 1).sum()) == moves
+
+
+def test_lost_share_of_dense_directions() -> None:
+    x = torch.full((400,), 1.0, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.warns(UserWarning, match="tau is too small"):
+        ZOSGD([x], tau=1e-4).step(lambda: x.float().sum())
+    opt = ZOSGD([torch.full((400,), 1.0, requires_grad=True)], tau=1e-3)
+    assert not warned(opt, lambda: torch.rand(()), 1) and opt.lost_share == {"#0": 0.0}
+
+
+def test_no_warning_below_five_percent() -> None:
+    x = torch.where(torch.arange(1000) < 40, 1.0, 0.01).to(torch.bfloat16).requires_grad_()
+    opt = JaguarSignSGD([x], tau=1e-3, coordinates=1.0)
+    assert not warned(opt, lambda: x.float().sum(), 2) and opt.lost_share == {"#0": 0.04}
+
+
+# -- skipped steps (rule 5) --------------------------------------------------------------------------------------------
+
+
+@configs
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_skips_the_step(config: str, bad: float) -> None:
+    bag = every_form(torch.float32)
+    opt = make(config, bag.named_parameters(), weight_decay=0.5)
+    opt.step(bag)
+    params = list(bag.parameters())
+    before, calls = (all_bits(params), state_bits(opt, params)), []
+    loss = opt.step(lambda: (calls.append(1), bag() * (bad if len(calls) == 2 else 1.0))[1])
+    assert math.isnan(loss.item()) and opt.last_record.skipped and not math.isfinite(opt.last_record.losses[1])
+    assert (all_bits(params), state_bits(opt, params)) == before, "no decay, no momentum"
+    assert opt.steps_done == 2 and opt.n_skipped == 1 and "skipped: 1" in repr(opt)
+    bag.seen.clear()
+    opt.step(bag)
+    assert opt.last_record.step == 2 and all_bits(params) != before[0]
+
+
+def test_too_many_skipped_steps_in_a_row_raise() -> None:
+    bag = Bag([weights(torch.float32, 30)])
+    opt = make("fraction", bag.named_parameters())
+    opt.max_skipped = 4
+    nan = bag.p0.detach().new_tensor(math.nan)
+    for finite in (True, True, False, False, False, True, False, False, False):
+        opt.step(bag if finite else lambda: nan)
+    before = bits(bag.p0)
+    with pytest.raises(RuntimeError, match=r"4 steps in a row.*last finite step: 5"):
+        opt.step(lambda: nan)
+    assert bits(bag.p0) == before and opt.steps_done == 9
+    opt.step(bag)
+    assert opt.steps_done == 10 and opt.n_skipped == 6
+
+
+def test_default_of_max_skipped_and_no_finite_step_at_all() -> None:
+    opt = JaguarSignSGD([torch.zeros(3, requires_grad=True)])
+    for _ in range(24):
+        opt.step(lambda: torch.tensor(math.nan))
+    with pytest.raises(RuntimeError, match=r"25 steps in a row.*last finite step: none"):
+        opt.step(lambda: torch.tensor(math.nan))
+
+
+def test_skipped_steps_move_on_to_new_directions() -> None:
+    bag = Bag([weights(torch.float32, 300)])
+    opt = make("fraction", bag.named_parameters())
+    for _ in range(2):
+        opt.step(lambda: bag() * math.nan)
+    assert bits(bag.seen[0][0]) != bits(bag.seen[2][0])
+
+
+# -- transactions (rule 4) ---------------------------------------------------------------------------------------------
+
+
+@configs
+def test_a_failure_in_mid_write_breaks_the_optimizer(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bag = every_form(torch.float32)
+    opt = make(config, bag.named_parameters())
+    opt.step(bag), opt.step(bag)
+    record, calls = opt.measure(bag), []
+    real = getattr(rules, sgd_rule(config).rsplit(".", 1)[1])
+
+    def failing(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sgd_rule(config), failing)
+        with pytest.raises(MemoryError):
+            opt.apply_(record)
+    for call in (lambda: opt.step(bag), lambda: opt.apply_(record), lambda: opt.measure(bag), opt.step):
+        with pytest.raises(RuntimeError, match="reload: last finished step 1"):
+            call()
+    assert opt.steps_done == 2
+
+
+def test_a_failure_in_the_first_step_has_no_finished_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = JaguarSignSGD([weights(torch.float32, 300).requires_grad_()])
+    monkeypatch.setattr("jaguar.rules.sign_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: torch.ones(()))
+    with pytest.raises(RuntimeError, match="last finished step none"):
+        opt.step(lambda: torch.ones(()))
+
+
+@configs
+def test_a_failing_perturbation_is_taken_back(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bag = every_form(torch.bfloat16)
+    params = list(bag.parameters())
+    real = rules.perturbed
+    for fatal in (1, 3, 6, 8, 10):
+        opt, calls, before = make(config, bag.named_parameters()), [], all_bits(params)
+        opt.lost_share = {}  # the report of lost perturbations moves nothing
+
+        def failing(x: torch.Tensor, e: torch.Tensor, scale: float) -> torch.Tensor:
+            calls.append(1)  # noqa: B023
+            if len(calls) == fatal:  # noqa: B023
+                raise MemoryError
+            return real(x, e, scale)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("jaguar.rules.perturbed", failing)
+            if fatal <= 5 or "one-sided" not in CONFIGS[config][1].values():
+                with pytest.raises(MemoryError):
+                    opt.measure(bag)
+        assert all_bits(params) == before
+        opt.measure(bag)
+        assert all_bits(params) == before
+
+
+@configs
+def test_ctrl_c_waits_until_the_parameters_are_whole(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bag, twin = every_form(torch.float32), every_form(torch.float32)
+    opt, other = make(config, bag.named_parameters()), make(config, twin.named_parameters())
+    real, finished = getattr(rules, sgd_rule(config).rsplit(".", 1)[1]), []
+
+    def interrupted(*args: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        finished.append(sum(i * i for i in range(2000)))  # bytecode in which a handler would run
+        return real(*args)
+
+    handler = signal.getsignal(signal.SIGINT)
+    record = opt.measure(bag)
+    with monkeypatch.context() as patch:
+        patch.setattr(sgd_rule(config), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.apply_(record)
+    other.step(twin)
+    assert len(finished) >= 2 and opt.steps_done == 1 and signal.getsignal(signal.SIGINT) is handler
+    assert all_bits(list(bag.parameters())) == all_bits(list(twin.parameters()))
+    opt.step(bag), other.step(twin)
+    assert all_bits(list(bag.parameters())) == all_bits(list(twin.parameters()))
+
+
+@configs
+def test_ctrl_c_while_perturbing_or_evaluating(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bag = every_form(torch.float32)
+    opt, params, handler = make(config, bag.named_parameters()), list(bag.parameters()), signal.getsignal(signal.SIGINT)
+    opt.lost_share = {}
+    before, real = all_bits(params), rules.perturbed
+
+    def interrupted(*args: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaguar.rules.perturbed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.measure(bag)
+    assert all_bits(params) == before and signal.getsignal(signal.SIGINT) is handler
+    started = time.monotonic()
+
+    def closure() -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+        return bag()
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.measure(closure)
+    assert time.monotonic() - started < 10, "at once in the caller's own code"
+    assert all_bits(params) == before and signal.getsignal(signal.SIGINT) is handler
+    opt.step(bag)
+
+
+def test_steps_in_another_thread_leave_signals_alone() -> None:
+    bag, errors = every_form(torch.float32), []
+    opt = make("fraction", bag.named_parameters())
+
+    def work() -> None:
+        try:
+            opt.step(bag)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start(), thread.join()
+    assert not errors and opt.steps_done == 1
+
+
+# -- restore="module" --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+def test_module_restore_names_an_unused_parameter(estimator: str) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 3), "idle": nn.Linear(3, 3, bias=False)})
+    opt = ZOSGD(model.named_parameters(), restore="module", estimator=estimator)
+    before = all_bits(list(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"idle\.weight.*restore='copy'"):
+        opt.step(lambda: model["used"](torch.ones(1, 3)).sum())
+    assert all_bits(list(model.parameters())) == before and opt.steps_done == 0
+    opt.step(lambda: model["idle"](model["used"](torch.ones(1, 3))).sum())
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_module_restore_perturbs_shared_and_nested_modules_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+            self.tied = self.inner.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.inner(x) * self.scale) @ self.tied
+
+    runs = []
+    for restore in ("copy", "module"):
+        torch.manual_seed(0)
+        model = Twice()
+        opt = ZOSGD(model.named_parameters(), lr=1e-2, tau=1e-2, restore=restore)
+        for _ in range(4):
+            opt.step(lambda: model(torch.ones(2, 4)).square().mean())  # noqa: B023
+        runs.append((all_bits(list(model.parameters())), opt.last_record))
+    assert runs[0] == runs[1]
+
+
+def test_without_a_choice_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = [("x", torch.zeros(1000, requires_grad=True))]
+    for free, restore in ((1e12, "copy"), (39_999, "module"), (40_001, "copy")):
+        monkeypatch.setattr("jaguar.reference.dense.free_bytes", lambda device: free)  # noqa: B023
+        assert ZOSGD(x)._launches().restore == restore
+
+
+# -- the guards have teeth ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "probe"), [("fraction", CoordinateProbe), ("gaussian-copy", CopyProbe)])
+def test_the_restore_law_notices_a_missing_restore(config: str, probe: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "finish", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_measure.restore_law(config, [weights(torch.float32, 50)])
+
+
+def test_the_failure_law_notices_a_missing_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CoordinateProbe, "abort", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_measure.test_a_failing_closure_leaves_no_trace("fraction", torch.float32, "raise-1")
+
+
+@pytest.mark.parametrize("config", ["fraction", "gaussian-copy"])
+def test_the_autocast_law_notices_a_stale_cache(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    with pytest.raises(AssertionError):
+        test_measure.autocast_law(config)
+
+
+def test_the_slice_law_notices_a_stride_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+        tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())[index] = values
+
+    monkeypatch.setattr("jaguar.reference.coordinate.scatter_", wrong)
+    with pytest.raises(AssertionError):
+        test_measure.test_nothing_outside_a_slice_is_touched("fraction", "block", torch.float32)
+
+
+def test_the_dropout_law_notices_unseeded_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaguar.isolation.Isolation.evaluate", lambda self, closure, seed: closure())
+    with pytest.raises(AssertionError):
+        test_measure.test_dropout_masks_within_and_between_steps()
+
+
+def test_streams_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensors with one stream move alike; the collision check is what keeps that from happening."""
+    monkeypatch.setattr(jaguar.params, "stream_of", lambda name: 3)
+    with pytest.raises(ValueError, match="stream"):
+        JaguarSignSGD(
+            [("a", weights(torch.float32, 5).requires_grad_()), ("b", weights(torch.float32, 6).requires_grad_())]
+        )

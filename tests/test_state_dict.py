@@ -1,0 +1,297 @@
+"""Saving and loading: exact in every dtype, loadable with weights_only, refused where it does not fit; schedules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import CONFIGS, DTYPES, Bag, all_bits, bits, dtype_id, every_form, make, state_bits, weights
+from torch import nn
+
+from jaguar import ZOSGD, JaguarSignSGD
+
+MOMENTA = [None, torch.float32, torch.bfloat16, torch.float8_e5m2]
+
+
+def through_a_file(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def plain(value: object) -> bool:
+    """Only ints, floats, tensors, strings, None, and containers of them."""
+    if isinstance(value, dict):
+        return all(plain(k) and plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return value is None or isinstance(value, (int, float, str, torch.Tensor))
+
+
+def continue_law(config: str, dtype: torch.dtype, **changes: object) -> None:
+    """Saved after 4 steps, loaded into a fresh optimizer, continued for 4: the bits of 8 uninterrupted steps."""
+    bag, fresh = every_form(dtype), every_form(dtype)
+    opt = make(config, bag.named_parameters(), **changes)
+    for t in range(4):
+        opt.step(bag if t != 2 else (lambda: bag() * float("nan")))
+    state, model = through_a_file(opt.state_dict()), through_a_file(bag.state_dict())
+    assert plain(state)
+    again = make(config, fresh.named_parameters(), **(changes | {"seed": 1}))
+    fresh.load_state_dict(model)
+    again.load_state_dict(state)
+    assert repr(again) == repr(opt) and again.steps_done == 4 and again.n_skipped == 1
+    assert state_bits(again, list(fresh.parameters())) == state_bits(opt, list(bag.parameters()))
+    assert dtypes_of(again) == dtypes_of(opt)
+    for _ in range(4):
+        assert opt.measure(bag) == again.measure(fresh)
+        opt.step(), again.step()
+    assert all_bits(list(bag.parameters())) == all_bits(list(fresh.parameters()))
+    assert state_bits(again, list(fresh.parameters())) == state_bits(opt, list(bag.parameters()))
+
+
+def dtypes_of(opt: torch.optim.Optimizer) -> list[torch.dtype]:
+    return [opt.state[s.tensor]["momentum"].dtype for s in opt._slots if "momentum" in opt.state[s.tensor]]
+
+
+@pytest.mark.parametrize("momentum", MOMENTA, ids=lambda d: dtype_id(d) or "own")
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("config", ["fraction", "all", "gaussian-copy"])
+def test_continuing_is_never_having_stopped(config: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:
+    continue_law(config, dtype, momentum_dtype=momentum)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_continuing_in_every_configuration(config: str) -> None:
+    continue_law(config, torch.bfloat16)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA, ids=lambda d: dtype_id(d) or "own")
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_state_dtypes(dtype: torch.dtype, momentum: torch.dtype | None) -> None:
+    bag = every_form(dtype)
+    opt = make("fraction", bag.named_parameters(), momentum_dtype=momentum)
+    opt.step(bag)
+    own = torch.bfloat16 if dtype == torch.float16 else dtype
+    assert dtypes_of(opt) == [momentum or own] * 6
+    assert [opt.state[p]["momentum"].shape for p in bag.parameters()] == [p.shape for p in bag.parameters()]
+    loaded = make("fraction", every_form(dtype).named_parameters(), momentum_dtype=momentum)
+    loaded.load_state_dict(opt.state_dict())
+    assert dtypes_of(loaded) == dtypes_of(opt)
+    saved = opt.state_dict()["state"][0]["momentum"]
+    before = bits(saved)
+    loaded.step(Bag([weights(dtype, 3)]))
+    assert bits(saved) == before, "loading copies"
+
+
+def test_group_values_are_loaded_and_watched() -> None:
+    opt = JaguarSignSGD([("a", torch.zeros(5, requires_grad=True))], lr=0.5, tau=0.25)
+    opt.step(lambda: torch.zeros(()))
+    again = JaguarSignSGD([("a", torch.zeros(5, requires_grad=True))], lr=0.1, tau=0.1)
+    again.load_state_dict(opt.state_dict())
+    assert again.param_groups[0]["lr"] == 0.5 and again.param_groups[0]["tau"] == 0.25
+    again.param_groups[0]["tau"] = 0.1
+    with pytest.raises(RuntimeError, match="tau"):
+        again.measure(lambda: torch.zeros(()))
+
+
+def pair(
+    cls: type,
+    saved: dict,
+    own: dict,
+    shapes: tuple = ((4, 5), (4, 5)),
+    names: tuple = ("a", "a"),
+    splits: tuple = (1, 1),
+) -> tuple:
+    made = []
+    for options, shape, name, groups in zip((saved, own), shapes, names, splits, strict=True):
+        params = [{"params": [(f"{name}{g}", torch.ones(shape, requires_grad=True))]} for g in range(groups)]
+        made.append(cls(params, **options))
+        made[-1].step(lambda: torch.zeros(()))
+    return made[0].state_dict(), made[1]
+
+
+MISMATCHES = {
+    "count-fraction": (JaguarSignSGD, {"coordinates": 1}, {"coordinates": 1.0}, r"coordinates=1, .*coordinates=1\.0"),
+    "fraction": (JaguarSignSGD, {"coordinates": 0.1}, {"coordinates": 0.01}, r"coordinates=0\.1, .*0\.01"),
+    "layout": (JaguarSignSGD, {"layout": "block"}, {}, "layout='block'"),
+    "signs": (JaguarSignSGD, {"signs": "ones"}, {}, "signs='ones'"),
+    "update": (JaguarSignSGD, {"update": "all"}, {}, "update='all'"),
+    "released": (JaguarSignSGD, {"released": True}, {}, "released=True"),
+    "momentum": (JaguarSignSGD, {"momentum_dtype": torch.float32}, {}, "momentum_dtype='torch.float32'.*None"),
+    "rounding": (JaguarSignSGD, {"rounding": "nearest"}, {}, "rounding='nearest'"),
+    "directions": (JaguarSignSGD, {"n_directions": 2}, {}, "n_directions=2"),
+    "estimator": (JaguarSignSGD, {"estimator": "one-sided"}, {}, "estimator='one-sided'"),
+    "clip": (JaguarSignSGD, {"rho_clip": 1.0}, {}, r"rho_clip=1\.0"),
+    "distribution": (ZOSGD, {"distribution": "rademacher"}, {}, "distribution='rademacher'"),
+    "restore": (ZOSGD, {"restore": "walk"}, {}, "restore='walk'"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_a_different_option_is_named(case: str) -> None:
+    cls, saved, own, message = MISMATCHES[case]
+    state, opt = pair(cls, saved, own)
+    refuse(opt, state, f"saved with {message}")
+
+
+def refuse(opt: torch.optim.Optimizer, state: dict, message: str) -> None:
+    """load_state_dict raises and changes nothing."""
+    before, momenta = repr(opt), [bits(s["momentum"]) for s in opt.state.values() if "momentum" in s]
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert repr(opt) == before
+    assert [bits(s["momentum"]) for s in opt.state.values() if "momentum" in s] == momenta
+
+
+OTHER_PARAMETERS = {
+    "shape": ({"shapes": ((4, 5), (5, 4))}, r"shape \(4, 5\).*\(5, 4\)"),
+    "name": ({"names": ("a", "b")}, "'a0' where this optimizer has 'b0'"),
+    "groups": ({"splits": (1, 2)}, "1 parameter groups, this optimizer has 2"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PARAMETERS)
+def test_other_parameters_are_named(case: str) -> None:
+    changes, message = OTHER_PARAMETERS[case]
+    state, opt = pair(JaguarSignSGD, {}, {}, **changes)
+    refuse(opt, state, message)
+
+
+def test_other_number_of_tensors_and_other_optimizers() -> None:
+    def leaf() -> torch.Tensor:
+        return torch.ones(3, requires_grad=True)
+
+    two, one = JaguarSignSGD([("a", leaf()), ("b", leaf())]), JaguarSignSGD([("a", leaf())])
+    refuse(one, two.state_dict(), "2 tensors, this optimizer's 1")
+    refuse(one, ZOSGD([("a", leaf())]).state_dict(), "optimizer='ZOSGD'")
+    refuse(one, torch.optim.SGD([leaf()], lr=1.0).state_dict(), "not made by a jaguar optimizer")
+
+
+def test_names_are_compared_canonically() -> None:
+    def leaf() -> torch.Tensor:
+        return torch.ones(3, requires_grad=True)
+
+    JaguarSignSGD([("a", leaf())]).load_state_dict(JaguarSignSGD([("module._orig_mod.a", leaf())]).state_dict())
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_pickle_and_deepcopy(config: str, how: str) -> None:
+    bag = every_form(torch.bfloat16)
+    opt = make(config, bag.named_parameters())
+    opt.step(bag), opt.step(bag)
+    twin, other = pickle.loads(pickle.dumps((bag, opt))) if how == "pickle" else copy.deepcopy((bag, opt))
+    assert repr(other) == repr(opt)
+    assert {id(s.tensor) for s in other._slots} == {id(p) for p in twin.parameters()}
+    for _ in range(3):
+        opt.step(bag), other.step(twin)
+    assert opt.last_record == other.last_record
+    assert all_bits(list(bag.parameters())) == all_bits(list(twin.parameters()))
+    assert state_bits(opt, list(bag.parameters())) == state_bits(other, list(twin.parameters()))
+
+
+def test_a_copy_between_measure_and_apply() -> None:
+    bag = every_form(torch.float32)
+    opt = make("fraction", bag.named_parameters())
+    opt.measure(bag)
+    twin, other = copy.deepcopy((bag, opt))
+    opt.step(), other.step()
+    assert all_bits(list(bag.parameters())) == all_bits(list(twin.parameters()))
+
+
+def test_a_state_dict_heals_a_broken_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bag = every_form(torch.float32)
+    opt = make("fraction", bag.named_parameters())
+    opt.step(bag)
+    saved, model = through_a_file(opt.state_dict()), copy.deepcopy(bag.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr("jaguar.rules.sign_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opt.step(bag)
+    with pytest.raises(RuntimeError, match="reload"):
+        opt.step(bag)
+    bag.load_state_dict(model)
+    opt.load_state_dict(saved)
+    opt.step(bag)
+    assert opt.steps_done == 2
+
+
+def test_schedulers_survive_a_reload() -> None:
+    def fresh() -> tuple[nn.Linear, JaguarSignSGD, torch.optim.lr_scheduler.LinearLR]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        opt = JaguarSignSGD(model.named_parameters(), lr=0.1, coordinates=0.5)
+        return model, opt, torch.optim.lr_scheduler.LinearLR(opt, 0.1, 1.0, total_iters=8)
+
+    def train(model: nn.Module, opt: JaguarSignSGD, schedule: torch.optim.lr_scheduler.LRScheduler, n: int) -> None:
+        for _ in range(n):
+            opt.step(lambda: model(torch.ones(2, 6)).square().mean())
+            schedule.step()
+
+    one, two = fresh(), fresh()
+    train(*one, 8)
+    train(*two, 3)
+    three = fresh()
+    for part, saved in zip(three, [part.state_dict() for part in two], strict=True):
+        part.load_state_dict(through_a_file(saved))
+    train(*three, 5)
+    assert three[1].last_record == one[1].last_record and three[1].last_record.lrs[0] > 0.08
+    assert all_bits(list(one[0].parameters())) == all_bits(list(three[0].parameters()))
+
+
+@pytest.mark.parametrize("key", ["tau", "beta", "weight_decay"])
+def test_only_lr_may_be_scheduled(key: str) -> None:
+    bag = every_form(torch.float32)
+    opt = make("fraction", bag.named_parameters())
+    opt.param_groups[0][key] = 0.25
+    opt.step(bag)
+    record, before = opt.measure(bag), all_bits(list(bag.parameters()))
+    opt.param_groups[0][key] = 0.125
+    for call in (lambda: opt.step(bag), lambda: opt.apply_(record)):
+        with pytest.raises(RuntimeError, match=f"{key} of parameter group 0 changed from 0.25 to 0.125.*only lr"):
+            call()
+    assert all_bits(list(bag.parameters())) == before and opt.steps_done == 1
+    opt.param_groups[0][key], opt.param_groups[0]["lr"] = 0.25, 0.5
+    opt.step(bag)
+    assert opt.last_record.lrs == (0.5,)
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.nan, math.inf])
+def test_a_bad_scheduled_lr(lr: float) -> None:
+    bag = every_form(torch.float32)
+    opt = make("fraction", bag.named_parameters())
+    opt.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match="lr"):
+        opt.step(bag)
+
+
+def test_the_rate_of_measure_counts() -> None:
+    x = torch.zeros(10, requires_grad=True)
+    opt = JaguarSignSGD([x], lr=0.5, coordinates=1.0, signs="ones")
+    record = opt.measure(lambda: x.sum())
+    opt.param_groups[0]["lr"] = 4.0
+    opt.apply_(record)
+    assert (x == -0.5).all()
+
+
+def test_a_cycled_momentum_is_refused() -> None:
+    bag = every_form(torch.float32)
+    opt = make("gaussian-copy", bag.named_parameters())
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=5)
+    opt.step(bag)
+    cycle.step()
+    with pytest.raises(RuntimeError, match=r"momentum.*cycle_momentum=False"):
+        opt.step(bag)
+
+
+def test_freed_storage_is_noticed() -> None:
+    x = weights(torch.float32, 30).requires_grad_()
+    opt = JaguarSignSGD([("layer.weight", x)])
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"layer\.weight was freed"):
+        opt.step(lambda: torch.zeros(()))
