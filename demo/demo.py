@@ -68,20 +68,23 @@ def _folder(method: str, seed: int) -> Path:
 def _run(method: str, seed: int) -> int:
     words = command(method, seed)
     print(f"$ jaguar {shlex.join(words)}", flush=True)
-    try:
-        return subprocess.run([sys.executable, "-m", "jaguar", *words]).returncode
-    except KeyboardInterrupt:  # the child was told too, and has said what it saved
-        return 130
+    child = subprocess.Popen([sys.executable, "-m", "jaguar", *words])
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue  # the child was told too: it is saving, and says how to go on
 
 
 def compare(seed: int) -> int:
-    """Both optimizers with the same number of forward passes; a finished run of the same seed is not repeated."""
+    """Both optimizers with the same number of forward passes; a finished run of the same command is not repeated."""
     table = Table(title=f"{STEPS} steps, two forward passes each, seed {seed}", title_justify="left")
     for column in ("method", "zero-shot", "tuned", "change (paired SE)", "AUC", "seconds", "peak GiB"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method in SETTINGS:
         path = _folder(method, seed) / "metrics.json"
-        if not path.is_file() and (code := _run(method, seed)):
+        same = shlex.join(["jaguar", *command(method, seed)])
+        if not (path.is_file() and json.loads(path.read_text())["command"] == same) and (code := _run(method, seed)):
             return code
         m = json.loads(path.read_text())
         table.add_row(

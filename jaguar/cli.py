@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import os
 import sys
 import warnings
@@ -14,28 +15,29 @@ from rich.console import Console
 from rich.table import Table
 
 import jaguar
-from jaguar.flags import OPTIMIZER_FLAGS, make_parser
+from jaguar.choices import METHODS
+from jaguar.flags import make_parser
 
 
 class Refused(Exception):
-    """Bad input, found before the work began."""
+    """Bad input; the message is for the user."""
 
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """Setting up checks every input, so a ValueError is a message to the user; later it would be a bug to be traced."""
+    from jaguar.ops import Unavailable
+
     try:
         yield
-    except ValueError as error:
+    except (ValueError, Unavailable) as error:
         raise Refused(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
-    from jaguar import ops
-    from jaguar.optimizers.base import NonFiniteLoss
-
+    command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console = Console()
     try:
@@ -43,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_, **__: console.print(
                 f"warning: {message}", style="yellow", markup=False, highlight=False
             )
-            return {"finetune": _finetune, "eval": _eval, "info": _info}[args.command](args, console)
+            return command(args, console)
     except KeyboardInterrupt:
         print(f"jaguar {args.command}: stopped", file=sys.stderr)
         return 130
-    except (Refused, OSError, ops.Unavailable, NonFiniteLoss) as error:
+    except (Refused, OSError) as error:
         print(f"jaguar {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -74,10 +76,12 @@ def _data(args: argparse.Namespace) -> Any:
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:
     from jaguar.finetune import Finetuning, Interrupted, Run
+    from jaguar.optimizers.base import NonFiniteLoss
     from jaguar.report import say
 
     _quiet_transformers()
-    optimizer = {key: getattr(args, key) for key in OPTIMIZER_FLAGS if getattr(args, key) is not None}
+    known = {key for name in METHODS.values() for key in inspect.signature(getattr(jaguar, name)).parameters} - {"seed"}
+    optimizer = {key: value for key, value in vars(args).items() if key in known and value is not None}
     run = Run(
         model=args.model,
         train_file=args.train_file,
@@ -108,6 +112,8 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     except Interrupted as stop:
         say(console, str(stop))
         return 130
+    except NonFiniteLoss as error:
+        raise Refused(str(error)) from error
     job.finish()
     return 0
 

@@ -7,6 +7,7 @@ give their values for a range of elements; coordinate directions give the chosen
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -70,7 +71,10 @@ class Coordinates:
 
     def __post_init__(self) -> None:
         k = self.coordinates
-        if isinstance(k, bool) or not isinstance(k, (int, float)):
+        if isinstance(k, numbers.Real) and not isinstance(k, bool):  # numpy's numbers become Python's
+            k = int(k) if isinstance(k, numbers.Integral) else float(k)
+            object.__setattr__(self, "coordinates", k)
+        else:
             raise ValueError(
                 f"coordinates={k!r}: give an int (a number of coordinates over the whole set) or a float "
                 "in (0, 1] (a fraction of every tensor)"
@@ -92,6 +96,8 @@ class Coordinates:
             self._check_reachable(k)
 
     def _check_reachable(self, fraction: float) -> None:
+        if fraction < 2.0**-62:
+            raise ValueError(f"coordinates={fraction}: a fraction below 2**-62 leaves nothing of any tensor")
         actual = 1.0 / self.stratum**self._axes
         if abs(fraction / actual - 1.0) > 0.1:
             g = self.stratum if actual > fraction else self.stratum - 1

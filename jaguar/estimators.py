@@ -1,4 +1,4 @@
-"""Estimators: which points of a direction are evaluated, and the directional derivative that follows from them."""
+"""Estimators: which points of a direction are evaluated, how to get back, and the directional derivative."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from jaguar.params import Slot, free_bytes
 from jaguar.rules import rounded
 
 
@@ -23,6 +24,26 @@ class Probe(Protocol):
 
     def abort(self) -> None:
         """Something failed, `plus` and `minus` included: parameters become x."""
+
+
+RESTORES = ("copy", "module", "walk")
+
+# A copy of the trained tensors is taken where it needs less than this share of the free memory.
+_COPY_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Lost:
+    """How many perturbed coordinates of a tensor rounding put back where they were."""
+
+    name: str
+    lost: int
+    perturbed: int
+
+    @property
+    def share(self) -> float:
+        """Lost coordinates / perturbed coordinates."""
+        return self.lost / max(self.perturbed, 1)
 
 
 @dataclass(frozen=True)
@@ -85,3 +106,12 @@ class OneSided:
 
 
 ESTIMATORS = {e.name: e for e in (TwoSided(), OneSided())}
+
+
+def choose_restore(slots: Sequence[Slot]) -> str:
+    """ "copy" where the trained tensors need under a tenth of the free memory of their device, else "module"."""
+    for device in {slot.tensor.device for slot in slots}:
+        size = sum(slot.count * slot.tensor.element_size() for slot in slots if slot.tensor.device == device)
+        if size > _COPY_SHARE * free_bytes(device):
+            return "module"
+    return "copy"

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -32,6 +33,8 @@ class Data:
     def task(self, source: str, loaded: Loaded, rows: list[Row]) -> Task:
         """The prompt: what was given, else what lies beside the model, else the text and the labels themselves."""
         saved = load_task(source)
+        if saved and not {row.label for row in rows} <= set(saved.labels):
+            saved = None  # it was tuned for other labels
         template = self.template or (saved.template if saved else "{text}")
         if loaded.is_classifier:
             if self.verbalizers:
@@ -54,17 +57,22 @@ class Data:
 
 
 def _classifier_labels(loaded: Loaded, rows: list[Row]) -> tuple[str, ...]:
-    """The classes in the order of the model's outputs: by its own names, by number, else sorted."""
+    """The classes in the order of the model's outputs: by its own names, by number, or sorted if it has no names yet.
+
+    Raises:
+        ValueError: the data has other labels than the model has classes; guessing an order could invert them.
+    """
     config, found = loaded.model.config, class_names(rows)
-    for names in ([config.id2label[i] for i in range(config.num_labels)], [str(i) for i in range(config.num_labels)]):
-        if set(found) <= set(names):
-            return tuple(names)
-    if len(found) != config.num_labels:
-        raise ValueError(
-            f"the classifier has {config.num_labels} classes ({', '.join(config.id2label.values())}), but the data has "
-            f"{len(found)} labels ({', '.join(found)})"
-        )
-    return tuple(found)
+    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    spelling = {label.casefold(): label for label in found}
+    if set(spelling) <= {name.casefold() for name in own}:
+        return tuple(spelling.get(name.casefold(), name) for name in own)
+    numbers = [str(i) for i in range(config.num_labels)]
+    if set(found) <= set(numbers):
+        return tuple(numbers)
+    if own == [f"LABEL_{i}" for i in range(config.num_labels)] and len(found) == config.num_labels:
+        return tuple(found)
+    raise ValueError(f"the classes of the model are {', '.join(own)}, the labels of the data {', '.join(found)}")
 
 
 def make_scorer(loaded: Loaded, task: Task, example: Example) -> OptionScorer:
@@ -91,17 +99,21 @@ def evaluate_model(
         figures = evaluate(scorer, examples, data.eval_batch_size, advance).figures()
     note = {"accuracy": f"standard error {100 * figures['accuracy_se']:.2f} points"}
     console.print(score_table(f"{model}, {len(examples)} rows of {test_file}", {"": figures}, note))
-    seconds, memory = time.monotonic() - begin, peak_memory() / 2**30
+    seconds, memory = time.monotonic() - begin, peak_memory(scorer.device) / 2**30
     passes = scorer.forward_passes
     say(console, f"{len(examples)} rows in {seconds:.0f} s, {passes} forward passes, peak memory {memory:.2f} GiB")
     return figures
 
 
-def peak_memory() -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: allocated on the GPU at most, or resident in this process at most."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # the kernel's own high-water mark: getrusage's also counts the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -22,6 +24,7 @@ from jaguar.choices import METHODS
 from jaguar.evaluation import Data, make_scorer, peak_memory, versions
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
+from jaguar.optimizers import JaguarSignSGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.report import StepBar, draw_curves, row_bar, say, score_table
 from jaguar.saving import check_space, prepare_folder, save_files, save_folder, write_model
@@ -134,11 +137,16 @@ class Finetuning:
             if key not in known:
                 options = ", ".join(f"--{name}" for name in known if name not in ("params", "seed"))
                 raise ValueError(f"--method {self.run.method} has no option --{key}; it has {options}")
+        fixed = {"coordinates", "layout", "signs", "update", "beta"} & set(self.run.optimizer)
+        if self.run.optimizer.get("released") and fixed:
+            raise ValueError(f"--released fixes sampling, beta and update, so --{min(fixed)} cannot be given with it")
         return kind(chosen, **self.run.optimizer, seed=self.run.seed)
 
     def _make_scheduler(self) -> Any:
         from transformers import get_scheduler
 
+        if self.run.lr_scheduler_type == "constant" and self.run.warmup_steps:
+            raise ValueError("--lr_scheduler_type constant has no warm-up; choose constant_with_warmup")
         return get_scheduler(self.run.lr_scheduler_type, self.optimizer, self.run.warmup_steps, self.run.max_steps)
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -152,8 +160,8 @@ class Finetuning:
         self._say(f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained (--train {run.train})")
         self._say(f"data: {len(self.train_set):,} training and {len(self.test_set):,} held-out rows, labels {labels}")
         self._say(str(self.optimizer))
-        visits = run.max_steps * getattr(self.optimizer, "fraction", 3.0)
-        if visits < 3.0:
+        if isinstance(self.optimizer, JaguarSignSGD) and run.max_steps * self.optimizer.fraction < 3.0:
+            visits = run.max_steps * self.optimizer.fraction
             self._say(
                 f"note: {run.max_steps} steps visit a coordinate {visits:.2g} times on average, fewer than 3; momentum "
                 "will hardly act",
@@ -171,17 +179,14 @@ class Finetuning:
         """
         run, history = self.run, self.history
         done = self.optimizer.steps_done
-        begin, before = time.monotonic(), history.seconds
         try:
             if self.before is None:
                 self.before = self.test("zero-shot")
-                begin = time.monotonic()
             work = islice(batches(self.train_set, run.batch_size, run.seed, done), run.max_steps - done)
             with StepBar(self.console, run.max_steps, done, run.logging_steps) as bar:
                 for batch in work:
                     self._step(batch)
                     done = self.optimizer.steps_done
-                    history.seconds = before + time.monotonic() - begin
                     bar.update(done, history.losses, history.accuracies)
                     if run.eval_steps and done % run.eval_steps == 0 and done < run.max_steps:
                         self.test(f"step {done}")
@@ -200,7 +205,7 @@ class Finetuning:
             hits.append((logits.argmax(1) == labels).float().mean())
             return self.scorer.loss(logits, batch)
 
-        before = self.scorer.forward_passes
+        begin, before = time.monotonic(), self.scorer.forward_passes
         loss = self.optimizer.measure(closure).loss
         with HeldInterrupts():  # the step and what is remembered of it belong together
             self.optimizer.step()
@@ -208,6 +213,7 @@ class Finetuning:
             self.history.forward_passes += self.scorer.forward_passes - before
             self.history.losses.append(loss)
             self.history.accuracies.append(torch.stack(hits).mean().item())
+            self.history.seconds += time.monotonic() - begin
 
     def test(self, what: str) -> Scores:
         """Scores the held-out rows and remembers the figures."""
@@ -242,8 +248,8 @@ class Finetuning:
             "paired_se": se,
             "training_seconds": history.seconds,
             "training_forward_passes": history.forward_passes,
-            "peak_memory_bytes": peak_memory(),
-            "command": " ".join(sys.argv),
+            "peak_memory_bytes": peak_memory(self.scorer.device),
+            "command": shlex.join(["jaguar", *sys.argv[1:]]),
             "versions": versions(),
         }
 
@@ -258,7 +264,7 @@ class Finetuning:
                 title=f"{run.method} on {Path(run.model).name}, seed {run.seed}: held-out accuracy "
                 f"{before['accuracy']:.1%} to {after['accuracy']:.1%}",
             )
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            (folder / "metrics.json").write_text(json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
 
         with HeldInterrupts():
             save_files(self.folder, write)
@@ -284,7 +290,7 @@ class Finetuning:
     def save_checkpoint(self) -> Path:
         """Everything that a continued run needs, in output_dir/checkpoint-STEP; older checkpoints go."""
         assert self.before is not None
-        folder = self.folder / f"checkpoint-{self.optimizer.steps_done}"
+        folder = self._checkpoint_folder()
         state = {
             "run": self.run.comparable(),
             "optimizer": self.optimizer.state_dict(),
@@ -301,7 +307,13 @@ class Finetuning:
 
         with HeldInterrupts():
             save_folder(folder, write)
+            for other in self.folder.glob("checkpoint-*"):
+                if other != folder and (other / _STATE).is_file():
+                    shutil.rmtree(other, ignore_errors=True)
         return folder
+
+    def _checkpoint_folder(self) -> Path:
+        return self.folder / f"checkpoint-{self.optimizer.steps_done}"
 
     def _load_state(self, folder: Path) -> dict[str, Any]:
         path = folder / _STATE
@@ -311,12 +323,13 @@ class Finetuning:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # torch.load has no exception of its own for a damaged file
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
+            raise ValueError(f"{path} was not written by jaguar finetune")
         for key, value in self.run.comparable().items():
             if state["run"].get(key) != value:
                 raise ValueError(
-                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {value!r}; "
-                    "give the same "
-                    "options to continue it"
+                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {value!r}; give the "
+                    "same options to continue it"
                 )
         return state
 
@@ -334,7 +347,10 @@ class Finetuning:
     def _stop(self) -> str:
         if self.before is None or self.optimizer.steps_done == 0:
             return "stopped before the first step; there is nothing to save"
-        folder = self.save_checkpoint()
+        self.optimizer.discard_()  # a walk may not have come back
+        folder = self._checkpoint_folder()
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C is held until the first has been served
+            self.save_checkpoint()
         words = [
             word
             for i, word in enumerate(sys.argv[1:], 1)
@@ -344,6 +360,13 @@ class Finetuning:
             f"stopped after step {self.optimizer.steps_done} of {self.run.max_steps}; saved in {folder}\n"
             f"go on with: {_program()} {shlex.join(words)} --resume_from_checkpoint {folder}"
         )
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _program() -> str:

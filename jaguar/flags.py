@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any, NoReturn
 
 from rich.markup import escape
@@ -228,51 +229,27 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     zo.add_argument("--backend", help="auto, or a name that `jaguar info` lists")
 
 
-OPTIMIZER_FLAGS = (
-    "lr",
-    "tau",
-    "weight_decay",
-    "beta",
-    "momentum",
-    "coordinates",
-    "layout",
-    "signs",
-    "update",
-    "released",
-    "distribution",
-    "restore",
-    "n_directions",
-    "estimator",
-    "rho_clip",
-    "momentum_dtype",
-    "rounding",
-    "backend",
-)
-
-
 def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
 def _coordinates(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of coordinates (100) nor a fraction (0.01)")
 
 
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _dtype(text: str) -> Any:

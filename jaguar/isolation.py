@@ -24,7 +24,8 @@ class Isolation:
     """Runs evaluations with equal random state and equal module buffers, and leaves both as they were.
 
     Covers the generators of python, numpy, torch's CPU and the given CUDA devices, and the buffers (running statistics)
-    of every module that is called. Modules are seen through a forward hook because a closure does not name its model.
+    of every module that is called (a closure does not name its model, so modules are seen through a forward hook; one
+    whose `forward` is used without calling the module is not seen).
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -35,7 +36,7 @@ class Isolation:
     def __enter__(self) -> Isolation:
         self._states = [generator.get_state() for generator in self._generators]
         self._python = random.getstate()
-        self._numpy = _numpy_random().get_state() if _numpy_random() else None
+        self._numpy = _numpy_random().get_state(legacy=False) if _numpy_random() else None
         self._hook = register_module_forward_pre_hook(self._remember)
         return self
 

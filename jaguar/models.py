@@ -114,7 +114,7 @@ def select_trainable(model: nn.Module, which: str) -> list[tuple[str, nn.Paramet
         for p in module.parameters(recurse=False)
     }
     chosen = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # the optimizer takes a tie's first name
         wanted = (
             which == "all"
             or (which == "norm" and id(parameter) in norms)

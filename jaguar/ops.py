@@ -10,9 +10,8 @@ from torch import Tensor
 
 from jaguar import reference
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
-from jaguar.estimators import Probe
+from jaguar.estimators import Lost, Probe
 from jaguar.params import Slot
-from jaguar.reference.common import Lost
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
 

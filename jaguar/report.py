@@ -15,8 +15,8 @@ _WINDOW = 25  # steps in the running means
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Prints a line as it is: paths are not markup, and only a terminal wraps it."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    """Prints a line as it is: paths are not markup, and a command stays one line that can be copied."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
@@ -109,7 +109,7 @@ def draw_curves(
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     steps = range(1, len(losses) + 1)
     test_steps = [step for step, _ in test_points]
     for axes, what, values, key in zip(

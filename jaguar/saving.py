@@ -44,13 +44,13 @@ def save_files(folder: Path, write: Callable[[Path], None]) -> None:
     """Runs `write` on a new folder beside the files of `folder`, then moves the finished files in, each at once.
 
     Raises:
-        OSError: writing failed (a full disk, say); `folder` is as it was.
+        OSError: writing failed (a full disk, say); the files of `folder` are as they were.
     """
-    with _staging(folder) as staging:
-        write(staging)
-        for path in sorted(
-            staging.iterdir(), key=lambda path: path.suffix == ".json"
-        ):  # config.json last, after its weights
+    with _staged(folder, write) as staging:
+        blocked = [path.name for path in staging.iterdir() if (folder / path.name).is_dir()]
+        if blocked:
+            raise IsADirectoryError(f"{blocked[0]} is a folder there")
+        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".json"):  # config.json after its weights
             os.replace(path, folder / path.name)
 
 
@@ -60,43 +60,41 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: writing failed (a full disk, say); `folder` is as it was.
     """
-    with _staging(folder.parent) as staging:
-        write(staging)
+    with _staged(folder.parent, write) as staging:
         old = staging.with_name(staging.name + ".old")
         if folder.exists():
             os.replace(folder, old)
-        os.replace(staging, folder)
+        try:
+            os.replace(staging, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def _staging(parent: Path) -> Iterator[Path]:
-    from safetensors import SafetensorError
-
+def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+    """A new folder in `parent` that `write` has filled, its bytes on disk: a rename must not get there before them."""
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=parent))
     staging.chmod(0o755)
     try:
+        write(staging)
+        for path in [*staging.iterdir(), staging]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         yield staging
-        _sync(staging if staging.exists() else parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:  # a full disk is an OSError, a SafetensorError, a RuntimeError or a plain Exception
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"could not save to {str(parent)!r}: {reason}; what was there before is untouched") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """The model as safetensors and the tokenizer, in Hugging Face form."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        with path.open("rb+") as file:  # a rename must not be on disk before the bytes are
-            os.fsync(file.fileno())

@@ -101,12 +101,14 @@ class Scores:
         }
         if self.logits.shape[1] == 2:
             figures["auc"] = roc_auc((self.logits[:, 1] - self.logits[:, 0]), self.labels)
-        return figures
+        return {key: value for key, value in figures.items() if key != "auc" or value == value}
 
 
 def paired_se(before: Scores, after: Scores) -> float:
-    """Standard error of the change in accuracy between two models on the same rows."""
+    """Standard error of the change in accuracy between two models on the same rows; NaN for a single row."""
     change = after.correct - before.correct
+    if len(change) < 2:
+        return math.nan
     return (change.std(correction=1) / math.sqrt(len(change))).item()
 
 

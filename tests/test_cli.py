@@ -6,6 +6,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -14,6 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jaguar import cli, finetune
+from jaguar.evaluation import Data
+from jaguar.models import Loaded
+from jaguar.tasks.text_classification import Row
+
+DEMO = Path(__file__).parents[1] / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,27 @@ def test_a_classifier_is_trained_on_its_classes(folder, tmp_path):
     assert cli.main(["eval", "--model", str(tmp_path / "out"), "--test_file", str(folder / "test.jsonl")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "order"),
+    [
+        (["Positive", "Negative"], ["negative", "positive"], ("positive", "negative")),
+        (["LABEL_0", "LABEL_1"], ["negative", "positive"], ("negative", "positive")),
+        (["spam", "ham"], ["1", "0"], ("0", "1")),
+        (["spam", "ham"], ["negative", "positive"], None),
+        (["LABEL_0", "LABEL_1"], ["a", "b", "c"], None),
+    ],
+)
+def test_classes_keep_the_models_order(names, labels, order):
+    config = type("Config", (), {"num_labels": 2, "id2label": dict(enumerate(names))})
+    loaded = Loaded(type("Model", (), {"config": config}), None, True, 0, 64)
+    rows = [Row("text", label, 2) for label in labels]
+    if order is None:
+        with pytest.raises(ValueError, match="the classes of the model are"):
+            Data().task("", loaded, rows)
+    else:
+        assert Data().task("", loaded, rows).labels == order
+
+
 def test_training_learns_the_words(folder, tmp_path):
     out = tmp_path / "out"
     assert (
@@ -205,6 +233,35 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
     assert (checkpoint / "model.safetensors").is_file() and (checkpoint / "training_state.pt").is_file()
 
 
+def test_the_demo_waits_for_a_child_that_is_saving(tmp_path):
+    """Ctrl-C reaches both processes; the child needs a while to save, and says so before the demo ends."""
+    child = """
+import time
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("saved")
+    raise SystemExit(130)
+"""
+    code = f"""
+import sys; sys.path.insert(0, {str(DEMO)!r})
+import demo, subprocess
+popen = subprocess.Popen
+subprocess.Popen = lambda words: popen([sys.executable, "-c", {child!r}])
+print("started", flush=True)
+sys.exit(demo._run("jaguar-signsgd", 0))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("$"):
+            time.sleep(1.0)
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "saved" in rest
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,12 +277,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
         (("--coordinates", "0.7"), "0.5 and 1"),
         (("--coordinates", "99999999"), "is more than the"),
         (("--layout", "rows"), "choose 'uniform' or 'block'"),
-        (("--released",), "coordinates=0.5 cannot be given with it"),
+        (("--released",), "so --coordinates cannot be given with it"),
         (("--momentum", "0.9"), "jaguar-signsgd has no option --momentum"),
         (("--method", "adam"), "invalid choice: 'adam'"),
         (("--backend", "triton"), "backend='triton' is not available: "),
         (("--backend", "magic"), "backend='magic': choose one of"),
-        (("--max_steps", "0"), "not at least 1"),
+        (("--max_steps", "0"), "not a whole number of at least 1"),
         (("--train", "bias"), "has no such parameters"),
         (("--verbalizers", " negative"), "1 verbalizers for the 2 labels"),
         (("--verbalizers", " very dull", " positive"), "is 2 tokens"),
@@ -237,6 +294,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
         (("--output_dir", "/dev/null/x"), "cannot write to the output folder '/dev/null/x'"),
         (("--model", "/none/such"), "the model folder '/none/such' does not exist"),
         (("--nonsense",), "unrecognized arguments: --nonsense"),
+        (("--seed", "x"), "'x' is not a whole number of at least 0"),
+        (("--coordinates", "abc"), "neither a number of coordinates (100) nor a fraction"),
+        (("--lr_scheduler_type", "constant", "--warmup_steps", "3"), "choose constant_with_warmup"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -271,25 +331,32 @@ def test_a_model_in_the_output_folder_is_not_overwritten_unasked(folder, tmp_pat
     assert cli.main(words(folder, out, "--overwrite_output_dir")) == 0
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, capsys):
+@pytest.mark.parametrize("limit", [2_000, 60_000], ids=["picture", "weights"])
+@pytest.mark.parametrize("stop", [False, True], ids=["end", "ctrl-c"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, stop, limit):
     out = tmp_path / "out"
-    assert cli.main(words(folder, out)) == 0
-    good = {path.name: path.read_bytes() for path in out.iterdir()}
-    # No file of this process may grow past 8 KB: the kernel refuses the write as it does on a full disk.
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); from jaguar.cli import main; "
-        "sys.exit(main(sys.argv[1:]))"
-    )
+    assert cli.main(words(folder, out, "--save_steps", "1")) == 0
+    good = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # No file of the process may grow past the limit: the kernel refuses the write as it does on a full disk.
+    limited = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from jaguar import cli, finetune
+step, steps = finetune.Finetuning._step, []
+def limiting(self, batch):
+    step(self, batch)
+    steps.append(batch)
+    if len(steps) == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        if {stop}:
+            raise KeyboardInterrupt
+finetune.Finetuning._step = limiting
+sys.exit(cli.main(sys.argv[1:]))
+"""
     line = words(folder, out, "--overwrite_output_dir", "--seed", "1")
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *line],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )
+    done = subprocess.run([sys.executable, "-B", "-c", limited, *line], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not save" in done.stderr, done.stderr
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == good
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == good
 
 
 def test_too_little_space_is_said_before_the_training(folder, tmp_path, capsys, monkeypatch):

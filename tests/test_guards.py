@@ -296,7 +296,7 @@ def test_module_restore_perturbs_shared_and_nested_modules_once() -> None:
 def test_without_a_choice_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     x = [("x", torch.zeros(1000, requires_grad=True))]
     for free, restore in ((1e12, "copy"), (39_999, "module"), (40_001, "copy")):
-        monkeypatch.setattr("jaguar.reference.dense.free_bytes", lambda device: free)  # noqa: B023
+        monkeypatch.setattr("jaguar.estimators.free_bytes", lambda device: free)  # noqa: B023
         assert ZOSGD(x)._launches().restore == restore
 
 
@@ -345,3 +345,28 @@ def test_streams_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
         JaguarSignSGD(
             [("a", weights(torch.float32, 5).requires_grad_()), ("b", weights(torch.float32, 6).requires_grad_())]
         )
+
+
+def test_a_derivative_that_overflows_skips_the_step():
+    x = torch.ones(200, requires_grad=True)
+    optimizer = JaguarSignSGD([x], coordinates=1.0, tau=1e-3)
+    calls = iter([1e37, -1e37, 1.0, 0.5])
+    optimizer.step(lambda: torch.tensor(next(calls)))
+    assert optimizer.n_skipped == 1 and torch.equal(x.detach(), torch.ones(200))
+    optimizer.step(lambda: torch.tensor(next(calls)))
+    assert optimizer.n_skipped == 1 and bool((x != 1).all())
+
+
+def test_a_named_group_of_frozen_tensors_is_left_out():
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer = JaguarSignSGD([{"params": [("a", a)]}, {"params": [("b", b)], "lr": 1.0}], coordinates=1.0)
+    optimizer.step(lambda: (a**2).sum())
+    assert "1 frozen" in repr(optimizer)
+
+
+def test_applying_a_record_counts_as_a_step_for_schedulers():
+    x = torch.ones(3, requires_grad=True)
+    optimizer = JaguarSignSGD([x], coordinates=1.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
+    optimizer.apply_(optimizer.measure(lambda: (x**2).sum()))
+    schedule.step()  # warns, which is an error here, if it thinks that no step was taken

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, DTYPES, Bag, all_bits, bits, dtype_id, every_form, make, state_bits, weights
@@ -295,3 +296,66 @@ def test_freed_storage_is_noticed() -> None:
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"layer\.weight was freed"):
         opt.step(lambda: torch.zeros(()))
+
+
+# -- copies, names and foreign numbers ---------------------------------------------------------------------------------
+
+
+def quadratic(model):
+    return lambda: sum((p.float() ** 2).sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_a_copy_made_under_a_scheduler_steps_itself(copied):
+    model = torch.nn.Linear(3, 4)
+    optimizer = JaguarSignSGD(model.named_parameters(), coordinates=1.0)
+    torch.optim.lr_scheduler.LinearLR(optimizer)
+    other = copied(optimizer)
+    other.step(quadratic(model))
+    assert (optimizer.steps_done, other.steps_done) == (0, 1)
+
+
+def test_state_is_matched_by_name_whatever_the_order():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    start = copy.deepcopy(model)
+    runs = []
+    for again in (False, True):
+        m = copy.deepcopy(start)
+        opt = JaguarSignSGD(m.named_parameters(), coordinates=1.0, lr=1e-2)
+        for _ in range(3):
+            opt.step(quadratic(m))
+        if again:
+            shuffled = JaguarSignSGD(reversed(list(m.named_parameters())), coordinates=1.0, lr=1e-2)
+            shuffled.load_state_dict(opt.state_dict())
+            opt = shuffled
+        for _ in range(3):
+            opt.step(quadratic(m))
+        runs.append(torch.cat([p.detach().reshape(-1) for p in m.parameters()]))
+    assert torch.equal(*runs)
+
+
+def test_numbers_from_numpy_load_with_weights_only(tmp_path):
+    model = torch.nn.Linear(3, 4)
+    optimizer = JaguarSignSGD(
+        model.named_parameters(), lr=np.float64(0.1), coordinates=np.float64(0.5), tau=np.float32(1e-2)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: np.cos(k) ** 2)
+    optimizer.step(quadratic(model))
+    schedule.step()
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("missing", ["step", "seed", "options"])
+def test_an_incomplete_state_dict_changes_nothing(missing):
+    model = torch.nn.Linear(3, 4)
+    optimizer = JaguarSignSGD(model.named_parameters(), coordinates=1.0)
+    optimizer.step(quadratic(model))
+    broken = copy.deepcopy(optimizer.state_dict())
+    del broken["jaguar"][missing]
+    broken["state"][0]["momentum"] += 1
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match="missing or incomplete"):
+        optimizer.load_state_dict(broken)
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(before[i]["momentum"], after[i]["momentum"]) for i in before)

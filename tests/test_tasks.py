@@ -25,7 +25,7 @@ def test_csv_and_jsonl_give_the_same_rows(tmp_path):
         ("a.csv", "", "has no rows"),
         ("a.csv", "text,label\n", "has no rows"),
         ("a.csv", "review,label\na,b\n", "line 2: no column 'text' .*review, label.*--text_column"),
-        ("a.csv", "text,label\nhello\n", "line 2: no column 'label'"),
+        ("a.csv", "text,label\nhello\n", "line 2: the column 'label' holds nothing"),
         ("a.csv", "text,label\na,b,c\n", "line 2: more fields"),
         ("a.csv", "text,label\n  ,b\n", "line 2: empty text"),
         ("a.csv", "text,label\nfine,1\nbad,\n", "line 3: empty label"),
@@ -34,7 +34,11 @@ def test_csv_and_jsonl_give_the_same_rows(tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", "[1, 2]\n", "line 1: a list instead of an object"),
         ("a.jsonl", '{"text": "a"}\n', "line 1: no column 'label'"),
-        ("a.jsonl", '{"text": null, "label": 1}\n', "line 1: no column 'text'"),
+        ("a.jsonl", '{"text": null, "label": 1}\n', "line 1: the column 'text' holds nothing"),
+        ("a.jsonl", '{"text": ["a"], "label": 1}\n', "line 1: the column 'text' holds a list"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1: the text has half of a surrogate"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
+        ("a.csv", "text,label,text\na,b,c\n", "same name"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line(tmp_path, name, text, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from jaguar import ops, rng, rules
 from jaguar.estimators import ESTIMATORS, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
+from jaguar.optimizers.checkpoint import checked, counters, exact_state
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, warn_of_lost
 from jaguar.params import Slot, build_slots
@@ -39,6 +41,9 @@ class ZerothOrder(torch.optim.Optimizer):
     group_keys: tuple[str, ...]
     momentum_key: ClassVar[str]
 
+    # What happens to coordinates whose perturbation rounding swallows; a dense e cannot leave them out.
+    _fate_of_lost = "move by chance only"
+
     # Non-finite losses in a row after which a run is given up.
     max_skipped = 25
 
@@ -60,7 +65,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(f"estimator={estimator!r}: choose {' or '.join(map(repr, ESTIMATORS))}")
         if not _is_int(n_directions) or not 1 <= n_directions <= 1000:
             raise ValueError(f"n_directions={n_directions!r}: give an int from 1 to 1000")
-        if rho_clip is not None and not rho_clip > 0:
+        if rho_clip is not None and not (isinstance(rho_clip, (int, float)) and rho_clip > 0):
             raise ValueError(f"rho_clip={rho_clip!r}: give a positive bound, or None for no clipping")
         if rounding not in (None, "stochastic", "nearest"):
             raise ValueError(f"rounding={rounding!r}: choose 'stochastic' (the default) or 'nearest'")
@@ -100,7 +105,8 @@ class ZerothOrder(torch.optim.Optimizer):
         super().__init__(split_groups(params), defaults)
         if not self._slots:
             raise ValueError(
-                f"no parameter to train: all {self._n_frozen} tensors have requires_grad=False"
+                f"no parameter to train: all {self._n_frozen} tensors have requires_grad=False; call "
+                "requires_grad_() on those that should train"
                 if self._n_frozen
                 else "the list of parameters is empty"
             )
@@ -145,9 +151,10 @@ class ZerothOrder(torch.optim.Optimizer):
         steps, draws, taus = self._launches(), self._draws(), self._taus()
         lrs = tuple(float(group["lr"]) for group in self.param_groups)
         if self._step == 0 and self.lost_share is None:
-            lost = steps.lost(draws[0], taus)
+            with torch.no_grad():
+                lost = steps.lost(draws[0], taus)
             self.lost_share = {part.name: part.share for part in lost}
-            warn_of_lost(lost)
+            warn_of_lost(lost, self._fate_of_lost)
         double = any(slot.tensor.dtype == torch.float64 for slot in self._slots)
         seed = rng.closure_seed(self._seed, self._step)
         with HeldInterrupts() as held, Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
@@ -159,6 +166,8 @@ class ZerothOrder(torch.optim.Optimizer):
             probes = steps.probes(draws, taus)
             losses = self._estimator.measure(evaluate, probes)
             record = Record(self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)))
+            if not record.skipped and not self._is_finite(record):
+                record = replace(record, skipped=True)  # finite losses, but rho overflows
             walked = self._options.get("restore") == "walk"
             self._moved = probes[-1] if walked else None
             if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
@@ -186,6 +195,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self._watch.check(self.param_groups)
         self._check_storage()
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
+        if not record.skipped and not self._is_finite(record):
+            raise ValueError(
+                f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
+            )
         scalars = [self._scalars(record, slot) for slot in self._slots]
         with HeldInterrupts(), torch.no_grad():
             try:
@@ -218,6 +231,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def discard_(self) -> None:
         """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
+        self._check_usable()
         self._pending = None
         if self._moved is not None:
             with HeldInterrupts(), torch.no_grad():
@@ -268,6 +282,9 @@ class ZerothOrder(torch.optim.Optimizer):
             double=double,
         )
 
+    def _is_finite(self, record: Record) -> bool:
+        return all(math.isfinite(rho) for slot in self._slots for rho in self._scalars(record, slot).rho)
+
     def _momenta(self) -> list[Tensor | None]:
         """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
         momenta: list[Tensor | None] = []
@@ -297,6 +314,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _finish(self, record: Record) -> None:
         self._step += 1
         self._pending, self._last_record = None, record
+        self._opt_called = True  # what schedulers look for; they see step() only, and apply_ is a step too
         if record.skipped:
             self._skipped += 1
             self._skipped_in_a_row += 1
@@ -331,6 +349,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
         Tied tensors count once and tensors with requires_grad=False are left out.
         """
+        self._check_usable()
         if self._watch.started:
             raise RuntimeError(
                 "a parameter group can be added only before the first measure: the records made so far would not fit it"
@@ -348,32 +367,30 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, with step counter, seed and options under "jaguar"; loads with weights_only=True."""
+        self._check_usable()
         if self._moved is not None:
             raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
-        own = {
-            "step": self._step,
-            "seed": self._seed,
-            "skipped": self._skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "last_finite": -1 if self._last_finite is None else self._last_finite,
-            "options": dict(self._options),
-        }
-        return super().state_dict() | {"jaguar": own}
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            for key in (*self.group_keys, "initial_lr"):
+                if key in group and not isinstance(group[key], Tensor):
+                    group[key] = float(group[key])  # a numpy scalar would not load with weights_only=True
+        return state | {"jaguar": counters(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, in the dtypes that were saved; nothing changes if it does not fit.
 
+        Parameters are matched by name where there are names, else by position.
+
         Raises:
             ValueError: it is of another optimizer, other options or other parameters; the first difference is named.
         """
-        from jaguar.optimizers.checkpoint import check_fits, exact_state
-
-        check_fits(self, state_dict)
-        state = exact_state(self, state_dict)
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        fitting = checked(self, state_dict)
+        state = exact_state(self, fitting)
+        super().load_state_dict({key: fitting[key] for key in ("state", "param_groups")})
         for tensor, values in state.items():
             self.state[tensor] = values
-        own = state_dict["jaguar"]
+        own = fitting["jaguar"]
         self._step, self._seed = own["step"], own["seed"]
         self._skipped, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
         self._last_finite = None if own["last_finite"] < 0 else own["last_finite"]
@@ -382,7 +399,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self._slots, self._steps = build_slots(self.param_groups), None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks")}
+        # A scheduler puts a wrapper of this very object's step into the instance; a copy must not carry it.
+        return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks") and key != "step"}
 
     def __repr__(self) -> str:
         count = sum(slot.count for slot in self._slots)

@@ -9,9 +9,9 @@ import torch
 
 from jaguar import ops
 from jaguar.directions import DENSE
+from jaguar.estimators import RESTORES, choose_restore
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.params import Slot
-from jaguar.reference.dense import RESTORES, choose_restore
 
 
 class ZOSGD(ZerothOrder):

@@ -1,4 +1,4 @@
-"""Loading optimizer state exactly: torch's own load casts fp32 momentum to the parameter's dtype."""
+"""Saving and loading optimizer state exactly: torch's own load casts fp32 momentum to the parameter's dtype."""
 
 from __future__ import annotations
 
@@ -13,34 +13,64 @@ if TYPE_CHECKING:
     from jaguar.optimizers.base import ZerothOrder
 
 
-def check_fits(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> None:
-    """Raises ValueError with the first difference between the optimizer and a state_dict that is to be loaded."""
-    if "jaguar" not in state_dict:
+def counters(optimizer: ZerothOrder) -> dict[str, Any]:
+    """What an optimizer knows besides torch's state and groups: ints, strings and the options as plain values."""
+    return {
+        "step": optimizer._step,
+        "seed": optimizer._seed,
+        "skipped": optimizer._skipped,
+        "skipped_in_a_row": optimizer._skipped_in_a_row,
+        "last_finite": -1 if optimizer._last_finite is None else optimizer._last_finite,
+        "options": dict(optimizer._options),
+    }
+
+
+def checked(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict, its parameters in the optimizer's order.
+
+    Raises:
+        ValueError: it does not fit the optimizer; the first difference is named.
+    """
+    saved, own = state_dict.get("jaguar"), counters(optimizer)
+    if not isinstance(saved, dict) or any(not isinstance(saved.get(key), type(own[key])) for key in own):
         raise ValueError(
-            "this state_dict was not made by a jaguar optimizer: it has no entry 'jaguar' (step counter and seed)"
+            "this state_dict was not made by a jaguar optimizer: its entry 'jaguar' (step counter, seed, options) is "
+            "missing or incomplete"
         )
-    saved, own = state_dict["jaguar"]["options"], optimizer._options
-    for key in own | saved:
-        # 1 and 1.0 are equal, but one is a count of coordinates and the other a fraction.
-        if own.get(key) != saved.get(key) or type(own.get(key)) is not type(saved.get(key)):
-            raise ValueError(
-                f"the state_dict was saved with {key}={saved.get(key)!r}, this optimizer has {key}={own.get(key)!r}"
-            )
+    for key in own["options"] | saved["options"]:
+        a, b = own["options"].get(key), saved["options"].get(key)
+        if a != b or type(a) is not type(b):  # 1 and 1.0 are equal, but one is a count and the other a fraction
+            raise ValueError(f"the state_dict was saved with {key}={b!r}, this optimizer has {key}={a!r}")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"the state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
-    for i, (group, other) in enumerate(zip(groups, saved_groups, strict=True)):
-        if len(group["params"]) != len(other["params"]):
+    ordered = [_ordered(i, group, other) for i, (group, other) in enumerate(zip(groups, saved_groups, strict=True))]
+    return state_dict | {"param_groups": ordered}
+
+
+def _ordered(number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with its parameters in the order of the optimizer's group."""
+    count, saved_count = len(group["params"]), len(saved["params"])
+    if count != saved_count:
+        raise ValueError(
+            f"parameter group {number} of the state_dict has {saved_count} tensors, this optimizer's {count}"
+        )
+    names, saved_names = group.get("param_names"), saved.get("param_names")
+    if bool(names) != bool(saved_names):
+        raise ValueError(
+            f"parameter group {number} of the state_dict {'has names' if saved_names else 'has no names'}, this "
+            f"optimizer's {'has' if names else 'has none'}; random numbers are keyed by them"
+        )
+    if not names or not saved_names:
+        return saved
+    ids = {canonical_name(name): i for name, i in zip(saved_names, saved["params"], strict=True)}
+    wanted = [canonical_name(name) for name in names]
+    for name, other in zip(sorted(wanted), sorted(ids), strict=True):
+        if name != other:
             raise ValueError(
-                f"parameter group {i} of the state_dict has {len(other['params'])} tensors, this optimizer's "
-                f"{len(group['params'])}"
+                f"parameter group {number} of the state_dict has {other!r} where this optimizer has {name!r}"
             )
-        names, other_names = (g.get("param_names") or ["(unnamed)"] * len(g["params"]) for g in (group, other))
-        for name, other_name in zip(names, other_names, strict=True):
-            if canonical_name(name) != canonical_name(other_name):
-                raise ValueError(
-                    f"parameter group {i} of the state_dict has {other_name!r} where this optimizer has {name!r}"
-                )
+    return saved | {"params": [ids[name] for name in wanted], "param_names": list(names)}
 
 
 def exact_state(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:

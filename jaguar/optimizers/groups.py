@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from jaguar.params import canonical_name, check_tensor, identity, named_entries
 from jaguar.rules import rounded
@@ -67,18 +67,21 @@ def prepared_group(
     Raises:
         ValueError: an unknown option, a value out of range, a tensor that cannot be trained, or one in two groups.
     """
-    if not isinstance(group, dict) or "params" not in group:
-        raise TypeError("a parameter group is a dict with the key 'params'")
+    if not isinstance(group, dict) or "params" not in group or isinstance(group["params"], set):
+        raise TypeError("a parameter group is a dict whose 'params' are tensors in a fixed order (a set has none)")
     check_group(keys, group, f"parameter group {len(others)}")
     elsewhere = {identity(tensor) for other in others for tensor in other["params"] if tensor.numel()}
     kept: dict[Any, tuple[str | None, Tensor]] = {}
-    n_frozen = 0
+    n_frozen, has_names = 0, False
     for position, (name, tensor) in enumerate(named_entries(group["params"])):
+        label = f"parameter {name!r}" if name is not None else f"parameter #{position}"
+        # A frozen Parameter may be anything (a quantised weight under an adapter); a bare tensor was meant to train.
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+            check_tensor(label, tensor)
+        has_names = name is not None
         if not tensor.requires_grad:
             n_frozen += 1
             continue
-        label = f"parameter {name!r}" if name is not None else f"parameter #{position}"
-        check_tensor(label, tensor)
         key = identity(tensor) if tensor.numel() else id(tensor)  # empty tensors share address 0 without being tied
         if key in elsewhere:
             raise ValueError(f"{label} (or the tensor it is tied to) is already in another parameter group")
@@ -88,7 +91,11 @@ def prepared_group(
     if any(named) and not all(named):
         raise ValueError("some parameters have names and some do not: pass model.named_parameters(), or tensors only")
     entries = list(kept.values()) if all(named) else [tensor for _, tensor in kept.values()]
-    return group | {"params": entries}, n_frozen
+    numbers = {key: float(group[key]) for key in keys if key in group and not isinstance(group[key], Tensor)}
+    nameless: dict[str, Any] = (
+        {"param_names": []} if has_names and not kept else {}
+    )  # torch asks for names in all groups or in none
+    return group | numbers | nameless | {"params": entries}, n_frozen
 
 
 def _before(name: str | None, other: str | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaguar.reference.common import Lost
+from jaguar.estimators import Lost
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
@@ -80,7 +80,7 @@ class LossGuard:
             warnings.warn(message, stacklevel=4)
 
 
-def warn_of_lost(lost: Sequence[Lost]) -> None:
+def warn_of_lost(lost: Sequence[Lost], consequence: str) -> None:
     """Logs the share of perturbations that rounding swallows in each tensor, and warns where it is large."""
     logging.getLogger("jaguar").info("lost to rounding: %s", ", ".join(f"{p.name} {p.share:.1%}" for p in lost))
     bad = sorted((part for part in lost if part.share > _LOST_SHARE), key=lambda part: -part.share)
@@ -88,7 +88,7 @@ def warn_of_lost(lost: Sequence[Lost]) -> None:
         worst = ", ".join(f"{part.name} {part.share:.0%}" for part in bad[:3])
         warnings.warn(
             f"tau is too small for the precision of {len(bad)} of {len(lost)} tensors: rounding swallows the "
-            f"perturbation of some coordinates ({worst}), and those are not trained. Raise tau or keep these tensors "
-            "in float32",
+            f"perturbation of some coordinates ({worst}), and those {consequence}. Raise tau or keep these tensors in "
+            "float32",
             stacklevel=4,
         )

@@ -56,6 +56,7 @@ class JaguarSignSGD(ZerothOrder):
 
     group_keys: tuple[str, ...] = ("lr", "tau", "beta", "weight_decay")
     momentum_key = "beta"
+    _fate_of_lost = "are not trained"
 
     def __init__(
         self,
@@ -81,7 +82,8 @@ class JaguarSignSGD(ZerothOrder):
         if update not in _DEFAULT_LR:
             raise ValueError(f"update={update!r}: choose 'sampled' or 'all'")
         self._update = update
-        self._direction: Coordinates | ReleasedBlock = Coordinates(coordinates, layout, signs)
+        sampling = Coordinates(coordinates, layout, signs)
+        self._direction: Coordinates | ReleasedBlock = sampling
         if released:
             given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
             usual = {"coordinates": 0.01, "layout": "uniform", "signs": "rademacher", "update": "sampled", "beta": 0.9}
@@ -94,7 +96,7 @@ class JaguarSignSGD(ZerothOrder):
             self.group_keys = ("lr", "tau", "weight_decay")  # no beta: momentum starts at 0 in every step
         options = {
             "optimizer": type(self).__name__,
-            "coordinates": coordinates,
+            "coordinates": sampling.coordinates,
             "layout": layout,
             "signs": signs,
             "update": update,
@@ -120,7 +122,7 @@ class JaguarSignSGD(ZerothOrder):
             backend=backend,
         )
         total = sum(slot.total for slot in self._slots)
-        if isinstance(coordinates, int) and coordinates > total:
+        if isinstance(sampling.coordinates, int) and sampling.coordinates > total:
             raise ValueError(
                 f"coordinates={coordinates} is more than the {total} there are; a float in (0, 1] is a fraction"
             )

@@ -15,20 +15,6 @@ from jaguar.rounding import compute_dtype, needs_noise, store
 
 
 @dataclass(frozen=True)
-class Lost:
-    """How many perturbed coordinates of a tensor rounding put back where they were."""
-
-    name: str
-    lost: int
-    perturbed: int
-
-    @property
-    def share(self) -> float:
-        """Lost coordinates / perturbed coordinates."""
-        return self.lost / max(self.perturbed, 1)
-
-
-@dataclass(frozen=True)
 class Launches:
     """The tensors and options that all launches of one optimizer have in common.
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from jaguar import rules
 from jaguar.directions import Coordinates, ReleasedBlock, Sample
-from jaguar.estimators import Probe
+from jaguar.estimators import Lost, Probe
 from jaguar.params import Slot
-from jaguar.reference.common import Launches, Lost, moved
+from jaguar.reference.common import Launches, moved
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype
 from jaguar.rules import Scalars

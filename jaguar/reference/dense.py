@@ -10,19 +10,14 @@ from torch import Tensor
 
 from jaguar import rules
 from jaguar.directions import Gaussian, Rademacher
-from jaguar.estimators import Probe
-from jaguar.params import Slot, free_bytes
-from jaguar.reference.common import Launches, Lost, moved
+from jaguar.estimators import Lost, Probe
+from jaguar.params import Slot
+from jaguar.reference.common import Launches, moved
 from jaguar.reference.probes import CopyProbe, ModuleProbe, WalkProbe
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype
 from jaguar.rules import Scalars
 from jaguar.storage import flat_, ranges
-
-RESTORES = ("copy", "module", "walk")
-
-# A copy of the trained tensors is taken where it needs less than this share of the free memory.
-_COPY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,3 @@ class DenseSteps(Launches):
 
     def _values(self, slot: Slot, draw: Draw, part: slice) -> Tensor:
         return self.direction.values(draw, slot, slot.start + part.start, part.stop - part.start)
-
-
-def choose_restore(slots: Sequence[Slot]) -> str:
-    """ "copy" where the trained tensors need under a tenth of the free memory of their device, else "module"."""
-    for device in {slot.tensor.device for slot in slots}:
-        size = sum(slot.count * slot.tensor.element_size() for slot in slots if slot.tensor.device == device)
-        if size > _COPY_SHARE * free_bytes(device):
-            return "module"
-    return "copy"

@@ -42,16 +42,10 @@ def read_rows(path: str | Path, text_column: str = "text", label_column: str = "
     rows = []
     try:
         for line, entry in readers[path.suffix.lower()](path):
-            for column in (text_column, label_column):
-                if entry.get(column) is None:
-                    have = ", ".join(map(str, entry)) or "nothing"
-                    raise ValueError(
-                        f"{path}, line {line}: no column {column!r} (there is: {have}); name it with "
-                        f"--{'text' if column == text_column else 'label'}_column"
-                    )
-            text, label = str(entry[text_column]).strip(), str(entry[label_column]).strip()
-            if not text or not label:
-                raise ValueError(f"{path}, line {line}: empty {'text' if not text else 'label'}")
+            text, label = (
+                _value(entry, column, flag, f"{path}, line {line}")
+                for column, flag in ((text_column, "text"), (label_column, "label"))
+            )
             rows.append(Row(text, label, line))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -62,9 +56,27 @@ def read_rows(path: str | Path, text_column: str = "text", label_column: str = "
     return rows
 
 
+def _value(entry: dict[str, Any], column: str, what: str, where: str) -> str:
+    if column not in entry:
+        raise ValueError(f"{where}: no column {column!r} (there is: {', '.join(entry)}); name it with --{what}_column")
+    value = entry[column]
+    if value is None or isinstance(value, (list, dict)):
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: the column {column!r} holds {kind} instead of a {what}")
+    text = str(value).strip()
+    if not text:
+        raise ValueError(f"{where}: empty {what}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{where}: the {what} has half of a surrogate pair, which is no character")
+    return text
+
+
 def _csv_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: two columns of the header have the same name ({', '.join(names)})")
         for entry in reader:
             if None in entry:
                 raise ValueError(
@@ -80,9 +92,10 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 entry = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
                 raise ValueError(
-                    f"{path}, line {line}: not JSON ({error.msg}); a .jsonl file has one object a line"
+                    f"{path}, line {line}: not JSON ({reason}); a .jsonl file has one object a line"
                 ) from None
             if not isinstance(entry, dict):
                 raise ValueError(
@@ -95,7 +108,7 @@ def class_names(rows: Sequence[Row]) -> list[str]:
     """The labels that occur, sorted: as numbers if all of them are whole numbers, else as text."""
     labels = {row.label for row in rows}
     try:
-        return sorted(labels, key=int)
+        return sorted(labels, key=lambda label: (int(label), label))
     except ValueError:
         return sorted(labels)
 
@@ -119,9 +132,7 @@ class Task:
         if "{text}" not in self.template:
             raise ValueError(f"the template {self.template!r} has no {{text}}, so every prompt would be the same")
         if len(self.labels) < 2:
-            raise ValueError(
-                f"the training data has one label only ({', '.join(self.labels)}); there is nothing to learn"
-            )
+            raise ValueError(f"the data has one label only ({', '.join(self.labels)}); there is nothing to tell apart")
         if self.verbalizers and len(self.verbalizers) != len(self.labels):
             raise ValueError(
                 f"{len(self.verbalizers)} verbalizers for the {len(self.labels)} labels "
