@@ -7,7 +7,7 @@ SEED ?= 0
 .PHONY: help demo compare test test-full check bench clean
 
 help:
-	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; about ten minutes on 2 cores"
+	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
 	@echo "make compare [SEED=n]  the same, and ZO-SGD with as many forward passes"
 	@echo "make test              the default test suite, without a GPU and without a network"
 	@echo "make test-full         all tests that need no GPU"

@@ -21,7 +21,7 @@ classifier is scored on its classes. Options of an optimizer that are left out k
 
   jaguar finetune --model ./SmolLM2-135M --train_file train.csv --test_file test.csv --output_dir tuned \\
       --template 'Review: {text}\\nSentiment:' --verbalizers ' negative' ' positive' \\
-      --train norm --tau 1e-2 --learning_rate 4e-4 --coordinates 1.0 --max_steps 150
+      --train norm --tau 1e-2 --learning_rate 4e-4 --coordinates 1.0 --max_steps 200
 """
 
 EVAL = """\

@@ -164,8 +164,10 @@ def test_quantised_tensors() -> None:
 
 
 def test_frozen_tensors_are_skipped_and_counted() -> None:
-    frozen, meta = torch.zeros(5), torch.zeros(3, device="meta")
-    opt = JaguarSignSGD([("a", leaf(4)), ("b", frozen), ("c", torch.zeros(3, dtype=torch.int64)), ("d", meta)])
+    frozen = torch.zeros(5)
+    odd = (torch.zeros(3, dtype=torch.int64), torch.zeros(3, device="meta"))  # a quantised weight under an adapter, say
+    codes, meta = (nn.Parameter(tensor, requires_grad=False) for tensor in odd)
+    opt = JaguarSignSGD([("a", leaf(4)), ("b", frozen), ("c", codes), ("d", meta)])
     assert names_of(opt) == ["a"] and "1 tensors, 4 elements, 3 frozen" in repr(opt)
     opt.step(lambda: torch.zeros(()))
     assert frozen.count_nonzero() == 0
@@ -175,8 +177,13 @@ NOTHING = {
     "list": [],
     "generator": (p for p in ()),
     "frozen": [torch.zeros(3), torch.zeros(2)],
-    "int": [torch.zeros(3, dtype=torch.int32)],
 }
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3, dtype=torch.int64), torch.eye(3).to_sparse()], ids=["int", "sparse"])
+def test_a_bare_tensor_that_cannot_train_is_refused(other: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="trainable dtypes|only dense"):
+        JaguarSignSGD([leaf(4), other])
 
 
 @pytest.mark.parametrize("case", NOTHING)
