@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,17 @@ class Probe(Protocol):
 
     def abort(self) -> None:
         """Something failed, `plus` and `minus` included: parameters become x."""
+
+
+@contextmanager
+def _taken_back(probe: Probe) -> Iterator[None]:
+    """Ends the probe, whatever happens: BaseException, because Ctrl-C must not leave the parameters moved either."""
+    try:
+        yield
+        probe.finish()
+    except BaseException:
+        probe.abort()
+        raise
 
 
 RESTORES = ("copy", "module", "walk")
@@ -60,15 +72,11 @@ class TwoSided:
         """The losses f+ and f- of every probe, in order; whatever fails, the probe is taken back."""
         losses = []
         for probe in probes:
-            try:
+            with _taken_back(probe):
                 probe.plus()
                 losses.append(evaluate())
                 probe.minus()
                 losses.append(evaluate())
-                probe.finish()
-            except BaseException:
-                probe.abort()
-                raise
         return tuple(losses)
 
     def rho(self, losses: Sequence[float], tau: float, *, double: bool) -> list[float]:
@@ -91,13 +99,9 @@ class OneSided:
         """The loss f(x), then f+ of every probe, in order; whatever fails, the probe is taken back."""
         losses = [evaluate()]
         for probe in probes:
-            try:
+            with _taken_back(probe):
                 probe.plus()
                 losses.append(evaluate())
-                probe.finish()
-            except BaseException:
-                probe.abort()
-                raise
         return tuple(losses)
 
     def rho(self, losses: Sequence[float], tau: float, *, double: bool) -> list[float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -203,7 +204,7 @@ class Finetuning:
         def closure() -> Tensor:
             logits = self.scorer(batch)
             hits.append((logits.argmax(1) == labels).float().mean())
-            return self.scorer.loss(logits, batch)
+            return F.cross_entropy(logits, labels)
 
         begin, before = time.monotonic(), self.scorer.forward_passes
         loss = self.optimizer.measure(closure).loss

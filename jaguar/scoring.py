@@ -43,10 +43,6 @@ class OptionScorer:
         mask = (torch.arange(longest, device=self.device) < lengths.unsqueeze(1)).long()
         return self._logits(ids, mask, lengths - 1).float()
 
-    def loss(self, logits: Tensor, batch: Sequence[Example]) -> Tensor:
-        """Mean cross-entropy over the options: fp32 scalar."""
-        return F.cross_entropy(logits, torch.tensor([example.label for example in batch], device=self.device))
-
     def check_head(self, example: Example) -> None:
         """Compares the short way with the model's own forward on one prompt, and takes the latter where they differ.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,9 +87,9 @@ class JaguarSignSGD(ZerothOrder):
         self._direction: Coordinates | ReleasedBlock = sampling
         if released:
             given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
-            usual = {"coordinates": 0.01, "layout": "uniform", "signs": "rademacher", "update": "sampled", "beta": 0.9}
+            usual = inspect.signature(JaguarSignSGD).parameters
             for name, value in given.items():
-                if value != usual[name]:
+                if value != usual[name].default:
                     raise ValueError(
                         f"released=True fixes sampling, beta and update, so {name}={value!r} cannot be given with it"
                     )
