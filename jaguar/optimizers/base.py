@@ -216,7 +216,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """measure(closure) and apply_ in one; without a closure, applies what was measured last.
 
         Returns:
-            Mean of the measured losses: 0-dim, fp32 (fp64 for fp64 models), detached; NaN for a skipped step.
+            Mean of the measured losses: 0-dim, fp32 (fp64 for fp64 models), detached; NaN if one was not finite.
         """
         record = self.measure(closure) if closure is not None else self._pending
         if record is None:
