@@ -69,8 +69,8 @@ def _run(method: str, seed: int) -> int:
 def compare(seed: int) -> int:
     """Both optimizers with the same number of forward passes; a finished run of the same command is not repeated."""
     table = Table(title=f"400 forward passes of 16 rows, seed {seed}", title_justify="left")
-    for column in ("method", "zero-shot", "tuned", "change (paired SE)", "AUC", "seconds", "peak GiB"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("method", "accuracy", "points (SE)", "AUC", "seconds", "GiB"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for method in SETTINGS:
         path = _folder(method, seed) / "metrics.json"
         same = shlex.join(["jaguar", *command(method, seed)])
@@ -79,10 +79,9 @@ def compare(seed: int) -> int:
         m = json.loads(path.read_text())
         table.add_row(
             method,
-            f"{m['before']['accuracy']:.2%}",
-            f"{m['after']['accuracy']:.2%}",
-            f"{100 * m['accuracy_change']:+.2f} ({100 * m['paired_se']:.2f})",
-            f"{m['before']['auc']:.4f} to {m['after']['auc']:.4f}",
+            f"{m['before']['accuracy']:.1%} to {m['after']['accuracy']:.1%}",
+            f"{100 * m['accuracy_change']:+.1f} ({100 * m['paired_se']:.1f})",
+            f"{m['before']['auc']:.3f} to {m['after']['auc']:.3f}",
             f"{m['training_seconds']:.0f}",
             f"{m['peak_memory_bytes'] / 2**30:.2f}",
         )
