@@ -69,7 +69,7 @@ def _run(method: str, seed: int) -> int:
 def compare(seed: int) -> int:
     """Both optimizers with the same number of forward passes; a finished run of the same command is not repeated."""
     table = Table(title=f"400 forward passes of 16 rows, seed {seed}", title_justify="left")
-    for column in ("method", "accuracy", "points (SE)", "AUC", "seconds", "GiB"):
+    for column in ("method", "accuracy %", "points (SE)", "AUC", "s", "GiB"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for method in SETTINGS:
         path = _folder(method, seed) / "metrics.json"
@@ -79,7 +79,7 @@ def compare(seed: int) -> int:
         m = json.loads(path.read_text())
         table.add_row(
             method,
-            f"{m['before']['accuracy']:.1%} to {m['after']['accuracy']:.1%}",
+            f"{100 * m['before']['accuracy']:.1f} to {100 * m['after']['accuracy']:.1f}",
             f"{100 * m['accuracy_change']:+.1f} ({100 * m['paired_se']:.1f})",
             f"{m['before']['auc']:.3f} to {m['after']['auc']:.3f}",
             f"{m['training_seconds']:.0f}",
