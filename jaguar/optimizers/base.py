@@ -155,7 +155,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 lost = steps.lost(draws[0], taus)
             self.lost_share = {part.name: part.share for part in lost}
             warn_of_lost(lost, self._fate_of_lost)
-        double = any(slot.tensor.dtype == torch.float64 for slot in self._slots)
+        double = self._double
         seed = rng.closure_seed(self._seed, self._step)
         with HeldInterrupts() as held, Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
 
@@ -166,7 +166,7 @@ class ZerothOrder(torch.optim.Optimizer):
             probes = steps.probes(draws, taus)
             losses = self._estimator.measure(evaluate, probes)
             record = Record(self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)))
-            if not record.skipped and not self._is_finite(record):
+            if not record.skipped and not _finite(self._scalars(record)):
                 record = replace(record, skipped=True)  # finite losses, but rho overflows
             walked = self._options.get("restore") == "walk"
             self._moved = probes[-1] if walked else None
@@ -195,11 +195,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self._watch.check(self.param_groups)
         self._check_storage()
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
-        if not record.skipped and not self._is_finite(record):
+        scalars = self._scalars(record)
+        if not record.skipped and not _finite(scalars):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
             )
-        scalars = [self._scalars(record, slot) for slot in self._slots]
         with HeldInterrupts(), torch.no_grad():
             try:
                 if self._options.get("restore") == "walk":
@@ -225,9 +225,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 "measure(closure) first or step(closure)"
             )
         self.apply_(record)
-        slots = self._slots
-        dtype = torch.float64 if any(s.tensor.dtype == torch.float64 for s in slots) else torch.float32
-        return torch.tensor(record.loss, dtype=dtype, device=slots[0].tensor.device)
+        dtype = torch.float64 if self._double else torch.float32
+        return torch.tensor(record.loss, dtype=dtype, device=self._slots[0].tensor.device)
 
     def discard_(self) -> None:
         """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
@@ -269,21 +268,28 @@ class ZerothOrder(torch.optim.Optimizer):
             for slot in self._slots
         ]
 
-    def _scalars(self, record: Record, slot: Slot) -> rules.Scalars:
-        group, double = self.param_groups[slot.group], slot.tensor.dtype == torch.float64
-        rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=double)
-        return rules.step_scalars(
-            rho,
-            lr=record.lrs[slot.group],
-            beta=group.get(self.momentum_key, 0.0),
-            tau=group["tau"],
-            weight_decay=group["weight_decay"],
-            rho_clip=self._rho_clip,
-            double=double,
-        )
+    def _scalars(self, record: Record) -> list[rules.Scalars]:
+        """The scalars of every slot; the slots of a group share them, one set per compute dtype."""
+        made: dict[tuple[int, bool], rules.Scalars] = {}
+        keys = [(slot.group, slot.tensor.dtype == torch.float64) for slot in self._slots]
+        for key in dict.fromkeys(keys):
+            group, double = self.param_groups[key[0]], key[1]
+            rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=double)
+            made[key] = rules.step_scalars(
+                rho,
+                lr=record.lrs[key[0]],
+                beta=group.get(self.momentum_key, 0.0),
+                tau=group["tau"],
+                weight_decay=group["weight_decay"],
+                rho_clip=self._rho_clip,
+                double=double,
+            )
+        return [made[key] for key in keys]
 
-    def _is_finite(self, record: Record) -> bool:
-        return all(math.isfinite(rho) for slot in self._slots for rho in self._scalars(record, slot).rho)
+    @property
+    def _double(self) -> bool:
+        """Whether losses are fp64: one of the parameters is."""
+        return any(slot.tensor.dtype == torch.float64 for slot in self._slots)
 
     def _momenta(self) -> list[Tensor | None]:
         """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
@@ -421,6 +427,10 @@ class ZerothOrder(torch.optim.Optimizer):
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(scalars: list[rules.Scalars]) -> bool:
+    return all(math.isfinite(rho) for s in scalars for rho in s.rho)
 
 
 def _name(step: int | None) -> str:
