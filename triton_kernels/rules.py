@@ -1,0 +1,40 @@
+"""`jaguar.rules` in registers: every product and every sum rounded on its own (kernels are compiled without fusion)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sign(v):
+    """+1, -1, or 0 for zero."""
+    return tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0)).to(v.dtype)
+
+
+@triton.jit
+def perturbed(x, e, scale):
+    """x + scale e."""
+    return x + e * scale
+
+
+@triton.jit
+def momentum_entry(m, s, beta, entry):
+    """beta m + (1 - beta) rho s, with entry = (1 - beta) rho."""
+    return m * beta + s * entry
+
+
+@triton.jit
+def sign_step(x, m, decay, lr):
+    """(1 - lr wd) x - lr sign(m)."""
+    return x * decay - sign(m) * lr
+
+
+@triton.jit
+def heavy_ball(m, g, momentum):
+    """momentum m + g."""
+    return m * momentum + g
+
+
+@triton.jit
+def sgd_step(x, g, decay, lr):
+    """(1 - lr wd) x - lr g."""
+    return x * decay - g * lr
