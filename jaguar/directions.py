@@ -117,6 +117,12 @@ class Coordinates:
         per_axis: float = (1.0 / self.coordinates) ** (1.0 / self._axes)
         return max(1, round(per_axis))
 
+    @property
+    def ones(self) -> bool:
+        """Whether all signs are +1."""
+        # One coordinate is Algorithm 1's e_i: its sign would cancel, so the first evaluation is the one at x + tau e_i.
+        return self.signs == "ones" or (self.coordinates == 1 and isinstance(self.coordinates, int))
+
     def fraction(self, total: int) -> float:
         """The actual probability that a coordinate of a matrix is chosen, of `total` coordinates in the set."""
         if isinstance(self.coordinates, int):
@@ -131,8 +137,7 @@ class Coordinates:
             samples = [self._sample_block(draw, slot) for slot in slots]
         else:
             samples = self._sample_fraction(draw.key(Purpose.COORDINATES), slots)
-        # One coordinate is Algorithm 1's e_i: its sign would cancel, so the first evaluation is the one at x + tau e_i.
-        if self.signs == "ones" or (self.coordinates == 1 and isinstance(self.coordinates, int)):
+        if self.ones:
             samples = [(index, torch.ones_like(sign)) for index, sign in samples]
         return samples
 
@@ -195,6 +200,8 @@ class ReleasedBlock:
     Exactly max(1, n // 10) rows x max(1, n // 10) columns of a matrix (more dimensions are flattened to (first, rest))
     and max(1, n // 10) entries of a vector, without replacement: the places with the smallest Philox words.
     """
+
+    ones = True
 
     def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
         """The block of every slot, as local indices in ascending order."""

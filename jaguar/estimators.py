@@ -28,11 +28,15 @@ class Probe(Protocol):
 
 
 @contextmanager
-def _taken_back(probe: Probe) -> Iterator[None]:
-    """Ends the probe, whatever happens: BaseException, because Ctrl-C must not leave the parameters moved either."""
+def _taken_back(probe: Probe, held: bool) -> Iterator[None]:
+    """Ends the probe, whatever happens: BaseException, because Ctrl-C must not leave the parameters moved either.
+
+    A held probe is left where it is if nothing happens: its end is up to the caller.
+    """
     try:
         yield
-        probe.finish()
+        if not held:
+            probe.finish()
     except BaseException:
         probe.abort()
         raise
@@ -68,11 +72,17 @@ class TwoSided:
         """Evaluations per step."""
         return 2 * n_directions
 
-    def measure(self, evaluate: Callable[[], float], probes: Sequence[Probe]) -> tuple[float, ...]:
-        """The losses f+ and f- of every probe, in order; whatever fails, the probe is taken back."""
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False
+    ) -> tuple[float, ...]:
+        """The losses f+ and f- of every probe, in order; whatever fails, the probe is taken back.
+
+        Args:
+            hold: leave the last probe where it is; the caller ends it.
+        """
         losses = []
         for probe in probes:
-            with _taken_back(probe):
+            with _taken_back(probe, hold and probe is probes[-1]):
                 probe.plus()
                 losses.append(evaluate())
                 probe.minus()
@@ -95,11 +105,17 @@ class OneSided:
         """Evaluations per step."""
         return 1 + n_directions
 
-    def measure(self, evaluate: Callable[[], float], probes: Sequence[Probe]) -> tuple[float, ...]:
-        """The loss f(x), then f+ of every probe, in order; whatever fails, the probe is taken back."""
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False
+    ) -> tuple[float, ...]:
+        """The loss f(x), then f+ of every probe, in order; whatever fails, the probe is taken back.
+
+        Args:
+            hold: leave the last probe where it is; the caller ends it.
+        """
         losses = [evaluate()]
         for probe in probes:
-            with _taken_back(probe):
+            with _taken_back(probe, hold and probe is probes[-1]):
                 probe.plus()
                 losses.append(evaluate())
         return tuple(losses)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from jaguar import reference
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.estimators import Lost, Probe
 from jaguar.params import Slot
+from jaguar.parts import Parts
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
 
@@ -25,8 +30,12 @@ class Unavailable(RuntimeError):
 class Steps(Protocol):
     """The launches of one optimizer over one list of tensors."""
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether `update_` can end the last probe of a step."""
+
     def n_perturbed(self, draw: Draw) -> int:
-        """Number of coordinates that a direction moves."""
+        """Number of coordinates that a direction moves; kernels, which store no list of them, know it nearly."""
 
     def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
         """What moves the parameters along each direction and back; `taus` has one length per slot."""
@@ -34,18 +43,33 @@ class Steps(Protocol):
     def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
         """The perturbations that rounding swallows, per tensor."""
 
-    def update_(self, draws: Sequence[Draw], scalars: Sequence[Scalars], momenta: Sequence[Tensor | None]) -> None:
-        """Moves momenta and parameters by one step, in place; one Scalars and one momentum (or none) per slot."""
+    def check(self, momenta: Sequence[Tensor | None]) -> None:
+        """Raises RuntimeError for tensors that `update_` could not move; called before anything is written."""
+
+    def update_(
+        self,
+        draws: Sequence[Draw],
+        scalars: Sequence[Scalars],
+        momenta: Sequence[Tensor | None],
+        held: Probe | None = None,
+    ) -> None:
+        """Moves momenta and parameters by one step, in place; one Scalars and one momentum (or none) per slot.
+
+        Args:
+            held: a probe that was not finished; its way back comes first, and may share a launch with the step.
+        """
 
 
 def unavailable() -> dict[str, str]:
     """Why each backend that cannot run here cannot, by name; what is not listed is available."""
-    missing = {
-        "triton": "this version of jaguar has no Triton kernels yet",
-        "cuda": "this version of jaguar has no CUDA extension yet",
-    }
+    missing = {"cuda": "this version of jaguar has no CUDA extension yet"}
     if importlib.util.find_spec("triton") is None:
-        missing["triton"] += " (and triton is not installed)"
+        missing["triton"] = "triton is not installed (pip install 'jaguar-zo[triton]')"
+    elif not interpreted() and not torch.cuda.is_available():
+        missing["triton"] = (
+            "there is no NVIDIA GPU (with TRITON_INTERPRET=1 in the environment, Triton's interpreter runs the "
+            "kernels on CPU tensors, slowly)"
+        )
     return missing
 
 
@@ -54,8 +78,16 @@ def available() -> list[str]:
     return [name for name in NAMES[1:] if name not in unavailable()]
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels; decided when they are imported."""
+    loaded = sys.modules.get("jaguar.triton_kernels.launch")
+    if loaded is not None:
+        return bool(loaded.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def choose(backend: str) -> str:
-    """The backend that runs: a named one runs or raises, and only "auto" chooses.
+    """`backend` itself: a named one runs or raises, and only "auto" chooses, tensor by tensor (`assign`).
 
     Raises:
         ValueError: there is no backend of this name.
@@ -67,7 +99,37 @@ def choose(backend: str) -> str:
         raise Unavailable(
             f"backend={backend!r} is not available: {unavailable()[backend]}; available: {', '.join(available())}"
         )
-    return "reference" if backend == "auto" else backend
+    return backend
+
+
+def assign(backend: str, slots: Sequence[Slot]) -> list[str]:
+    """The backend of every slot: what was named, or for "auto" Triton on GPUs and the reference elsewhere.
+
+    Raises:
+        Unavailable: the named backend cannot take a tensor; the message has its name and the reason.
+    """
+    if backend == "auto":
+        fitting = "triton" not in unavailable()
+        return ["triton" if fitting and s.tensor.is_cuda and not _unfit(s) else "reference" for s in slots]
+    if backend == "triton":
+        for slot in slots:
+            if _unfit(slot):
+                raise Unavailable(
+                    f"backend='triton' cannot take {slot.name}: it {_unfit(slot)}; backend='auto' uses the reference "
+                    "for such tensors"
+                )
+    return [backend] * len(slots)
+
+
+def _unfit(slot: Slot) -> str | None:
+    """Why kernels cannot take a tensor: they see an address and a number of elements."""
+    x = slot.tensor
+    if x.device.type != ("cpu" if interpreted() else "cuda"):
+        where = "only CPU tensors, because TRITON_INTERPRET=1 is set" if interpreted() else "only on NVIDIA GPUs"
+        return f"is on {x.device}, and the kernels run {where}"
+    if not x.is_contiguous():
+        return f"is not contiguous (shape {tuple(x.shape)}, strides {x.stride()})"
+    return None
 
 
 def coordinate_steps(
@@ -78,9 +140,29 @@ def coordinate_steps(
     update: str,
     stochastic: bool,
     two_sided: bool,
+    n_directions: int,
 ) -> Steps:
     """JAGUAR's launches on `backend`, which `choose` returned."""
-    return reference.CoordinateSteps(slots, stochastic, two_sided, direction, update)
+    assigned = assign(backend, slots)
+    if isinstance(direction, Coordinates) and isinstance(direction.coordinates, int) and len(set(assigned)) > 1:
+        assigned = ["reference"] * len(slots)  # strata of a number of coordinates run across tensors
+
+    def make(name: str, part: Sequence[Slot]) -> Steps:
+        if name == "reference":
+            return reference.CoordinateSteps(part, stochastic, two_sided, direction, update)
+        from jaguar import fused
+
+        return fused.CoordinateSteps(
+            part,
+            slots,
+            direction,
+            update=update,
+            stochastic=stochastic,
+            two_sided=two_sided,
+            n_directions=n_directions,
+        )
+
+    return _joined(slots, assigned, make)
 
 
 def dense_steps(
@@ -89,8 +171,42 @@ def dense_steps(
     direction: Gaussian | Rademacher,
     *,
     restore: str,
+    rule: str,
     stochastic: bool,
     two_sided: bool,
+    n_directions: int,
 ) -> Steps:
     """The launches of dense directions on `backend`, which `choose` returned."""
-    return reference.DenseSteps(slots, stochastic, two_sided, direction, restore)
+
+    def make(name: str, part: Sequence[Slot]) -> Steps:
+        if name == "reference":
+            return reference.DenseSteps(part, stochastic, two_sided, direction, restore, rule)
+        from jaguar import fused
+
+        return fused.DenseSteps(
+            part,
+            direction,
+            restore=restore,
+            rule=rule,
+            stochastic=stochastic,
+            two_sided=two_sided,
+            n_directions=n_directions,
+        )
+
+    return _joined(slots, assign(backend, slots), make)
+
+
+def _joined(slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Steps]) -> Steps:
+    """One set of launches for every backend that got tensors; says which tensors of a GPU the reference has to move."""
+    slow = [f"{s.name} {_unfit(s)}" for s, name in zip(slots, assigned, strict=True) if name == "reference" and s.tensor.is_cuda]
+    if slow and "triton" in assigned:
+        warnings.warn(
+            f"the reference backend moves {len(slow)} of {len(slots)} tensors, slowly: {slow[0]}"
+            f"{' and others' if len(slow) > 1 else ''}",
+            stacklevel=2,
+        )
+    parts = []
+    for name in dict.fromkeys(assigned):
+        where = [i for i, chosen in enumerate(assigned) if chosen == name]
+        parts.append((where, make(name, [slots[i] for i in where])))
+    return parts[0][1] if len(parts) == 1 else Parts(parts)

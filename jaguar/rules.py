@@ -103,7 +103,8 @@ def mean_gradient(directions: Sequence[Tensor], rho: Sequence[float]) -> Tensor:
     g = directions[0] * rho[0]
     for e, r in zip(directions[1:], rho[1:], strict=True):
         g = g + e * r
-    return g / len(rho) if len(rho) > 1 else g
+    # By a tensor: by a Python number, CUDA multiplies with the reciprocal, which is not the rounded quotient.
+    return g / g.new_full((), len(rho)) if len(rho) > 1 else g
 
 
 def heavy_ball(m: Tensor, g: Tensor, momentum: float) -> Tensor:

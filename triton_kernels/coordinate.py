@@ -17,7 +17,7 @@ from jaguar.triton_kernels.rounding import nearest, noisy, stochastic, widened
 def _choice(keys, stratum, stream, size, PURPOSE: tl.constexpr):
     """Place in [0, size) and sign of each stratum."""
     w0, w1, w2, _ = rng.words(rng.key(keys, PURPOSE), stratum, stream, PURPOSE)
-    return rng.mulhi64(w1, w0, size), 1.0 - 2.0 * (w2 >> 31).to(tl.float32)
+    return rng.mulhi64(w1, w0, size), rng.signed(w2 >> 31)
 
 
 @triton.jit
@@ -132,18 +132,18 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
         total = tl.load(geometry + T.TOTAL)
         if T.derivatives_finite(scalars, n):
             for k in range(0, n):
-                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
+                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
                 tl.store(saved + k * total, tl.load(x + i, mask=live), mask=live)
             for k in range(0, n):
                 tl.debug_barrier()  # other threads may have written what is read here
-                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
+                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
                 plus, other = _endpoints(tl.load(saved + k * total, mask=live, other=0), sign, tau, X_FORMAT, TWO_SIDED)
                 entry = scalar(scalars + T.ENTRY + 2 * k, X_FORMAT)
                 _enter(m, i, live & (plus != other), sign, entry, beta, row, keys + k * T.KEYS,
                        X_FORMAT, M_FORMAT, STOCHASTIC)  # fmt: skip
             tl.debug_barrier()
             for k in range(0, n):  # an element that two directions drew is written twice, with the same value
-                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
+                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
                 v = tl.load(saved + k * total, mask=live, other=0)
                 plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
                 mv = widened(tl.load(m + i, mask=live, other=0), M_FORMAT, X_FORMAT)
@@ -172,7 +172,8 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
         else:
             tl.static_assert(JOB == "update" or JOB == "fused")
             plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
-            moving = live & (plus != other) & T.derivatives_finite(scalars, 1)
+            movable = tl.where(T.derivatives_finite(scalars, 1), tl.load(row + T.COUNT), 0)
+            moving = live & (plus != other) & (i < movable)
             entry = scalar(scalars + T.ENTRY, X_FORMAT)
             mv = _enter(m, i, moving, sign, entry, beta, row, keys, X_FORMAT, M_FORMAT, STOCHASTIC)
             y = _stepped(v, mv, i, row, keys, scalars, X_FORMAT, STOCHASTIC)
@@ -183,9 +184,12 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
 
 
 @triton.jit
-def _tile_strata(row, geometry, program, lane, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """The strata that meet a tile: the number of each lane's (int64), and how many lanes there are."""
-    if LAYOUT == "block":  # a rectangle of strata of rows and columns, all columns unless the tile lies in one row
+def _tile_strata(row, geometry, program, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+    """The strata that meet a tile: the first, how many in a row and how far to the next row (block), how many lanes.
+
+    A block layout's form a rectangle, of all columns unless the tile lies in one row.
+    """
+    if LAYOUT == "block":
         size = tl.load(geometry + T.SIZE)
         columns = tl.load(row + T.N_COLUMNS)
         strata = tl.load(row + T.N_STRATA)
@@ -193,16 +197,15 @@ def _tile_strata(row, geometry, program, lane, LAYOUT: tl.constexpr, BLOCK: tl.c
         first = o + tl.load(row + T.START)
         last = tl.minimum(o + BLOCK, tl.load(row + T.COUNT)) - 1 + tl.load(row + T.START)
         top, bottom = first // columns, last // columns
-        a = top // size
-        b = first * 0
+        left = first * 0
         width = strata
         if top == bottom:
-            b = (first - top * columns) // size
-            width = (last - top * columns) // size - b + 1
-        down = lane // width
-        return (a + down) * strata + b + lane - down * width, (bottom // size - a + 1) * width
+            left = (first - top * columns) // size
+            width = (last - top * columns) // size - left + 1
+        height = bottom // size - top // size + 1
+        return top // size * strata + left, width, strata - width, height * width
     else:
-        return tl.load(program + T.STRATUM) + lane, tl.load(geometry + T.LANES)
+        return tl.load(program + T.STRATUM), 1, 0, tl.load(geometry + T.LANES)
 
 
 @triton.jit
@@ -236,13 +239,17 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
     saved += tl.load(row + T.SAVED)
     tau, beta = scalar(scalars + T.TAU, X_FORMAT), scalar(scalars + T.BETA, X_FORMAT)
     n_directions = tl.load(geometry + T.DIRECTIONS) if SEVERAL else 1
+    total = tl.load(geometry + T.TOTAL)
     finite = T.derivatives_finite(scalars, n_directions)
+    movable = tl.where(finite, n, 0)
     lane = tl.arange(0, LANES)
-    _, lanes = _tile_strata(row, geometry, program, lane, LAYOUT, BLOCK)
+    first, width, step, lanes = _tile_strata(row, geometry, program, LAYOUT, BLOCK)
     for k in range(0, n_directions):
         for u in range(0, lanes, LANES):
-            s, _ = _tile_strata(row, geometry, program, u + lane, LAYOUT, BLOCK)
-            i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
+            s = first + u + lane
+            if LAYOUT == "block":
+                s += (u + lane) // width * step
+            i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
             live = live & (u + lane < lanes) & (i >= o) & (i < o + BLOCK)
             if RESTORE:
                 v = tl.load(saved + s, mask=live, other=0)
@@ -251,7 +258,7 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
                 v = tl.load(x + i, mask=live, other=0)
             plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
             entry = scalar(scalars + T.ENTRY + 2 * k, X_FORMAT)
-            _enter(m, i, live & (plus != other) & finite, sign, entry, beta, row, keys + k * T.KEYS,
+            _enter(m, i, live & (plus != other) & (i < movable), sign, entry, beta, row, keys + k * T.KEYS,
                    X_FORMAT, M_FORMAT, STOCHASTIC)  # fmt: skip
         # What was written here is read by other threads: in the tile below, and for the next direction.
         tl.debug_barrier()

@@ -41,6 +41,12 @@ def key(keys, PURPOSE: tl.constexpr):
 
 
 @triton.jit
+def signed(bit):
+    """1 where the lowest bit of a word is 0, -1 where it is set: fp32, put together from its bits."""
+    return ((bit << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def words(k, group, stream, PURPOSE: tl.constexpr):
     """The four words of each `group` (int64) in a `stream` (uint32); `k` is a `key`."""
     purpose = tl.full([], PURPOSE, tl.uint32)
@@ -98,7 +104,7 @@ def signs_at(k, index, stream):
     w0, w1, w2, w3 = words(k, index >> 7, stream, DIRECTION)
     j = (index & 127).to(tl.uint32)
     w = tl.where(j < 64, tl.where(j < 32, w0, w1), tl.where(j < 96, w2, w3))
-    return 1.0 - 2.0 * ((w >> (j & 31)) & 1).to(tl.float32)
+    return signed(w >> (j & 31))
 
 
 @triton.jit
@@ -108,8 +114,7 @@ def signs_rows(k, first, stream, R: tl.constexpr):
     w0, w1, w2, w3 = words_from(k, first, tl.arange(0, CALLS), stream, DIRECTION)
     w = interleaved(w0, w1, w2, w3)
     octets = tl.reshape(tl.join(tl.join(w, w >> 16), tl.join(w >> 8, w >> 24)), [R])
-    bit = (octets[:, None] >> tl.arange(0, 8)[None, :].to(tl.uint32)) & 1
-    return 1.0 - 2.0 * bit.to(tl.float32)
+    return signed(octets[:, None] >> tl.arange(0, 8)[None, :].to(tl.uint32))
 
 
 @triton.jit

@@ -5,12 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def sign(v):
-    """+1, -1, or 0 for zero."""
-    return tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0)).to(v.dtype)
-
-
-@triton.jit
 def perturbed(x, e, scale):
     """x + scale e."""
     return x + e * scale
@@ -24,8 +18,8 @@ def momentum_entry(m, s, beta, entry):
 
 @triton.jit
 def sign_step(x, m, decay, lr):
-    """(1 - lr wd) x - lr sign(m)."""
-    return x * decay - sign(m) * lr
+    """(1 - lr wd) x - lr sign(m), sign(0) = 0."""
+    return x * decay - tl.where(m > 0, lr, tl.where(m < 0, -1.0 * lr, 0.0))
 
 
 @triton.jit

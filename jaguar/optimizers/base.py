@@ -93,7 +93,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._last_finite: int | None = None
         self._broken = False
         self._pending: Record | None = None
-        self._moved: Probe | None = None  # a walk that has not come back
+        self._moved: Probe | None = None  # a probe that has not come back: a walk, or inside step()
         self._last_record: Record | None = None
         self._n_frozen = 0
         self._slots: list[Slot] = []
@@ -138,47 +138,9 @@ class ZerothOrder(torch.optim.Optimizer):
             RuntimeError: the optimizer is broken by an earlier failure.
             TypeError, ValueError: the closure returned something that is no scalar.
         """
-        self._check_usable()
-        if self._moved is not None:
-            raise RuntimeError(
-                "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
-            )
-        if not callable(closure):
-            raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
-        self._watch.check(self.param_groups)
-        self._check_storage()
-        self._pending = None
-        steps, draws, taus = self._launches(), self._draws(), self._taus()
-        lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        if self._step == 0 and self.lost_share is None:
-            with torch.no_grad():
-                lost = steps.lost(draws[0], taus)
-            self.lost_share = {part.name: part.share for part in lost}
-            warn_of_lost(lost, self._fate_of_lost)
-        double = self._double
-        seed = rng.closure_seed(self._seed, self._step)
-        with HeldInterrupts() as held, Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
-
-            def evaluate() -> float:
-                with held.let_through():
-                    return self._guard.as_float(isolation.evaluate(closure, seed), double)
-
-            probes = steps.probes(draws, taus)
-            losses = self._estimator.measure(evaluate, probes)
-            record = Record(self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)))
-            if not record.skipped and not _finite(self._scalars(record)):
-                record = replace(record, skipped=True)  # finite losses, but rho overflows
-            walked = self._options.get("restore") == "walk"
-            self._moved = probes[-1] if walked else None
-            if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
-                self.discard_()
-                raise NonFiniteLoss(
-                    f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
-                    f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data"
-                )
-            self._pending = record
-        self._guard.watch(losses, steps.n_perturbed(draws[0]))
-        return record
+        steps = self._prepare(closure)
+        with HeldInterrupts() as interrupts:
+            return self._evaluate(closure, steps, interrupts, hold=self._walks)
 
     def apply_(self, record: Record) -> None:
         """Moves parameters and state by a measured step; needs no model, no data and no closure.
@@ -200,12 +162,17 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
             )
+        steps.check(momenta)
         with HeldInterrupts(), torch.no_grad():
             try:
-                if self._options.get("restore") == "walk":
-                    self._walk_back(steps, draws)
+                held = self._moved
+                if held is None and self._walks:
+                    held = self._walked(steps, draws)
                 if not record.skipped:
-                    steps.update_(draws, scalars, momenta)
+                    steps.update_(draws, scalars, momenta, held)
+                elif held is not None:
+                    held.abort()
+                self._moved = None
             except BaseException:
                 self._broken = True
                 raise
@@ -215,16 +182,21 @@ class ZerothOrder(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """measure(closure) and apply_ in one; without a closure, applies what was measured last.
 
+        The bits are those of the two calls; where a kernel can restore and update in one launch, it does.
+
         Returns:
             Mean of the measured losses: 0-dim, fp32 (fp64 for fp64 models), detached; NaN if one was not finite.
         """
-        record = self.measure(closure) if closure is not None else self._pending
-        if record is None:
+        if closure is not None:
+            record = self._measure_and_apply(closure)
+        elif self._pending is not None:
+            record = self._pending
+            self.apply_(record)
+        else:
             raise RuntimeError(
                 "step() without a closure applies a measured step, and nothing was measured: call "
                 "measure(closure) first or step(closure)"
             )
-        self.apply_(record)
         dtype = torch.float64 if self._double else torch.float32
         return torch.tensor(record.loss, dtype=dtype, device=self._slots[0].tensor.device)
 
@@ -253,6 +225,69 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._skipped
 
     # -- its parts -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, closure: Closure) -> ops.Steps:
+        """Everything that may fail, or take long, before the parameters are moved."""
+        self._check_usable()
+        if self._moved is not None:
+            raise RuntimeError(
+                "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
+            )
+        if not callable(closure):
+            raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
+        self._watch.check(self.param_groups)
+        self._check_storage()
+        self._pending = None
+        steps = self._launches()
+        if self._step == 0 and self.lost_share is None:
+            with torch.no_grad():
+                lost = steps.lost(self._draws()[0], self._taus())
+            self.lost_share = {part.name: part.share for part in lost}
+            warn_of_lost(lost, self._fate_of_lost)
+        return steps
+
+    def _evaluate(self, closure: Closure, steps: ops.Steps, interrupts: HeldInterrupts, hold: bool) -> Record:
+        """The evaluations of a step; with `hold` the last probe stays where it is, and `_moved` knows it."""
+        draws, double = self._draws(), self._double
+        seed = rng.closure_seed(self._seed, self._step)
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        with Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
+
+            def evaluate() -> float:
+                with interrupts.let_through():
+                    return self._guard.as_float(isolation.evaluate(closure, seed), double)
+
+            probes = steps.probes(draws, self._taus())
+            losses = self._estimator.measure(evaluate, probes, hold)
+            self._moved = probes[-1] if hold else None
+            record = Record(self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)))
+            if not record.skipped and not _finite(self._scalars(record)):
+                record = replace(record, skipped=True)  # finite losses, but rho overflows
+            if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
+                self.discard_()
+                raise NonFiniteLoss(
+                    f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
+                    f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data"
+                )
+            self._pending = record
+        self._guard.watch(losses, steps.n_perturbed(draws[0]))
+        return record
+
+    def _measure_and_apply(self, closure: Closure) -> Record:
+        steps = self._prepare(closure)
+        with HeldInterrupts() as interrupts:
+            try:
+                record = self._evaluate(closure, steps, interrupts, hold=self._walks or steps.takes_back)
+                self.apply_(record)
+            except BaseException:
+                if not self._broken:  # nothing was written: the parameters go back to where the step began
+                    self.discard_()
+                raise
+        return record
+
+    @property
+    def _walks(self) -> bool:
+        return self._options.get("restore") == "walk"
 
     def _draws(self) -> list[Draw]:
         return [Draw(self._seed, self._step, k) for k in range(self._n_directions)]
@@ -305,17 +340,15 @@ class ZerothOrder(torch.optim.Optimizer):
             momenta.append(state.get("momentum"))
         return momenta
 
-    def _walk_back(self, steps: ops.Steps, draws: list[Draw]) -> None:
-        """Ends the walk that `measure` left; without one (a replay), walks the same way first."""
-        if self._moved is None:
-            for probe in steps.probes(draws, self._taus()):
-                self._moved = probe
-                probe.plus()
-                if self._estimator.name == "two-sided":
-                    probe.minus()
-        if self._moved is not None:
-            self._moved.abort()
-        self._moved = None
+    def _walked(self, steps: ops.Steps, draws: list[Draw]) -> Probe | None:
+        """Walks as `measure` did: a record is replayed."""
+        probe = None
+        for probe in steps.probes(draws, self._taus()):
+            self._moved = probe
+            probe.plus()
+            if self._estimator.name == "two-sided":
+                probe.minus()
+        return probe
 
     def _finish(self, record: Record) -> None:
         self._step += 1

@@ -48,6 +48,7 @@ class ZOSGD(ZerothOrder):
 
     group_keys: tuple[str, ...] = ("lr", "tau", "momentum", "weight_decay")
     momentum_key = "momentum"
+    _rule = "sgd"
 
     def __init__(
         self,
@@ -93,8 +94,10 @@ class ZOSGD(ZerothOrder):
             slots,
             self._direction,
             restore=self._restore or choose_restore(slots),
+            rule=self._rule,
             stochastic=self._stochastic,
             two_sided=self._estimator.name == "two-sided",
+            n_directions=self._n_directions,
         )
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:

@@ -141,6 +141,7 @@ class JaguarSignSGD(ZerothOrder):
             update=self._update,
             stochastic=self._stochastic,
             two_sided=self._estimator.name == "two-sided",
+            n_directions=self._n_directions,
         )
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:

@@ -28,6 +28,9 @@ class Launches:
     stochastic: bool
     two_sided: bool
 
+    def check(self, momenta: Sequence[Tensor | None]) -> None:
+        """Nothing that torch would not check itself."""
+
     def endpoints(self, x: Tensor, e: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """The two stored points whose losses are compared: x + tau e, and x - tau e or x itself."""
         return moved(x, e, tau), moved(x, e, -tau) if self.two_sided else x

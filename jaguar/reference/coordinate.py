@@ -30,6 +30,7 @@ class CoordinateSteps(Launches):
 
     direction: Coordinates | ReleasedBlock
     update: str
+    takes_back = True
     _samples: dict[Draw, list[Sample]] = field(default_factory=dict, init=False, repr=False)
 
     def samples(self, draw: Draw) -> list[Sample]:
@@ -56,8 +57,16 @@ class CoordinateSteps(Launches):
             report.append(Lost(slot.name, index.numel() - int(live.sum()), index.numel()))
         return report
 
-    def update_(self, draws: Sequence[Draw], scalars: Sequence[Scalars], momenta: Sequence[Tensor | None]) -> None:
+    def update_(
+        self,
+        draws: Sequence[Draw],
+        scalars: Sequence[Scalars],
+        momenta: Sequence[Tensor | None],
+        held: Probe | None = None,
+    ) -> None:
         """Entry updates of every direction in order, then one sign step; the parameters are those before the step."""
+        if held is not None:
+            held.finish()
         for i, (slot, s, m) in enumerate(zip(self.slots, scalars, momenta, strict=True)):
             assert m is not None
             touched = []

@@ -22,16 +22,23 @@ from jaguar.storage import flat_, ranges
 
 @dataclass(frozen=True)
 class DenseSteps(Launches):
-    """Dense directions with the SGD rule.
+    """Dense directions with the SGD or the sign rule.
 
     Attributes:
         direction: Gaussian or Rademacher.
         restore: "copy": from copies of all trained tensors; "module": perturb and restore one module at a time while
             it runs; "walk": step back, which rounds differently and leaves a drift that `update_` reproduces.
+        rule: "sgd" or "sign".
     """
 
     direction: Gaussian | Rademacher
     restore: str
+    rule: str = "sgd"
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether `update_` can end the last probe of a step; modules restore themselves while the model runs."""
+        return self.restore != "module"
 
     def n_perturbed(self, draw: Draw) -> int:
         """Number of perturbed coordinates."""
@@ -67,8 +74,17 @@ class DenseSteps(Launches):
             report.append(Lost(slot.name, lost, slot.count))
         return report
 
-    def update_(self, draws: Sequence[Draw], scalars: Sequence[Scalars], momenta: Sequence[Tensor | None]) -> None:
-        """g = mean over directions of rho e, in order; heavy ball where there is momentum; then the step."""
+    def update_(
+        self,
+        draws: Sequence[Draw],
+        scalars: Sequence[Scalars],
+        momenta: Sequence[Tensor | None],
+        held: Probe | None = None,
+    ) -> None:
+        """g = mean over directions of rho e, in order; heavy ball where there is momentum; then the rule."""
+        if held is not None:
+            held.abort()
+        step = rules.sign_step if self.rule == "sign" else rules.sgd_step
         for slot, s, m in zip(self.slots, scalars, momenta, strict=True):
             wide = compute_dtype(slot.tensor.dtype)
             with flat_(slot.tensor) as x:
@@ -79,7 +95,7 @@ class DenseSteps(Launches):
                         g = rules.heavy_ball(flat[part].to(wide), g, s.beta)
                         flat[part] = self.stored(g, m.dtype, draws[0], slot, part, Purpose.ROUND_STATE)
                         g = flat[part].to(wide)
-                    value = rules.sgd_step(x[part].to(wide), g, s.decay, s.lr)
+                    value = step(x[part].to(wide), g, s.decay, s.lr)
                     x[part] = self.stored(value, x.dtype, draws[0], slot, part, Purpose.ROUND)
 
     def _values(self, slot: Slot, draw: Draw, part: slice) -> Tensor:

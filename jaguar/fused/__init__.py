@@ -1,0 +1,6 @@
+"""The Triton backend: the launches of the reference, each in one kernel for the whole list of tensors."""
+
+from jaguar.fused.coordinate import CoordinateSteps
+from jaguar.fused.dense import DenseSteps
+
+__all__ = ["CoordinateSteps", "DenseSteps"]
