@@ -63,7 +63,11 @@ def cases() -> list[Case]:
         constants = {"RESTORE": True, "SEVERAL": False, "X_FORMAT": x, "M_FORMAT": m, "LAYOUT": layout, "ONES": False,
                      "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint, "LANES": 128}  # fmt: skip
         constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILES["tiles"]} | more
-        name = f"tiles x={x} m={m} {layout}" + ("" if hint else " unaligned") + "".join(f" {k}={v}" for k, v in more.items())
+        name = (
+            f"tiles x={x} m={m} {layout}"
+            + ("" if hint else " unaligned")
+            + "".join(f" {k}={v}" for k, v in more.items())
+        )
         found.append(Case(name, coordinate.tiles, constants, x, wide=hint))
 
     def move(job: str, distribution: str, x: str = "bf16", hint: bool = True) -> None:
@@ -72,11 +76,17 @@ def cases() -> list[Case]:
         name = f"move {job} {distribution} x={x}" + ("" if hint else " unaligned")
         found.append(Case(name, dense.move, constants, x, wide=hint and job != "lost"))
 
-    def step(job: str, distribution: str, rule: str = "sgd", x: str = "bf16", m: str = "none", hint: bool = True, **more: Any) -> None:
+    def step(
+        job: str, distribution: str, rule: str = "sgd", x: str = "bf16", m: str = "none", hint: bool = True, **more: Any
+    ) -> None:
         constants = {"JOB": job, "RULE": rule, "SEVERAL": False, "X_FORMAT": x, "M_FORMAT": m,
                      "DISTRIBUTION": distribution, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}  # fmt: skip
         constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILES["step"][distribution]} | more
-        name = f"step {job} {distribution} {rule} x={x} m={m}" + ("" if hint else " unaligned") + "".join(f" {k}={v}" for k, v in more.items())
+        name = (
+            f"step {job} {distribution} {rule} x={x} m={m}"
+            + ("" if hint else " unaligned")
+            + "".join(f" {k}={v}" for k, v in more.items())
+        )
         found.append(Case(name, dense.step, constants, x, wide=hint))
 
     for job in ("perturb", "flip", "restore", "lost", "update", "fused", "several"):
@@ -87,7 +97,15 @@ def cases() -> list[Case]:
     for layout in ("count", "block", "listed"):
         sparse("perturb", layout=layout)
         sparse("fused", layout=layout)
-    for x, m in (("bf16", "bf16"), ("bf16", "fp32"), ("bf16", "e5m2"), ("fp16", "bf16"), ("fp32", "fp32"), ("fp32", "e5m2"), ("fp64", "fp64")):
+    for x, m in (
+        ("bf16", "bf16"),
+        ("bf16", "fp32"),
+        ("bf16", "e5m2"),
+        ("fp16", "bf16"),
+        ("fp32", "fp32"),
+        ("fp32", "e5m2"),
+        ("fp64", "fp64"),
+    ):
         tiles(x, m)
     tiles(layout="count")
     tiles(layout="block")
@@ -119,7 +137,9 @@ def cases() -> list[Case]:
 def compiled(case: Case, capability: int) -> dict[str, Any]:
     """What the tools say of one specialisation on one target."""
     names = case.kernel.arg_names
-    signature = {n: "constexpr" if n in case.constants else SAVED[case.format] if n == "saved" else POINTERS[n] for n in names}
+    signature = {
+        n: "constexpr" if n in case.constants else SAVED[case.format] if n == "saved" else POINTERS[n] for n in names
+    }
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS | case.options)

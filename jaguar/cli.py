@@ -154,7 +154,9 @@ def _info(args: argparse.Namespace, console: Console) -> int:
         table.add_row(f"backend {name}", f"no: {reasons[name]}" if name in reasons else "yes")
     table.add_row(
         "backend auto",
-        f"{ops.choose('auto')} (the only one that can run here)" if len(ops.available()) == 1 else ops.choose("auto"),
+        "triton for contiguous tensors on GPUs, reference for the rest"
+        if "triton" in ops.available() and not ops.interpreted()
+        else "reference",
     )
     console.print(table)
     return 0 if healthy else 1

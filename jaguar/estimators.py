@@ -72,9 +72,7 @@ class TwoSided:
         """Evaluations per step."""
         return 2 * n_directions
 
-    def measure(
-        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False
-    ) -> tuple[float, ...]:
+    def measure(self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False) -> tuple[float, ...]:
         """The losses f+ and f- of every probe, in order; whatever fails, the probe is taken back.
 
         Args:
@@ -105,9 +103,7 @@ class OneSided:
         """Evaluations per step."""
         return 1 + n_directions
 
-    def measure(
-        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False
-    ) -> tuple[float, ...]:
+    def measure(self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False) -> tuple[float, ...]:
         """The loss f(x), then f+ of every probe, in order; whatever fails, the probe is taken back.
 
         Args:

@@ -121,6 +121,15 @@ def assign(backend: str, slots: Sequence[Slot]) -> list[str]:
     return [backend] * len(slots)
 
 
+def summary(backend: str, slots: Sequence[Slot]) -> str:
+    """What runs: the backend, or how many tensors each of them has."""
+    assigned = assign(backend, slots)
+    names = list(dict.fromkeys(assigned))
+    if len(names) == 1:
+        return names[0]
+    return " and ".join(f"{name} ({assigned.count(name)} tensors)" for name in names)
+
+
 def _unfit(slot: Slot) -> str | None:
     """Why kernels cannot take a tensor: they see an address and a number of elements."""
     x = slot.tensor
@@ -198,7 +207,11 @@ def dense_steps(
 
 def _joined(slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Steps]) -> Steps:
     """One set of launches for every backend that got tensors; says which tensors of a GPU the reference has to move."""
-    slow = [f"{s.name} {_unfit(s)}" for s, name in zip(slots, assigned, strict=True) if name == "reference" and s.tensor.is_cuda]
+    slow = [
+        f"{s.name} {_unfit(s)}"
+        for s, name in zip(slots, assigned, strict=True)
+        if name == "reference" and s.tensor.is_cuda
+    ]
     if slow and "triton" in assigned:
         warnings.warn(
             f"the reference backend moves {len(slow)} of {len(slots)} tensors, slowly: {slow[0]}"

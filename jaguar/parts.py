@@ -42,7 +42,7 @@ class Parts:
 
     def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
         """The perturbations that rounding swallows, per tensor."""
-        found = {}
+        found: dict[int, Lost] = {}
         for where, steps in self.parts:
             found.update(zip(where, steps.lost(draw, [taus[i] for i in where]), strict=True))
         return [found[i] for i in sorted(found)]

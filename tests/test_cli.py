@@ -280,7 +280,7 @@ sys.exit(demo._run("jaguar-signsgd", 0))
         (("--released",), "so --coordinates cannot be given with it"),
         (("--momentum", "0.9"), "jaguar-signsgd has no option --momentum"),
         (("--method", "adam"), "invalid choice: 'adam'"),
-        (("--backend", "triton"), "backend='triton' is not available: "),
+        (("--backend", "cuda"), "backend='cuda' is not available: "),
         (("--backend", "magic"), "backend='magic': choose one of"),
         (("--max_steps", "0"), "not a whole number of at least 1"),
         (("--train", "bias"), "has no such parameters"),
@@ -386,7 +386,7 @@ def test_help_teaches(capsys, command, texts):
 def test_info_names_backends_and_reasons(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert "known answer met" in printed and "reference" in printed and "no Triton kernels yet" in printed
+    assert "known answer met" in printed and "reference" in printed and "no CUDA extension yet" in printed
 
 
 def test_a_short_run_is_told_that_momentum_will_hardly_act(folder, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """What a launch reads from memory: one row per tensor, one row per program, keys and scalars of the step.
 
-The columns are named here, once for the kernels and for the host code that fills them (`jaguar.fused`). Everything that a kernel needs besides its compile-time options lies in device memory and is built once, so that a
-launch passes a handful of pointers whatever the number of tensors, and a captured CUDA graph can be replayed with
-new numbers.
+The columns are named here, once for the kernels and for the host code that fills them (`jaguar.fused`). Everything
+that a kernel needs besides its compile-time options lies in device memory and is built once, so that a launch passes a
+handful of pointers whatever the number of tensors, and a captured CUDA graph can be replayed with new numbers.
 """
 
 from __future__ import annotations

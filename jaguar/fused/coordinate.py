@@ -10,7 +10,7 @@ from torch import Tensor
 from jaguar.directions import Coordinates, ReleasedBlock
 from jaguar.estimators import Lost, Probe
 from jaguar.fused.cuts import cuts_of
-from jaguar.fused.plan import Key, Numbers, Plan, Pool, Table, advance_versions, alignment
+from jaguar.fused.plan import Key, Numbers, Plan, Pool, Table, advance_versions, alignment, scalars_of
 from jaguar.params import Slot
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
@@ -66,7 +66,7 @@ class CoordinateSteps:
 
     def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
         """The perturbations that rounding swallows, per tensor."""
-        self._numbers.write([draw], taus)
+        self._numbers.write([draw], [[tau] for tau in taus])
         report = [Lost(slot.name, 0, 0) for slot in self._slots]
         for table in self._plan.tables(STRATA):
             counts = torch.zeros((len(table.members), 2), dtype=torch.int64, device=table.device)
@@ -88,7 +88,7 @@ class CoordinateSteps:
 
     def begin(self, draw: Draw, taus: Sequence[float]) -> None:
         """Writes the numbers that `move_` reads."""
-        self._numbers.write([draw], taus)
+        self._numbers.write([draw], [[tau] for tau in taus])
 
     def update_(
         self,
@@ -102,7 +102,7 @@ class CoordinateSteps:
         if held is not None and len(draws) > 1:
             held.finish()
         tables = self._update_tables(momenta)
-        self._numbers.write(draws, scalars)
+        self._numbers.write(draws, [scalars_of(s) for s in scalars])
         for table in tables:
             saved = held.saved.get(table.pool) if held is not None else None
             if self._update == "all":

@@ -31,7 +31,7 @@ def cuts_of(slots: Sequence[Slot], everything: Sequence[Slot], direction: Coordi
 
 def _lanes(size: int) -> int:
     """Strata of at least `size` elements that BLOCK elements in a row can meet, wherever they begin."""
-    return (BLOCK - 2) // size + 2
+    return (int(BLOCK) - 2) // size + 2
 
 
 def _fraction(slot: Slot, size: int) -> Cut:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jaguar.directions import Gaussian, Rademacher
 from jaguar.estimators import Lost, Probe
-from jaguar.fused.plan import Cut, Key, Numbers, Plan, Pool, Table, advance_versions, alignment
+from jaguar.fused.plan import Cut, Key, Numbers, Plan, Pool, Table, advance_versions, alignment, scalars_of
 from jaguar.params import Slot
 from jaguar.reference.probes import ModuleProbe
 from jaguar.rng import Draw
@@ -83,7 +83,7 @@ class DenseSteps:
 
     def begin(self, draw: Draw, taus: Sequence[float]) -> None:
         """Writes the numbers that `move_` reads."""
-        self._numbers.write([draw], taus)
+        self._numbers.write([draw], [[tau] for tau in taus])
 
     def save_(self, saved: dict[Pool, Tensor]) -> None:
         """Copies x to `saved` and x <- x + tau e, in one launch per table."""
@@ -133,7 +133,7 @@ class DenseSteps:
         elif isinstance(held, WalkProbe):
             job, factor = "walked", held.back
         tables = self._update_tables(momenta)
-        self._numbers.write(draws, scalars)
+        self._numbers.write(draws, [scalars_of(s) for s in scalars])
         for table in tables:
             m_format, hint, grouped = table.key[2:]
             launch(
@@ -195,7 +195,7 @@ class DenseSteps:
 
     def _move_one_(self, slot: Slot, scale: float, *, draw: Draw, taus: dict[Slot, float]) -> None:
         """x <- x + scale e for one slot: the programs of that slot alone."""
-        self._numbers.write([draw], list(taus.values()))
+        self._numbers.write([draw], [[tau] for tau in taus.values()])
         for table in self._plan.tables(BLOCK, compiled_for=alignment, tiles=True):
             for i, part in zip(table.members, table.ranges, strict=True):
                 if self._slots[i] is slot:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -109,8 +111,7 @@ class Plan:
         """
         of = [None] * len(self.slots) if momenta is None else momenta
         addresses = [
-            (slot.tensor.data_ptr(), 0 if m is None else m.data_ptr())
-            for slot, m in zip(self.slots, of, strict=True)
+            (slot.tensor.data_ptr(), 0 if m is None else m.data_ptr()) for slot, m in zip(self.slots, of, strict=True)
         ]
         which = block, tiles, momenta is None
         if which not in self._built or self._built[which][0] != addresses:
@@ -179,9 +180,10 @@ class Numbers:
         self._n_directions = n_directions
         self._rows = [_scalar_row(slot) for slot in slots]
         self._n_keys = n_directions * T.KEYS.value
-        size = self._n_keys + (max(self._rows) + 1) * scalar_width(n_directions)
+        self._size = self._n_keys + (max(self._rows) + 1) * scalar_width(n_directions)
+        self._words: dict[Draw, list[int]] = {}
         devices = dict.fromkeys(slot.tensor.device for slot in slots)
-        self._buffers = {device: torch.zeros(size, dtype=torch.int64, device=device) for device in devices}
+        self._buffers = {device: torch.zeros(self._size, dtype=torch.int64, device=device) for device in devices}
 
     def keys(self, device: torch.device) -> Tensor:
         """Two words for each purpose of each direction: int64."""
@@ -196,32 +198,37 @@ class Numbers:
         keys, scalars = self.keys(table.device), self.scalars(table.device)
         return table.tensors, table.programs, keys, scalars, table.geometry
 
-    def write(self, draws: Sequence[Draw], scalars: Sequence[Scalars] | Sequence[float]) -> None:
-        """Puts a step's numbers where the next launches read them; `scalars` per slot, or only tau."""
-        keys = torch.zeros(self._n_keys, dtype=torch.int64)
-        words = [word for draw in draws for purpose in _PURPOSES for word in draw.key(purpose)]
-        keys.view(-1, T.KEYS.value)[: len(draws), : 2 * len(_PURPOSES)] = torch.tensor(words).view(len(draws), -1)
+    def write(self, draws: Sequence[Draw], values: Sequence[Sequence[float]]) -> None:
+        """Puts a step's numbers where the next launches read them.
+
+        Args:
+            draws: the directions that are launched, the first of which single launches read.
+            values: for each slot `scalars_of` the step, or only tau.
+        """
+        words = [0] * self._n_keys
+        for k, draw in enumerate(draws):
+            if draw not in self._words:
+                self._words = {d: w for d, w in self._words.items() if d.step == draw.step}
+                self._words[draw] = [word for purpose in Purpose for word in draw.key(purpose)]
+            words[k * T.KEYS.value : (k + 1) * T.KEYS.value] = self._words[draw]
         width = scalar_width(self._n_directions)
-        table = torch.zeros((max(self._rows) + 1) * width, dtype=torch.float64)
-        for row, s in dict(zip(self._rows, scalars, strict=True)).items():
-            if isinstance(s, Scalars):
-                each = [value for pair in zip(s.rho, s.entry, strict=True) for value in pair]
-                values = [s.tau, s.beta, s.decay, s.lr, *each]
-            else:
-                values = [s]
-            table[row * width : row * width + len(values)] = torch.tensor(values, dtype=torch.float64)
-        together = torch.cat((keys, table.view(torch.int64)))
+        scalars = [0.0] * (self._size - self._n_keys)
+        for row, own in dict(zip(self._rows, values, strict=True)).items():
+            scalars[row * width : row * width + len(own)] = own
+        packed = bytearray(struct.pack(f"={self._n_keys}q{len(scalars)}d", *words, *scalars))
+        together = torch.frombuffer(packed, dtype=torch.int64)
         for device, buffer in self._buffers.items():
             # From pinned memory the copy does not wait for the work that the device still has to do.
             buffer.copy_(together.pin_memory() if device.type == "cuda" else together, non_blocking=True)
 
 
-# In the order of their numbers, which are the columns of the key table.
-_PURPOSES = tuple(Purpose)
-
-
 def _scalar_row(slot: Slot) -> int:
     return 2 * slot.group + int(slot.tensor.dtype == torch.float64)
+
+
+def scalars_of(s: Scalars) -> list[float]:
+    """The scalars of a group in the order of the table."""
+    return [s.tau, s.beta, s.decay, s.lr, *(value for pair in zip(s.rho, s.entry, strict=True) for value in pair)]
 
 
 def scalar_width(n_directions: int) -> int:
@@ -252,7 +259,7 @@ def check(slots: Sequence[Slot], momenta: Sequence[Tensor | None]) -> None:
             if size:
                 spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + size, what))
     spans.sort()
-    for (device, _, end, one), (other_device, begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (device, _, end, one), (other_device, begin, _, other) in pairwise(spans):
         if device == other_device and begin < end:
             raise RuntimeError(f"{one} and {other} overlap in memory")
 

@@ -16,14 +16,13 @@ from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
 from jaguar.optimizers.checkpoint import checked, counters, exact_state
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
-from jaguar.optimizers.guards import LossGuard, warn_of_lost
+from jaguar.optimizers.guards import LossGuard, check_storage, warn_of_lost
+from jaguar.optimizers.options import checked_seed, common_options
 from jaguar.params import Slot, build_slots
 from jaguar.record import Record
 from jaguar.rng import Draw
 
 Closure = Callable[[], Tensor]
-
-_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -61,33 +60,16 @@ class ZerothOrder(torch.optim.Optimizer):
         seed: int,
         backend: str,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator={estimator!r}: choose {' or '.join(map(repr, ESTIMATORS))}")
-        if not _is_int(n_directions) or not 1 <= n_directions <= 1000:
-            raise ValueError(f"n_directions={n_directions!r}: give an int from 1 to 1000")
-        if rho_clip is not None and not (isinstance(rho_clip, (int, float)) and rho_clip > 0):
-            raise ValueError(f"rho_clip={rho_clip!r}: give a positive bound, or None for no clipping")
-        if rounding not in (None, "stochastic", "nearest"):
-            raise ValueError(f"rounding={rounding!r}: choose 'stochastic' (the default) or 'nearest'")
-        if momentum_dtype is not None and momentum_dtype not in _MOMENTUM_DTYPES:
-            raise ValueError(
-                f"momentum_dtype={momentum_dtype}: choose one of {', '.join(map(str, _MOMENTUM_DTYPES))}, "
-                "or None for the parameters' precision"
-            )
-        if not _is_int(seed) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed={seed!r}: give an int in [0, 2**64)")
-        self._backend = ops.choose(backend)
-        self._estimator = ESTIMATORS[estimator]
-        self._n_directions, self._rho_clip, self._seed = n_directions, rho_clip, seed
+        self._options = options | common_options(
+            estimator=estimator,
+            n_directions=n_directions,
+            rho_clip=rho_clip,
+            rounding=rounding,
+            momentum_dtype=momentum_dtype,
+        )
+        self._seed, self._backend = checked_seed(seed), ops.choose(backend)
+        self._estimator, self._n_directions, self._rho_clip = ESTIMATORS[estimator], n_directions, rho_clip
         self._stochastic, self._momentum_dtype = rounding != "nearest", momentum_dtype
-        self._options = options | {
-            "rng": rng.TAG,
-            "estimator": estimator,
-            "n_directions": n_directions,
-            "rho_clip": rho_clip,
-            "rounding": rounding or "stochastic",
-            "momentum_dtype": str(momentum_dtype) if momentum_dtype else None,
-        }
         self._step = 0
         self._skipped = self._skipped_in_a_row = 0
         self._last_finite: int | None = None
@@ -110,6 +92,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 if self._n_frozen
                 else "the list of parameters is empty"
             )
+        ops.assign(self._backend, self._slots)  # a named backend that cannot take a tensor says so now
 
     # -- what a subclass says --------------------------------------------------------------------------------------
 
@@ -155,7 +138,7 @@ class ZerothOrder(torch.optim.Optimizer):
         n_losses = self._estimator.n_losses(self._n_directions)
         record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses)
         self._watch.check(self.param_groups)
-        self._check_storage()
+        check_storage(self._slots, self.state)
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
         scalars = self._scalars(record)
         if not record.skipped and not _finite(scalars):
@@ -236,7 +219,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(closure):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
         self._watch.check(self.param_groups)
-        self._check_storage()
+        check_storage(self._slots, self.state)
         self._pending = None
         steps = self._launches()
         if self._step == 0 and self.lost_share is None:
@@ -367,20 +350,6 @@ class ZerothOrder(torch.optim.Optimizer):
                 f"reload: last finished step {_name(self._step - 1 if self._step else None)}"
             )
 
-    def _check_storage(self) -> None:
-        for slot in self._slots:
-            x = slot.tensor
-            if x.numel() and x.untyped_storage().nbytes() == 0:
-                raise RuntimeError(
-                    f"the storage of {slot.name} was freed (offloaded or resharded); bring it back before the step"
-                )
-            momentum = self.state[x].get("momentum") if x in self.state else None
-            if momentum is not None and (momentum.shape != x.shape or momentum.device != x.device):
-                raise RuntimeError(
-                    f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
-                    f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model"
-                )
-
     # -- torch.optim.Optimizer -------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -447,7 +416,8 @@ class ZerothOrder(torch.optim.Optimizer):
         lines = [
             f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}",
             *self._describe(),
-            f"backend: {self._backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}",
+            f"backend: {ops.summary(self._backend, self._slots)}, seed: {self._seed}, steps done: {self._step}, "
+            f"skipped: {self._skipped}",
         ]
         for i, group in enumerate(self.param_groups):
             numbers = ", ".join(f"{key}={group[key]:g}" for key in self.group_keys)
@@ -456,10 +426,6 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _describe(self) -> list[str]:
         return [", ".join(f"{key}={value}" for key, value in self._options.items())]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _finite(scalars: list[rules.Scalars]) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jaguar.estimators import Lost
+from jaguar.params import Slot
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
@@ -78,6 +79,22 @@ class LossGuard:
         if what not in self._told:
             self._told.add(what)
             warnings.warn(message, stacklevel=4)
+
+
+def check_storage(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Raises RuntimeError where a parameter or its momentum is not where it should be; nothing was changed yet."""
+    for slot in slots:
+        x, momentum = slot.tensor, state[slot.tensor].get("momentum") if slot.tensor in state else None
+        for what, tensor in ((slot.name, x), (f"the momentum of {slot.name}", momentum)):
+            if tensor is not None and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+                raise RuntimeError(
+                    f"the storage of {what} was freed (offloaded or resharded); bring it back before the step"
+                )
+        if momentum is not None and (momentum.shape != x.shape or momentum.device != x.device):
+            raise RuntimeError(
+                f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
+                f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model"
+            )
 
 
 def warn_of_lost(lost: Sequence[Lost], consequence: str) -> None:
