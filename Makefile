@@ -1,10 +1,10 @@
-# make demo | compare | test | test-full | check | bench        (make help tells more)
+# make demo | compare | test | test-full | check | bench | aot    (make help tells more)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: help demo compare test test-full check bench clean
+.PHONY: help demo compare test test-full check bench aot clean
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
@@ -13,13 +13,15 @@ help:
 	@echo "make test-full         all tests that need no GPU"
 	@echo "make check             ruff, mypy on jaguar/, import layering"
 	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
+	@echo "make aot               compile every Triton kernel for sm_80 and sm_90, check and tabulate them (3 minutes)"
 
 # pip's own messages go to a log: without a network they are pages, and one line says it better.
 define install
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(1) (once, into $(VENV))"
 	@{ $(BIN)/python -m pip install --disable-pip-version-check --retries 1 -c constraints.txt torch \
-	   && $(BIN)/python -m pip install --disable-pip-version-check --retries 1 -c constraints.txt -e '.[$(1)]'; } > $(VENV)/install.log 2>&1 \
+	   && $(BIN)/python -m pip install --disable-pip-version-check --retries 1 -c constraints.txt -e '.[$(1)]' \
+	      $(2); } > $(VENV)/install.log 2>&1 \
 	   || { echo "error: installation failed. Connect this machine to a package index and run the same command again;" \
 	             "what pip said is in $(VENV)/install.log" >&2; exit 1; }
 	@touch $@
@@ -29,8 +31,9 @@ endef
 $(VENV)/.demo: pyproject.toml setup.py constraints.txt
 	$(call install,demo)
 
+# Triton for the tests: the one that this torch brings, else the oldest that is supported.
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt
-	$(call install,$(comma_dev))
+	$(call install,$(comma_dev),$$($(BIN)/python -c 'import triton' 2> /dev/null || echo triton==3.6.0))
 
 comma := ,
 comma_dev := test$(comma)dev
@@ -55,6 +58,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python bench/bench_step.py
+
+aot: $(VENV)/.dev
+	$(BIN)/python bench/aot.py
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

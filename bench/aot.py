@@ -1,23 +1,21 @@
 """Every Triton kernel compiled ahead of time for GPUs that need not be there: registers, spills, access widths.
 
-Reads what ptxas and the disassembler in Triton's wheel say of each specialisation, for sm_80 and sm_90:
+Reads what ptxas and the disassembler in Triton's wheel say of each specialisation, and checks it: nothing spills, full
+tiles of dense kernels use 16-byte accesses, and the barrier between the two phases of `tiles` stands where it must.
 
-    python bench/aot.py [--only SUBSTRING ...] [--out bench/results] [--json -]
-
-`make aot` writes bench/results/aot.json and bench/results/aot.md.
+    python bench/aot.py [--only TEXT ...] [--sm 80 90] [--json FILE]        (make aot: everything, and the tables)
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +44,14 @@ class Case:
     kernel: Any
     constants: dict[str, Any]
     format: str = "bf16"
-    wide: bool = False  # full tiles must use 16-byte accesses
-    options: dict[str, Any] = field(default_factory=dict)
+    wide: tuple[int, int] = (0, 0)  # 16-byte loads and stores that a thread needs for one full tile
+
+
+def accesses(tile: int, loaded: tuple[str, ...], stored: tuple[str, ...]) -> tuple[int, int]:
+    """16-byte loads and stores per thread and tile; 8 float8 values in a row have only 8 bytes, and count as none."""
+    size = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "e5m2": 0, "none": 0}
+    each = tile // (32 * launch.OPTIONS["num_warps"])
+    return sum(size[f] for f in loaded) * each // 16, sum(size[f] for f in stored) * each // 16
 
 
 def cases() -> list[Case]:
@@ -68,13 +72,18 @@ def cases() -> list[Case]:
             + ("" if hint else " unaligned")
             + "".join(f" {k}={v}" for k, v in more.items())
         )
-        found.append(Case(name, coordinate.tiles, constants, x, wide=hint))
+        found.append(
+            Case(name, coordinate.tiles, constants, x, accesses(constants["TILE"], (x, m), (x,)) if hint else (0, 0))
+        )
 
     def move(job: str, distribution: str, x: str = "bf16", hint: bool = True) -> None:
         constants = {"JOB": job, "FORMAT": x, "DISTRIBUTION": distribution, "TWO_SIDED": True, "HINT": hint,
                      "GROUPED": hint, "BLOCK": launch.BLOCK, "TILE": launch.TILES["move"][distribution]}  # fmt: skip
         name = f"move {job} {distribution} x={x}" + ("" if hint else " unaligned")
-        found.append(Case(name, dense.move, constants, x, wide=hint and job != "lost"))
+        stored = () if job == "lost" else (x, x) if job == "save" else (x,)
+        found.append(
+            Case(name, dense.move, constants, x, accesses(constants["TILE"], (x,), stored) if hint else (0, 0))
+        )
 
     def step(
         job: str, distribution: str, rule: str = "sgd", x: str = "bf16", m: str = "none", hint: bool = True, **more: Any
@@ -87,7 +96,9 @@ def cases() -> list[Case]:
             + ("" if hint else " unaligned")
             + "".join(f" {k}={v}" for k, v in more.items())
         )
-        found.append(Case(name, dense.step, constants, x, wide=hint))
+        found.append(
+            Case(name, dense.step, constants, x, accesses(constants["TILE"], (x, m), (x, m)) if hint else (0, 0))
+        )
 
     for job in ("perturb", "flip", "restore", "lost", "update", "fused", "several"):
         sparse(job)
@@ -142,7 +153,7 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS | case.options)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
@@ -151,17 +162,89 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
             for flag in ("-res-usage", "-sass")
         )
     operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
-    memory = collections.Counter(op for op in operations if re.match(r"(LDG|STG|LDL|STL|LDS|STS|ATOM|RED|BAR)", op))
-    return {
+    found = {
         "name": case.name,
         "sm": capability,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "local": sum(n for op, n in memory.items() if op.startswith(("LDL", "STL"))),
+        "local": count(operations, "LDL", "STL"),
         "shared": result.metadata.shared,
-        "loads16": sum(n for op, n in memory.items() if op.startswith("LDG") and ".128" in op),
-        "stores16": sum(n for op, n in memory.items() if op.startswith("STG") and ".128" in op),
-        "barriers": sum(n for op, n in memory.items() if op.startswith("BAR")),
-        "instructions": len(operations),
-        "wide": case.wide,
+        "loads16": count([op for op in operations if ".128" in op], "LDG"),
+        "stores16": count([op for op in operations if ".128" in op], "STG"),
+        "barriers": count(operations, "BAR"),
+        "instructions": len(operations) - count(operations, "NOP"),
     }
+    return found | {"faults": faults(case, found, operations)}
+
+
+def count(operations: list[str], *kinds: str) -> int:
+    """How many instructions are of these kinds."""
+    return sum(op.startswith(kinds) for op in operations)
+
+
+def faults(case: Case, found: dict[str, Any], operations: list[str]) -> list[str]:
+    """What is not as it should be; the interpreter, which runs one program after another, sees none of it."""
+    wrong = []
+    if found["stack"] or found["local"]:
+        wrong.append(f"{found['local']} spills, {found['stack']} bytes of stack")
+    if found["loads16"] < case.wide[0] or found["stores16"] < case.wide[1]:
+        wrong.append(f"{found['loads16']} + {found['stores16']} 16-byte accesses instead of {case.wide}")
+    if case.kernel is coordinate.tiles:
+        barrier = next((i for i, op in enumerate(operations) if op.startswith("BAR")), None)
+        tile = next((i for i, op in enumerate(operations) if op.startswith("LDG") and ".128" in op), len(operations))
+        entry = next((i for i, op in enumerate(operations) if op.startswith("STG")), len(operations))
+        if barrier is None or not entry < barrier < tile:
+            wrong.append("no barrier between momentum entries and tile")
+    return wrong
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The table of all results."""
+    columns = ["registers", "shared", "loads16", "stores16", "barriers", "instructions"]
+    lines = [
+        f"# Triton kernels ahead of time (triton {triton.__version__}, ptxas of its wheel; `make aot`)",
+        "",
+        "128 threads a program, registers per thread, bytes of shared memory; nothing spills, nothing uses the stack. "
+        "loads16, stores16: 16-byte global accesses in the code of full tiles (where loops are unrolled, of several).",
+        "",
+        "| kernel | sm | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * (len(columns) + 1),
+    ]
+    lines += [f"| {r['name']} | {r['sm']} | " + " | ".join(str(r[c]) for c in columns) + " |" for r in results]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="cases of these names, or with one of these texts in the name"
+    )
+    parser.add_argument("--sm", nargs="+", type=int, default=TARGETS, help="compute capabilities (default: 80 90)")
+    parser.add_argument("--json", help="write the results here as JSON instead of the tables in bench/results")
+    args = parser.parse_args()
+    named = [case for case in cases() if case.name in args.only]
+    chosen = named or [case for case in cases() if not args.only or any(text in case.name for text in args.only)]
+    if not chosen:
+        parser.error(f"no case is called {args.only}; the names begin like {cases()[0].name!r}")
+    work = [(case, sm) for case in chosen for sm in args.sm]
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # what is read must be what is compiled now
+        results = [compiled(case, sm) for case, sm in track(work, "compiling", console=console)]
+    failed = [r for r in results if r["faults"]]
+    for r in failed:
+        console.print(f"[red]{r['name']} sm_{r['sm']}:[/] {'; '.join(r['faults'])}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+    elif not failed and not args.only:
+        folder = Path(__file__).parent / "results"
+        (folder / "aot.json").write_text(
+            json.dumps({"triton": triton.__version__, "results": results}, indent=1) + "\n"
+        )
+        (folder / "aot.md").write_text(markdown(results))
+        console.print(f"{len(results)} specialisations, nothing spills; written to {folder / 'aot.md'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
