@@ -13,10 +13,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaguar.optimizers import ZOSGD as ZOSGD
     from jaguar.optimizers import JaguarSignSGD as JaguarSignSGD
+    from jaguar.optimizers import ZOSignSGD as ZOSignSGD
     from jaguar.record import Record as Record
 
-_HOME = {"JaguarSignSGD": "jaguar.optimizers", "ZOSGD": "jaguar.optimizers", "Record": "jaguar.record"}
-__all__ = ["ZOSGD", "JaguarSignSGD", "Record", "__version__"]
+_HOME = {
+    "JaguarSignSGD": "jaguar.optimizers",
+    "ZOSGD": "jaguar.optimizers",
+    "ZOSignSGD": "jaguar.optimizers",
+    "Record": "jaguar.record",
+}
+__all__ = ["ZOSGD", "JaguarSignSGD", "Record", "ZOSignSGD", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

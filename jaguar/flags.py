@@ -207,7 +207,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     zo.add_argument("--tau", type=float, metavar="X", help="length of the perturbation")
     zo.add_argument("--weight_decay", type=float, metavar="X", help="decoupled, multiplied by the learning rate")
     zo.add_argument("--beta", type=float, metavar="X", help="momentum factor of jaguar-signsgd")
-    zo.add_argument("--momentum", type=float, metavar="X", help="momentum factor of zo-sgd")
+    zo.add_argument("--momentum", type=float, metavar="X", help="momentum factor of zo-sgd and zo-signsgd")
     zo.add_argument(
         "--coordinates",
         type=_coordinates,
@@ -219,8 +219,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     zo.add_argument("--signs", help="rademacher or ones")
     zo.add_argument("--update", help="sampled: the sign step moves the sampled coordinates; all: every one")
     zo.add_argument("--released", action="store_const", const=True, help="what the authors' released code computes")
-    zo.add_argument("--distribution", help="gaussian or rademacher direction of zo-sgd")
-    zo.add_argument("--restore", help="how zo-sgd gets back to its parameters: copy, module or walk")
+    zo.add_argument("--distribution", help="gaussian or rademacher direction of zo-sgd and zo-signsgd")
+    zo.add_argument("--restore", help="how zo-sgd and zo-signsgd get back to their parameters: copy, module or walk")
     zo.add_argument("--n_directions", type=int, metavar="N", help="directions per step")
     zo.add_argument("--estimator", help="two-sided or one-sided")
     zo.add_argument("--rho_clip", type=float, metavar="X", help="bound on the directional derivative")

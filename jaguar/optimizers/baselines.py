@@ -102,3 +102,25 @@ class ZOSGD(ZerothOrder):
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:
         return float(group["momentum"]) > 0.0
+
+
+class ZOSignSGD(ZOSGD):
+    """ZO-SignSGD: the sign of a two-point estimate along dense random directions, every coordinate moves by lr.
+
+        g = mean over directions of rho z;   m <- momentum m + g;   x <- (1 - lr wd) x - lr sign(m)
+
+    (m = g without momentum.) With one direction and no momentum sign(g) = sign(rho) sign(z). The codes of ZO-Bench and of
+    the JAGUAR authors multiply by sign(rho) only and keep the magnitudes of z, which is ZO-SGD with |rho| = 1.
+
+    Args:
+        params: as `ZOSGD`, and all further arguments too.
+        lr: length of every coordinate's step.
+
+    Raises:
+        ValueError: an argument is out of range; the message names what would be right.
+
+    Source: Liu, Chen, Chen, Hong, "signSGD via zeroth-order oracle", ICLR 2019, Algorithm 1.
+    Equivalent to: `g = rho * z; m = momentum * m + g; x -= lr * m.sign()`.
+    """
+
+    _rule = "sign"
