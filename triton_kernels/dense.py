@@ -42,11 +42,11 @@ def _move_tile(x, saved, lost, rest, k, first, stream, tau, factor, JOB: tl.cons
     if JOB == "restore":
         store(x, j, rest, load(saved, j, rest, FULL), FULL)
     else:
-        z = _direction(k, first, j, stream, DISTRIBUTION, GROUPED)
         if JOB == "flip":
             v = load(saved, j, rest, FULL)
         else:
             v = load(x, j, rest, FULL)
+        z = _direction(k, first, j, stream, DISTRIBUTION, GROUPED)  # after the loads, which take longer
         w = widened(v, FORMAT, FORMAT)
         if JOB == "lost":
             plus = widened(_moved(w, z, tau, FORMAT), FORMAT, FORMAT)
@@ -105,6 +105,8 @@ def _step_tile(x, m, saved, rest, keys, k, k_round, k_state, first, stream, scal
         w = widened(load(saved, j, rest, FULL), X_FORMAT, X_FORMAT)
     else:
         w = widened(load(x, j, rest, FULL), X_FORMAT, X_FORMAT)
+    if M_FORMAT != "none":
+        old = widened(load(m, j, rest, FULL), M_FORMAT, X_FORMAT)
     z = _direction(k, first, j, stream, DISTRIBUTION, GROUPED).to(w.dtype)
     g = z * scalar(scalars + T.RHO, X_FORMAT)
     if SEVERAL:
@@ -116,7 +118,6 @@ def _step_tile(x, m, saved, rest, keys, k, k_round, k_state, first, stream, scal
     if JOB == "walked":  # z is the last direction's
         w = widened(_moved(w, z, scalar(scalars + T.TAU, X_FORMAT) * factor, X_FORMAT), X_FORMAT, X_FORMAT)
     if M_FORMAT != "none":
-        old = widened(load(m, j, rest, FULL), M_FORMAT, X_FORMAT)
         g = rules.heavy_ball(old, g, scalar(scalars + T.BETA, X_FORMAT))
         stored = as_stored(g, j, k_state, first, stream, M_FORMAT, rng.ROUND_STATE, STOCHASTIC, GROUPED)
         store(m, j, rest, stored, FULL)

@@ -109,8 +109,8 @@ class ZOSignSGD(ZOSGD):
 
         g = mean over directions of rho z;   m <- momentum m + g;   x <- (1 - lr wd) x - lr sign(m)
 
-    (m = g without momentum.) With one direction and no momentum sign(g) = sign(rho) sign(z). The public codes multiply z by
-    sign(rho) and keep its magnitudes, which is ZO-SGD with |rho| = 1.
+    (m = g without momentum.) With one direction and no momentum sign(g) = sign(rho) sign(z). The public codes multiply
+    z by sign(rho) and keep its magnitudes, which is ZO-SGD with |rho| = 1.
 
     Args:
         params: as `ZOSGD`, and all further arguments too.
