@@ -1,0 +1,175 @@
+"""The stages of `make gpu` before the benchmark: build, tests, compute-sanitizer. None may take another one's time.
+
+The package is built into a folder of its own: the source folder `jaguar/` has no `jaguar.triton_kernels`, which lies
+beside it and is put inside at build time, so the repository root must not be on the path of what runs here.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu.result import ROOT
+
+BUILD = ROOT / "build"
+TARGET = BUILD / "gpu"
+_FOUND = 7  # compute-sanitizer's exit code when it found something
+
+
+@dataclass
+class Stage:
+    """How a stage ended: "passed", "failed" or "skipped", in how many seconds, and what there is to say."""
+
+    name: str
+    status: str
+    seconds: float
+    note: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, with the built package first on the path and without Triton's interpreter."""
+    path = os.pathsep.join([str(TARGET), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"} | more
+
+
+def run(command: Sequence[str | Path], seconds: float, log: Path | None = None, **more: str) -> int | None:
+    """Exit status of a command; None if it took too long and was ended with everything that it had started.
+
+    Args:
+        log: where its output goes; None: where ours goes.
+        more: environment variables.
+    """
+    out = log.open("wb") if log else None
+    try:
+        child = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment(**more),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT if out else None,
+            process_group=0,
+        )
+        try:
+            return child.wait(timeout=max(seconds, 1.0))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # after Ctrl-C too
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGTERM)
+                try:
+                    child.wait(timeout=3)
+                except subprocess.TimeoutExpired:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+    finally:
+        if out:
+            out.close()
+
+
+def build(seconds: float) -> Stage:
+    """Installs the package into build/gpu with what this Python has; copies it together where pip cannot."""
+    begin = time.monotonic()
+    for old in (TARGET, BUILD / "lib"):  # setuptools would keep files there that the sources no longer have
+        shutil.rmtree(old, ignore_errors=True)
+    BUILD.mkdir(exist_ok=True)
+    log = BUILD / "gpu-build.log"
+    options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", TARGET]
+    code = run([sys.executable, "-P", "-m", "pip", "install", *options, "."], seconds, log)
+    wanted = _sources()
+    missing = [name for name, source in wanted.items() if not _same(TARGET / name, source)]
+    status, note = "passed", f"pip put {len(wanted)} files into build/gpu"
+    if missing:
+        shutil.rmtree(TARGET, ignore_errors=True)
+        for name, source in wanted.items():
+            (TARGET / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, TARGET / name)
+        if code == 0:
+            status, note = (
+                "failed",
+                f"pip's build lacks {missing[0]} ({len(missing)} files); copied the sources instead",
+            )
+        else:
+            note = f"pip cannot build here (build/{log.name} says why); copied {len(wanted)} files"
+    names = ", ".join(("jaguar", "jaguar.fused", "jaguar.triton_kernels.launch"))
+    probe = f"import sys, {names}; sys.exit(0 if jaguar.__file__.startswith({str(TARGET)!r}) else 3)"
+    if run([sys.executable, "-P", "-c", probe], 60.0, BUILD / "gpu-import.log"):
+        status, note = "failed", f"the built package cannot be imported: {_last(BUILD / 'gpu-import.log')}"
+    return Stage("build", status, time.monotonic() - begin, note)
+
+
+def tests(name: str, seconds: float, before: Sequence[str] = (), select: str = "", **more: str) -> Stage:
+    """Pytest over the files that have GPU tests.
+
+    Args:
+        name: of the stage.
+        seconds: after which it is ended.
+        before: a command that pytest is run under.
+        select: pytest's -k.
+        more: environment variables.
+    """
+    begin = time.monotonic()
+    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bmark\.gpu\b", p.read_text())]
+    if not files:
+        return Stage(name, "failed", 0.0, "no file in tests/ has a GPU test")
+    log = BUILD / f"gpu-{name}.log"
+    # -P: else Python looks for `jaguar` in the repository root first.
+    pytest = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
+    words = [*before, *pytest, *(["-k", select] if select else [])]
+    code = run(words, seconds, log, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **more)
+    last = _last(log, r"^\d+ (passed|failed|skipped|deselected|error)|ERROR SUMMARY|RACECHECK SUMMARY")
+    if code is None:
+        status, note = "failed", f"ended after {seconds:.0f} s"
+    elif code == 0:
+        status, note = ("passed" if " passed" in last else "failed"), last  # all skipped is no pass
+    elif code == 5:
+        status, note = "failed", f"no test was selected{f' by -k {select}' if select else ''}"
+    else:
+        status, note = "failed", f"exit status {code}; {last}; see build/{log.name}"
+        if before and "Device not supported" in log.read_text(errors="replace"):
+            status, note = "skipped", "compute-sanitizer says that it does not support this device here"
+    return Stage(name, status, time.monotonic() - begin, note)
+
+
+def sanitizer(tool: str, seconds: float) -> Stage:
+    """One of compute-sanitizer's tools over the small GPU tests."""
+    found = shutil.which("compute-sanitizer")
+    if found is None:
+        return Stage(tool, "skipped", 0.0, "compute-sanitizer is not on PATH")
+    before = [found, "--tool", tool, "--error-exitcode", str(_FOUND)]
+    # Without torch's cache of freed memory an access past the end of a tensor is one past the end of an allocation.
+    return tests(tool, seconds, before, "small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def _sources() -> dict[str, Path]:
+    """Every module of the package by its path in the built package."""
+    found = {}
+    for folder, name in (("jaguar", "jaguar"), ("triton_kernels", "jaguar/triton_kernels")):
+        for source in sorted((ROOT / folder).rglob("*.py")):
+            found[f"{name}/{source.relative_to(ROOT / folder)}"] = source
+    return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _last(log: Path, pattern: str = r"\S") -> str:
+    """The last lines of a log that match, shortened: one of each kind that a summary has."""
+    lines = [line.strip("= \n") for line in log.read_text(errors="replace").splitlines() if re.search(pattern, line)]
+    return "; ".join(lines[-2:] if pattern != r"\S" else lines[-1:])[:300] or "it said nothing"
+
+
+def as_row(stage: Stage) -> dict[str, Any]:
+    """For the result file."""
+    return dict(vars(stage))
