@@ -21,7 +21,7 @@ from typing import Any
 
 from gpu import report, result, stages
 
-# Seconds from the start after which everything has ended; machines are lent for ten minutes at a time.
+# Seconds from the start after which everything has ended: jobs on shared machines are often cut off at ten minutes.
 LIMIT = 525.0
 # Of which the benchmark, which comes last, gets at least what these leave.
 CAPS = {"build": 45.0, "tests": 140.0, "memcheck": 60.0, "racecheck": 60.0}

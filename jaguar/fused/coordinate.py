@@ -10,13 +10,20 @@ from torch import Tensor
 from jaguar.directions import Coordinates, ReleasedBlock
 from jaguar.estimators import Lost, Probe
 from jaguar.fused.cuts import cuts_of
-from jaguar.fused.plan import Key, Numbers, Plan, Pool, Table, advance_versions, alignment, scalars_of
+from jaguar.fused.plan import Key, Launch, Numbers, Plan, Pool, Table, alignment
 from jaguar.params import Slot
-from jaguar.rng import Draw
+from jaguar.rng import Draw, Purpose
 from jaguar.rules import Scalars
 from jaguar.triton_kernels import coordinate as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK, STRATA, TILES, launch
+
+# What kernels choose places with; listed ones are chosen before.
+_CHOICE = {
+    "fraction": (Purpose.COORDINATES,),
+    "count": (Purpose.COORDINATES,),
+    "block": (Purpose.ROWS, Purpose.COLUMNS),
+}
 
 
 class CoordinateSteps:
@@ -46,7 +53,7 @@ class CoordinateSteps:
         self._slots, self._direction, self._update = slots, direction, update
         layout, cuts, common = cuts_of(slots, everything, direction)
         self._plan = Plan(slots, cuts, n_directions, common)
-        self._numbers = Numbers(slots, n_directions)
+        self._numbers = Numbers(slots, n_directions, (*_CHOICE.get(layout, ()), Purpose.ROUND, Purpose.ROUND_STATE))
         # At least a lane for each thread: the accesses of a lane that several threads hold are not ordered.
         self._lanes = min(STRATA, max(128, 1 << (common[T.LANES.value] - 1).bit_length()))
         self._options = {"LAYOUT": layout, "ONES": direction.ones, "TWO_SIDED": two_sided, "STOCHASTIC": stochastic}
@@ -66,9 +73,9 @@ class CoordinateSteps:
 
     def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
         """The perturbations that rounding swallows, per tensor."""
-        self._numbers.write([draw], [[tau] for tau in taus])
+        self._numbers.write([draw], taus=taus)
         report = [Lost(slot.name, 0, 0) for slot in self._slots]
-        for table in self._plan.tables(STRATA):
+        for table in self._plan.launch(STRATA).tables:
             counts = torch.zeros((len(table.members), 2), dtype=torch.int64, device=table.device)
             self._sparse_("lost", table, [draw], counts=counts)
             for i, (lost, perturbed) in zip(table.members, counts.tolist(), strict=True):
@@ -77,18 +84,19 @@ class CoordinateSteps:
 
     def move_(self, job: str, draw: Draw, saved: dict[Pool, Tensor]) -> None:
         """One launch per table: "perturb" (saves the touched values), "flip" or "restore"."""
-        for table in self._plan.tables(STRATA):
+        work = self._plan.launch(STRATA)
+        for table in work.tables:
             if job == "perturb":
                 values = self._plan.saved(table.pool)
                 self._sparse_(job, table, [draw], values)
                 saved[table.pool] = values  # not before: a launch that failed has nothing to take back
             elif table.pool in saved:
                 self._sparse_(job, table, [draw], saved[table.pool])
-        advance_versions(self._slots)
+        work.done()
 
     def begin(self, draw: Draw, taus: Sequence[float]) -> None:
         """Writes the numbers that `move_` reads."""
-        self._numbers.write([draw], [[tau] for tau in taus])
+        self._numbers.write([draw], taus=taus)
 
     def update_(
         self,
@@ -101,9 +109,9 @@ class CoordinateSteps:
         assert held is None or isinstance(held, CoordinateProbe)
         if held is not None and len(draws) > 1:
             held.finish()
-        tables = self._update_tables(momenta)
-        self._numbers.write(draws, [scalars_of(s) for s in scalars])
-        for table in tables:
+        work = self._updating(momenta)
+        self._numbers.write(draws, scalars)
+        for table in work.tables:
             saved = held.saved.get(table.pool) if held is not None else None
             if self._update == "all":
                 self._tiles_(table, draws, saved)
@@ -113,17 +121,17 @@ class CoordinateSteps:
                 self._sparse_("update" if saved is None else "fused", table, draws, saved)
         if held is not None:
             held.saved.clear()
-        advance_versions(self._slots, momenta)
+        work.done()
         self._listed.clear()
 
     def check(self, momenta: Sequence[Tensor | None]) -> None:
         """Raises RuntimeError for tensors that kernels cannot be given."""
-        self._update_tables(momenta)
+        self._updating(momenta)
 
-    def _update_tables(self, momenta: Sequence[Tensor | None]) -> list[Table]:
+    def _updating(self, momenta: Sequence[Tensor | None]) -> Launch:
         if self._update == "all":
-            return self._plan.tables(BLOCK, momenta, _aligned, tiles=True)
-        return self._plan.tables(STRATA, momenta, _stored)
+            return self._plan.launch(BLOCK, momenta, _aligned, tiles=True)
+        return self._plan.launch(STRATA, momenta, _stored)
 
     def _sparse_(
         self, job: str, table: Table, draws: Sequence[Draw], saved: Tensor | None = None, counts: Tensor | None = None

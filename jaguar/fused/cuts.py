@@ -37,7 +37,13 @@ def _lanes(size: int) -> int:
 def _fraction(slot: Slot, size: int) -> Cut:
     first = slot.start // size
     length = -(-(slot.start + slot.count) // size) - first
-    return Cut(first, length, origin=slot.start, stream=slot.stream, at=lambda local: (local + slot.start) // size)
+    at = partial(_strided, start=slot.start, size=size)
+    return Cut(first, length, origin=slot.start, stream=slot.stream, at=at)
+
+
+def _strided(local: Tensor, *, start: int, size: int) -> Tensor:
+    """The stratum of each local index: strata of `size` elements."""
+    return (local + start) // size
 
 
 def _block(slot: Slot, size: int) -> Cut:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from jaguar.directions import Gaussian, Rademacher
 from jaguar.estimators import Lost, Probe
-from jaguar.fused.plan import Cut, Key, Numbers, Plan, Pool, Table, advance_versions, alignment, scalars_of
+from jaguar.fused.plan import Cut, Key, Launch, Numbers, Plan, Pool, Table, alignment
 from jaguar.params import Slot
 from jaguar.reference.probes import ModuleProbe
-from jaguar.rng import Draw
+from jaguar.rng import Draw, Purpose
 from jaguar.rules import Scalars
 from jaguar.triton_kernels import dense as kernels
 from jaguar.triton_kernels import tables as T
@@ -47,7 +47,7 @@ class DenseSteps:
     ) -> None:
         self._slots, self._restore, self._rule, self._two_sided = slots, restore, rule, two_sided
         self._plan = Plan(slots, [Cut(0, slot.count) for slot in slots], n_directions, (0, 0, 0, 0))
-        self._numbers = Numbers(slots, n_directions)
+        self._numbers = Numbers(slots, n_directions, (Purpose.DIRECTION, Purpose.ROUND, Purpose.ROUND_STATE))
         self._distribution, self._stochastic = direction.name, stochastic
         self.takes_back = restore != "module"
 
@@ -74,7 +74,7 @@ class DenseSteps:
         """The perturbations that rounding swallows, per tensor."""
         self.begin(draw, taus)
         report = [Lost(slot.name, 0, slot.count) for slot in self._slots]
-        for table in self._plan.tables(BLOCK, compiled_for=alignment, tiles=True):
+        for table in self._moving().tables:
             counts = torch.zeros(len(table.members), dtype=torch.int64, device=table.device)
             self._launch_move(table, "lost", counts=counts)
             for i, lost in zip(table.members, counts.tolist(), strict=True):
@@ -83,13 +83,13 @@ class DenseSteps:
 
     def begin(self, draw: Draw, taus: Sequence[float]) -> None:
         """Writes the numbers that `move_` reads."""
-        self._numbers.write([draw], [[tau] for tau in taus])
+        self._numbers.write([draw], taus=taus)
 
     def save_(self, saved: dict[Pool, Tensor]) -> None:
         """Copies x to `saved` and x <- x + tau e, in one launch per table."""
         done = []
         try:
-            for table in self._plan.tables(BLOCK, compiled_for=alignment, tiles=True):
+            for table in self._moving().tables:
                 if table.pool not in saved:
                     saved[table.pool] = self._plan.saved(table.pool)
                 self._launch_move(table, "save", 1.0, saved[table.pool])
@@ -99,21 +99,21 @@ class DenseSteps:
                 self._launch_move(table, "restore", 0.0, saved[table.pool])
             saved.clear()
             raise
-        advance_versions(self._slots)
+        self._moving().done()
 
     def from_saved_(self, job: str, saved: dict[Pool, Tensor]) -> None:
         """x <- what was saved - tau e ("flip"), x <- what was saved ("restore")."""
-        for table in self._plan.tables(BLOCK, compiled_for=alignment, tiles=True):
+        for table in self._moving().tables:
             self._launch_move(table, job, -1.0, saved[table.pool])
-        advance_versions(self._slots)
+        self._moving().done()
 
     def walk_(self, at: dict[Key, float], to: float) -> None:
         """x <- x + (to - at) tau e; `at` says where the tensors of each table are, in units of tau e."""
-        for table in self._plan.tables(BLOCK, compiled_for=alignment, tiles=True):
+        for table in self._moving().tables:
             if at.get(table.key, 0.0) != to:
                 self._launch_move(table, "walk", to - at.get(table.key, 0.0))
                 at[table.key] = to
-        advance_versions(self._slots)
+        self._moving().done()
 
     def update_(
         self,
@@ -132,9 +132,9 @@ class DenseSteps:
             job, saved = "saved", held.saved
         elif isinstance(held, WalkProbe):
             job, factor = "walked", held.back
-        tables = self._update_tables(momenta)
-        self._numbers.write(draws, [scalars_of(s) for s in scalars])
-        for table in tables:
+        work = self._updating(momenta)
+        self._numbers.write(draws, scalars)
+        for table in work.tables:
             m_format, hint, grouped = table.key[2:]
             launch(
                 kernels.step,
@@ -155,14 +155,17 @@ class DenseSteps:
                 TILE=TILES["step"][self._distribution],
             )
         saved.clear()
-        advance_versions(self._slots, momenta)
+        work.done()
 
     def check(self, momenta: Sequence[Tensor | None]) -> None:
         """Raises RuntimeError for tensors that kernels cannot be given."""
-        self._update_tables(momenta)
+        self._updating(momenta)
 
-    def _update_tables(self, momenta: Sequence[Tensor | None]) -> list[Table]:
-        return self._plan.tables(BLOCK, momenta, _stored, tiles=True)
+    def _moving(self) -> Launch:
+        return self._plan.launch(BLOCK, compiled_for=alignment, tiles=True)
+
+    def _updating(self, momenta: Sequence[Tensor | None]) -> Launch:
+        return self._plan.launch(BLOCK, momenta, _stored, tiles=True)
 
     def _launch_move(
         self,
@@ -195,12 +198,12 @@ class DenseSteps:
 
     def _move_one_(self, slot: Slot, scale: float, *, draw: Draw, taus: dict[Slot, float]) -> None:
         """x <- x + scale e for one slot: the programs of that slot alone."""
-        self._numbers.write([draw], [[tau] for tau in taus.values()])
-        for table in self._plan.tables(BLOCK, compiled_for=alignment, tiles=True):
+        self._numbers.write([draw], taus=list(taus.values()))
+        for table in self._moving().tables:
             for i, part in zip(table.members, table.ranges, strict=True):
                 if self._slots[i] is slot:
                     self._launch_move(table, "walk", scale / taus[slot], part=part)
-        advance_versions([slot])
+        torch.autograd.graph.increment_version([] if slot.tensor.is_inference() else [slot.tensor])
 
 
 class CopyProbe:

@@ -80,26 +80,46 @@ class Table:
         return self.key[0], self.key[1]
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What is launched for one job: a table for every set of tensors that share a kernel.
+
+    Attributes:
+        tables: the tables.
+        addresses: where the tensors were when the tables were made.
+        versioned: the tensors that are written to, and whose version counters autograd looks at.
+    """
+
+    tables: list[Table]
+    addresses: list[int]
+    versioned: list[Tensor]
+
+    def done(self) -> None:
+        """Advances the version counters: autograd must notice what kernels wrote."""
+        torch.autograd.graph.increment_version(self.versioned)
+
+
 class Plan:
     """The tables of a list of slots: built once, and again when an address has changed."""
 
     def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], n_directions: int, common: Sequence[int]) -> None:
         self.slots, self._cuts, self._n_directions, self._common = slots, cuts, n_directions, common
+        self._tensors = [slot.tensor for slot in slots]
         self._offsets: list[int] = []
         self._totals: dict[Pool, int] = {}
         for slot, cut in zip(slots, cuts, strict=True):
             pool = slot.tensor.device, slot.tensor.dtype
             self._offsets.append(self._totals.get(pool, 0))
             self._totals[pool] = self._offsets[-1] + -(-cut.length // _PAD) * _PAD
-        self._built: dict[Any, tuple[list[tuple[int, int]], list[Table]]] = {}
+        self._built: dict[Any, Launch] = {}
 
-    def tables(
+    def launch(
         self,
         block: int,
         momenta: Sequence[Tensor | None] | None = None,
         compiled_for: Callable[[Slot, Tensor | None], Key] = lambda slot, m: (),
         tiles: bool = False,
-    ) -> list[Table]:
+    ) -> Launch:
         """One table for every device, parameter dtype and value of `compiled_for`.
 
         Args:
@@ -109,21 +129,32 @@ class Plan:
         Raises:
             RuntimeError: a tensor cannot be given to a kernel; nothing was launched.
         """
-        of = [None] * len(self.slots) if momenta is None else momenta
-        addresses = [
-            (slot.tensor.data_ptr(), 0 if m is None else m.data_ptr()) for slot, m in zip(self.slots, of, strict=True)
-        ]
+        addresses = list(map(Tensor.data_ptr, self._tensors))
+        if momenta is not None:
+            addresses += [0 if m is None else m.data_ptr() for m in momenta]
         which = block, tiles, momenta is None
-        if which not in self._built or self._built[which][0] != addresses:
-            check(self.slots, of)
-            groups: dict[Key, list[int]] = {}
-            for i, (slot, m) in enumerate(zip(self.slots, of, strict=True)):
-                if slot.count:
-                    key = slot.tensor.device, slot.tensor.dtype, *compiled_for(slot, m)
-                    groups.setdefault(key, []).append(i)
-            built = [self._table(key, members, of, block, tiles) for key, members in groups.items()]
-            self._built[which] = addresses, built
-        return self._built[which][1]
+        if which not in self._built or self._built[which].addresses != addresses:
+            self._built[which] = self._made(addresses, momenta, block, compiled_for, tiles)
+        return self._built[which]
+
+    def _made(
+        self,
+        addresses: list[int],
+        momenta: Sequence[Tensor | None] | None,
+        block: int,
+        compiled_for: Callable[[Slot, Tensor | None], Key],
+        tiles: bool,
+    ) -> Launch:
+        of = [None] * len(self.slots) if momenta is None else momenta
+        check(self.slots, of)
+        groups: dict[Key, list[int]] = {}
+        for i, (slot, m) in enumerate(zip(self.slots, of, strict=True)):
+            if slot.count:
+                key = slot.tensor.device, slot.tensor.dtype, *compiled_for(slot, m)
+                groups.setdefault(key, []).append(i)
+        written = [t for t in (*self._tensors, *of) if t is not None and not t.is_inference()]
+        tables = [self._table(key, members, of, block, tiles) for key, members in groups.items()]
+        return Launch(tables, addresses, written)
 
     def saved(self, pool: Pool, n: int = 1) -> Tensor:
         """A buffer for the saved values of `n` directions, in the form that kernels load and store."""
@@ -173,12 +204,14 @@ class Plan:
 class Numbers:
     """Keys and scalars of a step in the memory of every device that launches read them on.
 
-    The buffers stay where they are, so a captured graph reads the numbers that were written last.
+    The buffers stay where they are, so a captured graph reads the numbers that were written last. `purposes` are those
+    that the launches draw for.
     """
 
-    def __init__(self, slots: Sequence[Slot], n_directions: int) -> None:
-        self._n_directions = n_directions
+    def __init__(self, slots: Sequence[Slot], n_directions: int, purposes: Sequence[Purpose]) -> None:
+        self._n_directions, self._purposes = n_directions, purposes
         self._rows = [_scalar_row(slot) for slot in slots]
+        self._first_of = {row: i for i, row in reversed(list(enumerate(self._rows)))}
         self._n_keys = n_directions * T.KEYS.value
         self._size = self._n_keys + (max(self._rows) + 1) * scalar_width(n_directions)
         self._words: dict[Draw, list[int]] = {}
@@ -198,24 +231,27 @@ class Numbers:
         keys, scalars = self.keys(table.device), self.scalars(table.device)
         return table.tensors, table.programs, keys, scalars, table.geometry
 
-    def write(self, draws: Sequence[Draw], values: Sequence[Sequence[float]]) -> None:
-        """Puts a step's numbers where the next launches read them.
+    def write(
+        self, draws: Sequence[Draw], scalars: Sequence[Scalars] | None = None, taus: Sequence[float] = ()
+    ) -> None:
+        """Puts a step's numbers where the next launches read them: `scalars` per slot, or only `taus`.
 
-        Args:
-            draws: the directions that are launched, the first of which single launches read.
-            values: for each slot `scalars_of` the step, or only tau.
+        Single launches read the first of `draws`.
         """
         words = [0] * self._n_keys
         for k, draw in enumerate(draws):
             if draw not in self._words:
                 self._words = {d: w for d, w in self._words.items() if d.step == draw.step}
-                self._words[draw] = [word for purpose in Purpose for word in draw.key(purpose)]
+                own = self._words[draw] = [0] * T.KEYS.value
+                for purpose in self._purposes:
+                    own[2 * purpose : 2 * purpose + 2] = draw.key(purpose)
             words[k * T.KEYS.value : (k + 1) * T.KEYS.value] = self._words[draw]
         width = scalar_width(self._n_directions)
-        scalars = [0.0] * (self._size - self._n_keys)
-        for row, own in dict(zip(self._rows, values, strict=True)).items():
-            scalars[row * width : row * width + len(own)] = own
-        packed = bytearray(struct.pack(f"={self._n_keys}q{len(scalars)}d", *words, *scalars))
+        numbers = [0.0] * (self._size - self._n_keys)
+        for row, i in self._first_of.items():  # the slots of a group have the same
+            values = [taus[i]] if scalars is None else _in_order(scalars[i])
+            numbers[row * width : row * width + len(values)] = values
+        packed = bytearray(struct.pack(f"={self._n_keys}q{len(numbers)}d", *words, *numbers))
         together = torch.frombuffer(packed, dtype=torch.int64)
         for device, buffer in self._buffers.items():
             # From pinned memory the copy does not wait for the work that the device still has to do.
@@ -226,7 +262,7 @@ def _scalar_row(slot: Slot) -> int:
     return 2 * slot.group + int(slot.tensor.dtype == torch.float64)
 
 
-def scalars_of(s: Scalars) -> list[float]:
+def _in_order(s: Scalars) -> list[float]:
     """The scalars of a group in the order of the table."""
     return [s.tau, s.beta, s.decay, s.lr, *(value for pair in zip(s.rho, s.entry, strict=True) for value in pair)]
 
@@ -268,9 +304,3 @@ def alignment(slot: Slot, m: Tensor | None) -> tuple[bool, bool]:
     """Whether accesses may be 16 bytes wide, and whether programs begin where the groups of random numbers do."""
     pointers = [slot.tensor.data_ptr()] if m is None else [slot.tensor.data_ptr(), m.data_ptr()]
     return all(pointer % 16 == 0 for pointer in pointers), slot.start % BLOCK == 0
-
-
-def advance_versions(slots: Sequence[Slot], momenta: Sequence[Tensor | None] = ()) -> None:
-    """Advances the version counters of tensors that kernels wrote to, so that autograd notices."""
-    tensors = [*(slot.tensor for slot in slots), *(m for m in momenta if m is not None)]
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

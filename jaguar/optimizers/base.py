@@ -16,8 +16,9 @@ from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
 from jaguar.optimizers.checkpoint import checked, counters, exact_state
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
-from jaguar.optimizers.guards import LossGuard, check_storage, warn_of_lost
+from jaguar.optimizers.guards import LossGuard, warn_of_lost
 from jaguar.optimizers.options import checked_seed, common_options
+from jaguar.optimizers.roster import Kind, Roster
 from jaguar.params import Slot, build_slots
 from jaguar.record import Record
 from jaguar.rng import Draw
@@ -80,6 +81,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._n_frozen = 0
         self._slots: list[Slot] = []
         self._steps: ops.Steps | None = None
+        self._roster = Roster([], {})
         self._watch = Watch(self.group_keys)
         self._guard = LossGuard()
         self.lost_share: dict[str, float] | None = None
@@ -138,7 +140,6 @@ class ZerothOrder(torch.optim.Optimizer):
         n_losses = self._estimator.n_losses(self._n_directions)
         record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses)
         self._watch.check(self.param_groups)
-        check_storage(self._slots, self.state)
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
         scalars = self._scalars(record)
         if not record.skipped and not _finite(scalars):
@@ -152,7 +153,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 if held is None and self._walks:
                     held = self._walked(steps, draws)
                 if not record.skipped:
-                    steps.update_(draws, scalars, momenta, held)
+                    steps.update_(draws, self._roster.per_slot(scalars), momenta, held)
                 elif held is not None:
                     held.abort()
                 self._moved = None
@@ -180,8 +181,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 "step() without a closure applies a measured step, and nothing was measured: call "
                 "measure(closure) first or step(closure)"
             )
-        dtype = torch.float64 if self._double else torch.float32
-        return torch.tensor(record.loss, dtype=dtype, device=self._slots[0].tensor.device)
+        dtype = torch.float64 if self._roster.double else torch.float32
+        # Not torch.tensor: its copy to a GPU would wait for the update to end.
+        return torch.full((), record.loss, dtype=dtype, device=self._slots[0].tensor.device)
 
     def discard_(self) -> None:
         """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
@@ -219,7 +221,6 @@ class ZerothOrder(torch.optim.Optimizer):
         if not callable(closure):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
         self._watch.check(self.param_groups)
-        check_storage(self._slots, self.state)
         self._pending = None
         steps = self._launches()
         if self._step == 0 and self.lost_share is None:
@@ -231,10 +232,10 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _evaluate(self, closure: Closure, steps: ops.Steps, interrupts: HeldInterrupts, hold: bool) -> Record:
         """The evaluations of a step; with `hold` the last probe stays where it is, and `_moved` knows it."""
-        draws, double = self._draws(), self._double
+        draws, double = self._draws(), self._roster.double
         seed = rng.closure_seed(self._seed, self._step)
         lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        with Isolation({s.tensor.device for s in self._slots}) as isolation, torch.no_grad():
+        with Isolation(self._roster.devices) as isolation, torch.no_grad():
 
             def evaluate() -> float:
                 with interrupts.let_through():
@@ -276,52 +277,47 @@ class ZerothOrder(torch.optim.Optimizer):
         return [Draw(self._seed, self._step, k) for k in range(self._n_directions)]
 
     def _launches(self) -> ops.Steps:
+        """The launches, over tensors that were seen to be in their places."""
         if self._steps is None:
-            self._steps = self._make_steps(self._slots)
+            self._steps, self._roster = self._make_steps(self._slots), Roster(self._slots, self.state)
+        elif self._roster.state is not self.state:
+            self._roster = Roster(self._slots, self.state)
+        self._roster.check()
         return self._steps
 
     def _taus(self) -> list[float]:
-        return [
-            rules.rounded(self.param_groups[slot.group]["tau"], slot.tensor.dtype == torch.float64)
-            for slot in self._slots
-        ]
+        kinds = {kind: rules.rounded(self.param_groups[kind[0]]["tau"], kind[1]) for kind in self._roster.kinds}
+        return self._roster.per_slot(kinds)
 
-    def _scalars(self, record: Record) -> list[rules.Scalars]:
-        """The scalars of every slot; the slots of a group share them, one set per compute dtype."""
-        made: dict[tuple[int, bool], rules.Scalars] = {}
-        keys = [(slot.group, slot.tensor.dtype == torch.float64) for slot in self._slots]
-        for key in dict.fromkeys(keys):
-            group, double = self.param_groups[key[0]], key[1]
+    def _scalars(self, record: Record) -> dict[Kind, rules.Scalars]:
+        """The scalars of every parameter group and compute dtype."""
+        made = {}
+        for index, double in self._roster.kinds:
+            group = self.param_groups[index]
             rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=double)
-            made[key] = rules.step_scalars(
+            made[index, double] = rules.step_scalars(
                 rho,
-                lr=record.lrs[key[0]],
+                lr=record.lrs[index],
                 beta=group.get(self.momentum_key, 0.0),
                 tau=group["tau"],
                 weight_decay=group["weight_decay"],
                 rho_clip=self._rho_clip,
                 double=double,
             )
-        return [made[key] for key in keys]
-
-    @property
-    def _double(self) -> bool:
-        """Whether losses are fp64: one of the parameters is."""
-        return any(slot.tensor.dtype == torch.float64 for slot in self._slots)
+        return made
 
     def _momenta(self) -> list[Tensor | None]:
         """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
-        momenta: list[Tensor | None] = []
-        for slot in self._slots:
-            state = self.state[slot.tensor]
-            if "momentum" not in state and self._has_momentum(self.param_groups[slot.group]):
+        momenta = self._roster.momenta()
+        missing = [slot for slot, m in zip(self._slots, momenta, strict=True) if m is None]
+        for slot in missing:
+            if self._has_momentum(self.param_groups[slot.group]):
                 own = torch.bfloat16 if slot.tensor.dtype == torch.float16 else slot.tensor.dtype
                 with torch.inference_mode(False):  # state made in inference mode could not be written to outside it
-                    state["momentum"] = torch.zeros(
+                    self.state[slot.tensor]["momentum"] = torch.zeros(
                         slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device
                     )
-            momenta.append(state.get("momentum"))
-        return momenta
+        return self._roster.momenta() if missing else momenta
 
     def _walked(self, steps: ops.Steps, draws: list[Draw]) -> Probe | None:
         """Walks as `measure` did: a record is replayed."""
@@ -428,8 +424,8 @@ class ZerothOrder(torch.optim.Optimizer):
         return [", ".join(f"{key}={value}" for key, value in self._options.items())]
 
 
-def _finite(scalars: list[rules.Scalars]) -> bool:
-    return all(math.isfinite(rho) for s in scalars for rho in s.rho)
+def _finite(scalars: dict[Kind, rules.Scalars]) -> bool:
+    return all(math.isfinite(rho) for s in scalars.values() for rho in s.rho)
 
 
 def _name(step: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,10 +81,10 @@ class LossGuard:
             warnings.warn(message, stacklevel=4)
 
 
-def check_storage(slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
+def check_storage(slots: Sequence[Slot], momenta: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where a parameter or its momentum is not where it should be; nothing was changed yet."""
-    for slot in slots:
-        x, momentum = slot.tensor, state[slot.tensor].get("momentum") if slot.tensor in state else None
+    for slot, momentum in zip(slots, momenta, strict=True):
+        x = slot.tensor
         for what, tensor in ((slot.name, x), (f"the momentum of {slot.name}", momentum)):
             if tensor is not None and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
                 raise RuntimeError(
