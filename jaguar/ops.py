@@ -153,6 +153,14 @@ def coordinate_steps(
 ) -> Steps:
     """JAGUAR's launches on `backend`, which `choose` returned."""
     assigned = assign(backend, slots)
+    if isinstance(direction, ReleasedBlock) and n_directions > 1 and "triton" in assigned:
+        # Their blocks overlap anywhere, so the programs of one launch would meet in the same elements.
+        if backend == "triton":
+            raise Unavailable(
+                "backend='triton' has no kernel for released=True with several directions; use n_directions=1 or "
+                "backend='reference'"
+            )
+        assigned = ["reference"] * len(slots)
     if isinstance(direction, Coordinates) and isinstance(direction.coordinates, int) and len(set(assigned)) > 1:
         assigned = ["reference"] * len(slots)  # strata of a number of coordinates run across tensors
 

@@ -117,7 +117,8 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
     lost      lost[tensor] += (perturbations that rounding swallows, all perturbations)
     update    momentum entries of one direction, then the sign step of its elements
     fused     the same from saved values, and restore what does not move
-    several   momentum entries of all directions in order, then one sign step; `saved` is scratch
+    several   momentum entries of all directions in order, then one sign step; `saved` is scratch. Two directions
+              meet in a stratum, hence in a lane, if at all; only listed elements have no such home
     """
     program = programs + tl.program_id(0).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
@@ -132,18 +133,18 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
         total = tl.load(geometry + T.TOTAL)
         if T.derivatives_finite(scalars, n):
             for k in range(0, n):
-                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
+                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
                 tl.store(saved + k * total, tl.load(x + i, mask=live), mask=live)
             for k in range(0, n):
                 tl.debug_barrier()  # other threads may have written what is read here
-                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
+                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
                 plus, other = _endpoints(tl.load(saved + k * total, mask=live, other=0), sign, tau, X_FORMAT, TWO_SIDED)
                 entry = scalar(scalars + T.ENTRY + 2 * k, X_FORMAT)
                 _enter(m, i, live & (plus != other), sign, entry, beta, row, keys + k * T.KEYS,
                        X_FORMAT, M_FORMAT, STOCHASTIC)  # fmt: skip
             tl.debug_barrier()
             for k in range(0, n):  # an element that two directions drew is written twice, with the same value
-                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
+                i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
                 v = tl.load(saved + k * total, mask=live, other=0)
                 plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
                 mv = widened(tl.load(m + i, mask=live, other=0), M_FORMAT, X_FORMAT)
@@ -239,7 +240,6 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
     saved += tl.load(row + T.SAVED)
     tau, beta = scalar(scalars + T.TAU, X_FORMAT), scalar(scalars + T.BETA, X_FORMAT)
     n_directions = tl.load(geometry + T.DIRECTIONS) if SEVERAL else 1
-    total = tl.load(geometry + T.TOTAL)
     finite = T.derivatives_finite(scalars, n_directions)
     movable = tl.where(finite, n, 0)
     lane = tl.arange(0, LANES)
@@ -249,7 +249,7 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
             s = first + u + lane
             if LAYOUT == "block":
                 s += (u + lane) // width * step
-            i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed + k * total, s, LAYOUT, ONES)
+            i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
             live = live & (u + lane < lanes) & (i >= o) & (i < o + BLOCK)
             if RESTORE:
                 v = tl.load(saved + s, mask=live, other=0)

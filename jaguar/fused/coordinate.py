@@ -175,11 +175,11 @@ class CoordinateSteps:
         """The drawn indices of the released code's block; of the other layouts kernels draw for themselves."""
         if not isinstance(self._direction, ReleasedBlock):
             return table.geometry
-        for draw in draws:
-            if (draw, table.pool) not in self._listed:
-                indices = [index for index, _ in self._direction.sample(draw, self._slots)]
-                self._listed[draw, table.pool] = self._plan.listing(table.pool, indices)
-        return torch.cat([self._listed[draw, table.pool] for draw in draws])
+        (draw,) = draws
+        if (draw, table.pool) not in self._listed:
+            indices = [index for index, _ in self._direction.sample(draw, self._slots)]
+            self._listed[draw, table.pool] = self._plan.listing(table.pool, indices)
+        return self._listed[draw, table.pool]
 
 
 class CoordinateProbe:

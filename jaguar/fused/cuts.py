@@ -67,13 +67,16 @@ def _count(slots: Sequence[Slot], everything: Sequence[Slot], k: int) -> Cutting
     cuts = []
     for slot in slots:
         at = partial(_counted, begin=begins[slot], whole=whole, rest=rest, k=k)
-        first, last = (int(at(torch.tensor([i]))) for i in (0, max(slot.count - 1, 0)))
-        cuts.append(Cut(first, last - first + 1 if slot.count else 0, origin=begins[slot], at=at))
+        if slot.count:  # where an empty tensor begins, there need not be a stratum
+            first, last = (int(at(torch.tensor([i]))) for i in (0, slot.count - 1))
+            cuts.append(Cut(first, last - first + 1, origin=begins[slot], at=at))
+        else:
+            cuts.append(Cut(0, 0))
     return "count", cuts, (whole, rest, k, _lanes(whole))
 
 
 def _counted(local: Tensor, *, begin: int, whole: int, rest: int, k: int) -> Tensor:
-    """The stratum of each local index: boundaries floor(j d / k) over the concatenation of all tensors."""
+    """The stratum of each local index, 0 <= local + begin < d: boundaries floor(j d / k) over all tensors in a row."""
     position = local + begin
     j = (position.to(torch.float64) * (k / (whole * k + rest))).to(torch.int64).clamp_(0, k - 1)
     while True:  # the estimate is off by one at most, as long as positions fit into a double
