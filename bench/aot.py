@@ -66,7 +66,7 @@ def cases() -> list[Case]:
     def tiles(x: str = "bf16", m: str = "bf16", layout: str = "fraction", hint: bool = True, **more: Any) -> None:
         constants = {"RESTORE": True, "SEVERAL": False, "X_FORMAT": x, "M_FORMAT": m, "LAYOUT": layout, "ONES": False,
                      "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint, "LANES": 128}  # fmt: skip
-        constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILES["tiles"]} | more
+        constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILE} | more
         name = (
             f"tiles x={x} m={m} {layout}"
             + ("" if hint else " unaligned")
@@ -78,7 +78,8 @@ def cases() -> list[Case]:
 
     def move(job: str, distribution: str, x: str = "bf16", hint: bool = True) -> None:
         constants = {"JOB": job, "FORMAT": x, "DISTRIBUTION": distribution, "TWO_SIDED": True, "HINT": hint,
-                     "GROUPED": hint, "BLOCK": launch.BLOCK, "TILE": launch.TILES["move"][distribution]}  # fmt: skip
+                     "GROUPED": hint, "BLOCK": launch.BLOCK}  # fmt: skip
+        constants["TILE"] = launch.dense_tile("move", distribution, hint)
         name = f"move {job} {distribution} x={x}" + ("" if hint else " unaligned")
         stored = () if job == "lost" else (x, x) if job == "save" else (x,)
         found.append(
@@ -90,7 +91,8 @@ def cases() -> list[Case]:
     ) -> None:
         constants = {"JOB": job, "RULE": rule, "SEVERAL": False, "X_FORMAT": x, "M_FORMAT": m,
                      "DISTRIBUTION": distribution, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}  # fmt: skip
-        constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILES["step"][distribution]} | more
+        constants |= {"BLOCK": launch.BLOCK} | more
+        constants["TILE"] = launch.dense_tile("step", distribution, constants["GROUPED"], constants["SEVERAL"])
         name = (
             f"step {job} {distribution} {rule} x={x} m={m}"
             + ("" if hint else " unaligned")
@@ -139,7 +141,10 @@ def cases() -> list[Case]:
         step("plain", distribution, x="fp16", m="bf16")
         step("plain", distribution, x="fp32", m="e5m2")
         step("plain", distribution, x="fp64", m="fp64")
-        step("plain", distribution, SEVERAL=True)
+        for x, m in (("bf16", "none"), ("bf16", "bf16"), ("fp32", "e5m2"), ("fp64", "fp64")):
+            step("plain", distribution, x=x, m=m, SEVERAL=True)
+        step("plain", distribution, m="bf16", SEVERAL=True, GROUPED=False)
+        step("plain", distribution, x="fp16", m="e5m2", SEVERAL=True, GROUPED=False)
         step("plain", distribution, hint=False)
     move("restore", "rademacher")
     return found
@@ -189,6 +194,8 @@ def faults(case: Case, found: dict[str, Any], operations: list[str]) -> list[str
         wrong.append(f"{found['local']} spills, {found['stack']} bytes of stack")
     if found["loads16"] < case.wide[0] or found["stores16"] < case.wide[1]:
         wrong.append(f"{found['loads16']} + {found['stores16']} 16-byte accesses instead of {case.wide}")
+    if case.constants.get("JOB") == "several" and found["barriers"] < 2:
+        wrong.append("no barriers between the directions' entries and steps")
     if case.kernel is coordinate.tiles:
         barrier = next((i for i, op in enumerate(operations) if op.startswith("BAR")), None)
         tile = next((i for i, op in enumerate(operations) if op.startswith("LDG") and ".128" in op), len(operations))

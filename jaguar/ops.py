@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from jaguar.parts import Parts
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
 
+Direction: TypeAlias = Coordinates | ReleasedBlock | Gaussian | Rademacher
 NAMES = ("auto", "reference", "triton", "cuda")
 
 
@@ -34,6 +36,10 @@ class Steps(Protocol):
     def takes_back(self) -> bool:
         """Whether `update_` can end the last probe of a step."""
 
+    @property
+    def wrote(self) -> bool:
+        """Whether the last `update_` came to write anything; asked when it failed."""
+
     def n_perturbed(self, draw: Draw) -> int:
         """Number of coordinates that a direction moves; kernels, which store no list of them, know it nearly."""
 
@@ -44,7 +50,7 @@ class Steps(Protocol):
         """The perturbations that rounding swallows, per tensor."""
 
     def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Raises RuntimeError for tensors that `update_` could not move; called before anything is written."""
+        """Raises RuntimeError for tensors that `update_` could not move; called before a step where one has changed."""
 
     def update_(
         self,
@@ -70,6 +76,8 @@ def unavailable() -> dict[str, str]:
             "there is no NVIDIA GPU (with TRITON_INTERPRET=1 in the environment, Triton's interpreter runs the "
             "kernels on CPU tensors, slowly)"
         )
+    elif not interpreted() and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        missing["triton"] = "Triton needs a C compiler to launch kernels, and there is no gcc or clang on the PATH"
     return missing
 
 
@@ -102,32 +110,44 @@ def choose(backend: str) -> str:
     return backend
 
 
-def assign(backend: str, slots: Sequence[Slot]) -> list[str]:
-    """The backend of every slot: what was named, or for "auto" Triton on GPUs and the reference elsewhere.
-
-    Raises:
-        Unavailable: the named backend cannot take a tensor; the message has its name and the reason.
-    """
-    if backend == "auto":
-        fitting = "triton" not in unavailable()
-        return ["triton" if fitting and s.tensor.is_cuda and not _unfit(s) else "reference" for s in slots]
-    if backend == "triton":
-        for slot in slots:
-            if _unfit(slot):
-                raise Unavailable(
-                    f"backend='triton' cannot take {slot.name}: it {_unfit(slot)}; backend='auto' uses the reference "
-                    "for such tensors"
-                )
-    return [backend] * len(slots)
+def assign(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> list[str]:
+    """The backend of every slot: what was named, or for "auto" Triton on GPUs and the reference elsewhere."""
+    if backend != "auto":
+        return [backend] * len(slots)
+    if "triton" in unavailable() or _undrawable(direction, n_directions):
+        return ["reference"] * len(slots)
+    names = ["triton" if slot.tensor.is_cuda and not _unfit(slot) else "reference" for slot in slots]
+    # The strata of a number of coordinates run across tensors: one backend draws them all.
+    across = isinstance(direction, Coordinates) and isinstance(direction.coordinates, int)
+    return ["reference"] * len(slots) if across and "reference" in names else names
 
 
-def summary(backend: str, slots: Sequence[Slot]) -> str:
+def require(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> None:
+    """Raises Unavailable where a named backend cannot do this; the message has the tensor, if any, and the reason."""
+    if backend != "triton":
+        return
+    reasons = [f"cannot take {slot.name}: it {_unfit(slot)}" for slot in slots if _unfit(slot)]
+    if _undrawable(direction, n_directions):
+        reasons.append(f"cannot draw this: {_undrawable(direction, n_directions)}")
+    if reasons:
+        raise Unavailable(f"backend='triton' {reasons[0]}; backend='auto' uses the reference for it")
+
+
+def summary(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> str:
     """What runs: the backend, or how many tensors each of them has."""
-    assigned = assign(backend, slots)
+    assigned = assign(backend, slots, direction, n_directions)
     names = list(dict.fromkeys(assigned))
     if len(names) == 1:
         return names[0]
     return " and ".join(f"{name} ({assigned.count(name)} tensors)" for name in names)
+
+
+def _undrawable(direction: Direction, n_directions: int) -> str | None:
+    """Why kernels cannot draw something."""
+    if isinstance(direction, ReleasedBlock) and n_directions > 1:
+        # Their blocks overlap anywhere, so the programs of one launch would meet in the same elements.
+        return "released=True with several directions has no kernel"
+    return None
 
 
 def _unfit(slot: Slot) -> str | None:
@@ -152,17 +172,6 @@ def coordinate_steps(
     n_directions: int,
 ) -> Steps:
     """JAGUAR's launches on `backend`, which `choose` returned."""
-    assigned = assign(backend, slots)
-    if isinstance(direction, ReleasedBlock) and n_directions > 1 and "triton" in assigned:
-        # Their blocks overlap anywhere, so the programs of one launch would meet in the same elements.
-        if backend == "triton":
-            raise Unavailable(
-                "backend='triton' has no kernel for released=True with several directions; use n_directions=1 or "
-                "backend='reference'"
-            )
-        assigned = ["reference"] * len(slots)
-    if isinstance(direction, Coordinates) and isinstance(direction.coordinates, int) and len(set(assigned)) > 1:
-        assigned = ["reference"] * len(slots)  # strata of a number of coordinates run across tensors
 
     def make(name: str, part: Sequence[Slot]) -> Steps:
         if name == "reference":
@@ -179,7 +188,8 @@ def coordinate_steps(
             n_directions=n_directions,
         )
 
-    return _joined(slots, assigned, make)
+    require(backend, slots, direction, n_directions)
+    return _joined(backend, slots, assign(backend, slots, direction, n_directions), make)
 
 
 def dense_steps(
@@ -210,20 +220,20 @@ def dense_steps(
             n_directions=n_directions,
         )
 
-    return _joined(slots, assign(backend, slots), make)
+    require(backend, slots, direction, n_directions)
+    return _joined(backend, slots, assign(backend, slots, direction, n_directions), make)
 
 
-def _joined(slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Steps]) -> Steps:
-    """One set of launches for every backend that got tensors; says which tensors of a GPU the reference has to move."""
-    slow = [
-        f"{s.name} {_unfit(s)}"
-        for s, name in zip(slots, assigned, strict=True)
-        if name == "reference" and s.tensor.is_cuda
-    ]
-    if slow and "triton" in assigned:
+def _joined(
+    backend: str, slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Steps]
+) -> Steps:
+    """One set of launches for every backend that got tensors; says so where "auto" leaves a GPU's to the reference."""
+    slow = [s for s, name in zip(slots, assigned, strict=True) if name == "reference" and s.tensor.is_cuda]
+    if slow and backend == "auto" and "triton" not in unavailable():
+        reasons = [f"{slot.name} {_unfit(slot)}" for slot in slots if _unfit(slot)]
         warnings.warn(
-            f"the reference backend moves {len(slow)} of {len(slots)} tensors, slowly: {slow[0]}"
-            f"{' and others' if len(slow) > 1 else ''}",
+            f"the reference backend moves {len(slow)} of {len(slots)} tensors, slowly: "
+            + (reasons[0] if reasons else "kernels cannot draw these directions"),
             stacklevel=2,
         )
     parts = []

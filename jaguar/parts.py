@@ -31,6 +31,11 @@ class Parts:
         """Whether `update_` can end the last probe of a step."""
         return all(steps.takes_back for _, steps in self.parts)
 
+    @property
+    def wrote(self) -> bool:
+        """Whether the last `update_` came to write anything."""
+        return any(steps.wrote for _, steps in self.parts)
+
     def n_perturbed(self, draw: Draw) -> int:
         """Number of coordinates that a direction moves."""
         return sum(steps.n_perturbed(draw) for _, steps in self.parts)

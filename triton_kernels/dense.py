@@ -114,7 +114,10 @@ def _step_tile(x, m, saved, rest, keys, k, k_round, k_state, first, stream, scal
             z = _direction(rng.key(keys + d * T.KEYS, rng.DIRECTION), first, j, stream, DISTRIBUTION, GROUPED)
             z = z.to(w.dtype)
             g = g + z * scalar(scalars + T.RHO + 2 * d, X_FORMAT)
-        g = tl.div_rn(g, n.to(w.dtype))
+        if X_FORMAT == "fp64":  # whose division is rounded correctly anyway
+            g = g / n.to(tl.float64)
+        else:
+            g = tl.div_rn(g, n.to(tl.float32))
     if JOB == "walked":  # z is the last direction's
         w = widened(_moved(w, z, scalar(scalars + T.TAU, X_FORMAT) * factor, X_FORMAT), X_FORMAT, X_FORMAT)
     if M_FORMAT != "none":

@@ -16,10 +16,20 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Strata per program of `sparse`, and strata at a time in a program of `tiles`.
 STRATA = 512
-# Elements per program; per inner tile. Bigger tiles share a call for Rademacher signs among more elements of a thread,
-# and need more registers where there is momentum and noise.
+# Elements per program, and per inner tile of `tiles`.
 BLOCK = 8192
-TILES = {"tiles": 1024, "move": {"gaussian": 1024, "rademacher": 4096}, "step": {"gaussian": 1024, "rademacher": 2048}}
+TILE = 1024
+
+
+def dense_tile(kernel: str, distribution: str, grouped: bool, several: bool = False) -> int:
+    """Elements per inner tile of "move" and "step".
+
+    Bigger ones share a call for Rademacher signs among more elements of a thread, which needs more registers: not where
+    words are drawn element by element or several directions are summed.
+    """
+    if distribution == "rademacher" and grouped and not several:
+        return 4096 if kernel == "move" else 2048
+    return TILE
 
 
 def launch(kernel: Any, n_programs: int, *arguments: Tensor | int | float, **constants: Any) -> None:

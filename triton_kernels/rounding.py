@@ -16,7 +16,7 @@ def noisy(format, stochastic):
 
 @triton.jit
 def widened(v, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
-    """Stored values in the compute dtype, fp64 for parameters stored as COMPUTE = "fp64" and fp32 for others: exact."""
+    """Stored values in the compute dtype: fp64 for parameters stored as COMPUTE = "fp64", fp32 for others."""
     if FORMAT == "bf16":
         w = (v.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif FORMAT == "fp16":
@@ -27,6 +27,8 @@ def widened(v, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
         w = v
     if COMPUTE == "fp64":
         w = w.to(tl.float64)
+    elif FORMAT == "fp64":
+        w = w.to(tl.float32)
     return w
 
 

@@ -2,7 +2,7 @@
 
 The columns are named here, once for the kernels and for the host code that fills them (`jaguar.fused`). Everything
 that a kernel needs besides its compile-time options lies in device memory and is built once, so that a launch passes a
-handful of pointers whatever the number of tensors, and a captured CUDA graph can be replayed with new numbers.
+handful of pointers whatever the number of tensors, and captured launches read the numbers that are there at replay.
 """
 
 from __future__ import annotations

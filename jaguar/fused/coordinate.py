@@ -16,7 +16,7 @@ from jaguar.rng import Draw, Purpose
 from jaguar.rules import Scalars
 from jaguar.triton_kernels import coordinate as kernels
 from jaguar.triton_kernels import tables as T
-from jaguar.triton_kernels.launch import BLOCK, STRATA, TILES, launch
+from jaguar.triton_kernels.launch import BLOCK, STRATA, TILE, launch
 
 # What kernels choose places with; listed ones are chosen before.
 _CHOICE = {
@@ -58,9 +58,10 @@ class CoordinateSteps:
         self._lanes = min(STRATA, max(128, 1 << (common[T.LANES.value] - 1).bit_length()))
         self._options = {"LAYOUT": layout, "ONES": direction.ones, "TWO_SIDED": two_sided, "STOCHASTIC": stochastic}
         share = direction.fraction(sum(slot.total for slot in everything))
-        self._n_perturbed = int(share * sum(slot.count for slot in slots))
+        self._n_perturbed = round(share * sum(slot.count for slot in slots))
         # With several directions every entry update needs the parameters as they were before the step.
         self.takes_back = n_directions == 1
+        self.wrote = False
         self._listed: dict[tuple[Draw, Pool], Tensor] = {}
 
     def n_perturbed(self, draw: Draw) -> int:
@@ -107,6 +108,7 @@ class CoordinateSteps:
     ) -> None:
         """Entry updates of every direction in order, then one sign step; restores what `held` left moved."""
         assert held is None or isinstance(held, CoordinateProbe)
+        self.wrote = False
         if held is not None and len(draws) > 1:
             held.finish()
         work = self._updating(momenta)
@@ -119,14 +121,19 @@ class CoordinateSteps:
                 self._sparse_("several", table, draws, self._plan.saved(table.pool, len(draws)))
             else:
                 self._sparse_("update" if saved is None else "fused", table, draws, saved)
+            self.wrote = True
         if held is not None:
             held.saved.clear()
         work.done()
         self._listed.clear()
 
     def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Raises RuntimeError for tensors that kernels cannot be given."""
-        self._updating(momenta)
+        """Looks at all tensors again; raises RuntimeError for those that kernels cannot be given."""
+        self._plan.forget()
+        if any(m is None for m in momenta):
+            self._plan.launch(STRATA)
+        else:
+            self._updating(momenta)
 
     def _updating(self, momenta: Sequence[Tensor | None]) -> Launch:
         if self._update == "all":
@@ -166,7 +173,7 @@ class CoordinateSteps:
             HINT=hint,
             GROUPED=grouped,
             BLOCK=BLOCK,
-            TILE=TILES["tiles"],
+            TILE=TILE,
             LANES=self._lanes,
             **self._options,
         )

@@ -17,7 +17,7 @@ from jaguar.rng import Draw, Purpose
 from jaguar.rules import Scalars
 from jaguar.triton_kernels import dense as kernels
 from jaguar.triton_kernels import tables as T
-from jaguar.triton_kernels.launch import BLOCK, TILES, launch
+from jaguar.triton_kernels.launch import BLOCK, dense_tile, launch
 
 
 class DenseSteps:
@@ -50,6 +50,7 @@ class DenseSteps:
         self._numbers = Numbers(slots, n_directions, (Purpose.DIRECTION, Purpose.ROUND, Purpose.ROUND_STATE))
         self._distribution, self._stochastic = direction.name, stochastic
         self.takes_back = restore != "module"
+        self.wrote = False
 
     def n_perturbed(self, draw: Draw) -> int:
         """Number of perturbed coordinates."""
@@ -132,6 +133,7 @@ class DenseSteps:
             job, saved = "saved", held.saved
         elif isinstance(held, WalkProbe):
             job, factor = "walked", held.back
+        self.wrote = False
         work = self._updating(momenta)
         self._numbers.write(draws, scalars)
         for table in work.tables:
@@ -152,13 +154,15 @@ class DenseSteps:
                 HINT=hint,
                 GROUPED=grouped,
                 BLOCK=BLOCK,
-                TILE=TILES["step"][self._distribution],
+                TILE=dense_tile("step", self._distribution, grouped, len(draws) > 1),
             )
+            self.wrote = True
         saved.clear()
         work.done()
 
     def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Raises RuntimeError for tensors that kernels cannot be given."""
+        """Looks at all tensors again; raises RuntimeError for those that kernels cannot be given."""
+        self._plan.forget()
         self._updating(momenta)
 
     def _moving(self) -> Launch:
@@ -193,7 +197,7 @@ class DenseSteps:
             HINT=hint,
             GROUPED=grouped,
             BLOCK=BLOCK,
-            TILE=TILES["move"][self._distribution],
+            TILE=dense_tile("move", self._distribution, grouped),
         )
 
     def _move_one_(self, slot: Slot, scale: float, *, draw: Draw, taus: dict[Slot, float]) -> None:

@@ -87,11 +87,13 @@ class Launch:
     Attributes:
         tables: the tables.
         addresses: where the tensors were when the tables were made.
+        dtypes: of the parameters, then.
         versioned: the tensors that are written to, and whose version counters autograd looks at.
     """
 
     tables: list[Table]
     addresses: list[int]
+    dtypes: list[torch.dtype]
     versioned: list[Tensor]
 
     def done(self) -> None:
@@ -105,6 +107,8 @@ class Plan:
     def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], n_directions: int, common: Sequence[int]) -> None:
         self.slots, self._cuts, self._n_directions, self._common = slots, cuts, n_directions, common
         self._tensors = [slot.tensor for slot in slots]
+        # What the offsets below were made for; a tensor that became another one needs other launches.
+        self._forms = [_form(tensor) for tensor in self._tensors]
         self._offsets: list[int] = []
         self._totals: dict[Pool, int] = {}
         for slot, cut in zip(slots, cuts, strict=True):
@@ -112,6 +116,10 @@ class Plan:
             self._offsets.append(self._totals.get(pool, 0))
             self._totals[pool] = self._offsets[-1] + -(-cut.length // _PAD) * _PAD
         self._built: dict[Any, Launch] = {}
+
+    def forget(self) -> None:
+        """Tables are made anew, from tensors as they are now."""
+        self._built.clear()
 
     def launch(
         self,
@@ -133,19 +141,27 @@ class Plan:
         if momenta is not None:
             addresses += [0 if m is None else m.data_ptr() for m in momenta]
         which = block, tiles, momenta is None
-        if which not in self._built or self._built[which].addresses != addresses:
-            self._built[which] = self._made(addresses, momenta, block, compiled_for, tiles)
+        dtypes = [tensor.dtype for tensor in self._tensors]  # an address can come back with another tensor
+        if which not in self._built or (self._built[which].addresses, self._built[which].dtypes) != (addresses, dtypes):
+            self._built[which] = self._made(addresses, dtypes, momenta, block, compiled_for, tiles)
         return self._built[which]
 
     def _made(
         self,
         addresses: list[int],
+        dtypes: list[torch.dtype],
         momenta: Sequence[Tensor | None] | None,
         block: int,
         compiled_for: Callable[[Slot, Tensor | None], Key],
         tiles: bool,
     ) -> Launch:
         of = [None] * len(self.slots) if momenta is None else momenta
+        for slot, form in zip(self.slots, self._forms, strict=True):
+            if _form(slot.tensor) != form:
+                raise RuntimeError(
+                    f"{slot.name} was {_described(form)} and is now {_described(_form(slot.tensor))}; make the "
+                    "optimizer after changing the model"
+                )
         check(self.slots, of)
         groups: dict[Key, list[int]] = {}
         for i, (slot, m) in enumerate(zip(self.slots, of, strict=True)):
@@ -154,7 +170,7 @@ class Plan:
                 groups.setdefault(key, []).append(i)
         written = [t for t in (*self._tensors, *of) if t is not None and not t.is_inference()]
         tables = [self._table(key, members, of, block, tiles) for key, members in groups.items()]
-        return Launch(tables, addresses, written)
+        return Launch(tables, addresses, dtypes, written)
 
     def saved(self, pool: Pool, n: int = 1) -> Tensor:
         """A buffer for the saved values of `n` directions, in the form that kernels load and store."""
@@ -204,8 +220,8 @@ class Plan:
 class Numbers:
     """Keys and scalars of a step in the memory of every device that launches read them on.
 
-    The buffers stay where they are, so a captured graph reads the numbers that were written last. `purposes` are those
-    that the launches draw for.
+    The buffers stay where they are: a CUDA graph that captured launches (not `write`, which copies from the host) reads
+    the numbers that were written last. `purposes` are those that the launches draw for.
     """
 
     def __init__(self, slots: Sequence[Slot], n_directions: int, purposes: Sequence[Purpose]) -> None:
@@ -216,7 +232,8 @@ class Numbers:
         self._size = self._n_keys + (max(self._rows) + 1) * scalar_width(n_directions)
         self._words: dict[Draw, list[int]] = {}
         devices = dict.fromkeys(slot.tensor.device for slot in slots)
-        self._buffers = {device: torch.zeros(self._size, dtype=torch.int64, device=device) for device in devices}
+        with torch.inference_mode(False):  # made in inference mode they could not be written to outside it
+            self._buffers = {device: torch.zeros(self._size, dtype=torch.int64, device=device) for device in devices}
 
     def keys(self, device: torch.device) -> Tensor:
         """Two words for each purpose of each direction: int64."""
@@ -256,6 +273,17 @@ class Numbers:
         for device, buffer in self._buffers.items():
             # From pinned memory the copy does not wait for the work that the device still has to do.
             buffer.copy_(together.pin_memory() if device.type == "cuda" else together, non_blocking=True)
+
+
+_Form: TypeAlias = tuple[torch.dtype, torch.Size, torch.device]
+
+
+def _form(tensor: Tensor) -> _Form:
+    return tensor.dtype, tensor.shape, tensor.device
+
+
+def _described(form: _Form) -> str:
+    return f"{form[0]} of shape {tuple(form[1])} on {form[2]}"
 
 
 def _scalar_row(slot: Slot) -> int:

@@ -40,6 +40,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     group_keys: tuple[str, ...]
     momentum_key: ClassVar[str]
+    _direction: ops.Direction  # set before the base is initialised
 
     # What happens to coordinates whose perturbation rounding swallows; a dense e cannot leave them out.
     _fate_of_lost = "move by chance only"
@@ -94,7 +95,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 if self._n_frozen
                 else "the list of parameters is empty"
             )
-        ops.assign(self._backend, self._slots)  # a named backend that cannot take a tensor says so now
+        ops.require(self._backend, self._slots, self._direction, self._n_directions)
 
     # -- what a subclass says --------------------------------------------------------------------------------------
 
@@ -146,10 +147,9 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
             )
-        steps.check(momenta)
         with HeldInterrupts(), torch.no_grad():
+            held = self._moved
             try:
-                held = self._moved
                 if held is None and self._walks:
                     held = self._walked(steps, draws)
                 if not record.skipped:
@@ -158,7 +158,8 @@ class ZerothOrder(torch.optim.Optimizer):
                     held.abort()
                 self._moved = None
             except BaseException:
-                self._broken = True
+                # A kernel that could not be launched has written nothing.
+                self._broken = steps.wrote or (held is None and self._walks)
                 raise
             self._finish(record)
             torch.clear_autocast_cache()
@@ -282,7 +283,8 @@ class ZerothOrder(torch.optim.Optimizer):
             self._steps, self._roster = self._make_steps(self._slots), Roster(self._slots, self.state)
         elif self._roster.state is not self.state:
             self._roster = Roster(self._slots, self.state)
-        self._roster.check()
+        if self._roster.check():
+            self._steps.check(self._roster.momenta())
         return self._steps
 
     def _taus(self) -> list[float]:
@@ -317,7 +319,10 @@ class ZerothOrder(torch.optim.Optimizer):
                     self.state[slot.tensor]["momentum"] = torch.zeros(
                         slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device
                     )
-        return self._roster.momenta() if missing else momenta
+        if missing:
+            momenta = self._roster.momenta()
+            self._launches().check(momenta)
+        return momenta
 
     def _walked(self, steps: ops.Steps, draws: list[Draw]) -> Probe | None:
         """Walks as `measure` did: a record is replayed."""
@@ -408,12 +413,12 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         count = sum(slot.count for slot in self._slots)
+        backend = ops.summary(self._backend, self._slots, self._direction, self._n_directions)
         frozen = f", {self._n_frozen} frozen tensors left out" if self._n_frozen else ""
         lines = [
             f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}",
             *self._describe(),
-            f"backend: {ops.summary(self._backend, self._slots)}, seed: {self._seed}, steps done: {self._step}, "
-            f"skipped: {self._skipped}",
+            f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}",
         ]
         for i, group in enumerate(self.param_groups):
             numbers = ", ".join(f"{key}={group[key]:g}" for key in self.group_keys)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from jaguar import ops
-from jaguar.directions import DENSE
+from jaguar.directions import DENSE, Gaussian, Rademacher
 from jaguar.estimators import RESTORES, choose_restore
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.params import Slot
@@ -49,6 +49,7 @@ class ZOSGD(ZerothOrder):
     group_keys: tuple[str, ...] = ("lr", "tau", "momentum", "weight_decay")
     momentum_key = "momentum"
     _rule = "sgd"
+    _direction: Gaussian | Rademacher
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class JaguarSignSGD(ZerothOrder):
     group_keys: tuple[str, ...] = ("lr", "tau", "beta", "weight_decay")
     momentum_key = "beta"
     _fate_of_lost = "are not trained"
+    _direction: Coordinates | ReleasedBlock
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class JaguarSignSGD(ZerothOrder):
             raise ValueError(f"update={update!r}: choose 'sampled' or 'all'")
         self._update = update
         sampling = Coordinates(coordinates, layout, signs)
-        self._direction: Coordinates | ReleasedBlock = sampling
+        self._direction = sampling
         if released:
             given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
             usual = inspect.signature(JaguarSignSGD).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -33,9 +34,10 @@ class Roster:
         self.double = any(double for _, double in self.kinds)
         self.devices = {slot.tensor.device for slot in slots}
         self._tensors = [slot.tensor for slot in slots]
-        self._n_entries = -1
+        self._seen: list[int] | None = None
         self._entries: list[dict[str, Any]] = []
-        self._addresses: list[int] = []
+        self._places: list[Any] = []
+        self._momenta: list[Tensor | None] = []
 
     def per_slot(self, by_kind: Mapping[Kind, T]) -> list[T]:
         """What a kind has, for every slot."""
@@ -43,15 +45,23 @@ class Roster:
 
     def momenta(self) -> list[Tensor | None]:
         """The momentum of every slot, None where there is none."""
-        if len(self.state) != self._n_entries:  # the state was filled, or emptied
-            self._n_entries = len(self.state)
+        seen = list(map(id, self.state.values()))
+        if seen != self._seen:  # entries were added, taken away or replaced
+            self._seen = seen
             self._entries = [self.state.get(t, {}) for t in self._tensors]
         return [entry.get("momentum") for entry in self._entries]
 
-    def check(self) -> None:
-        """Raises RuntimeError where a tensor is not where it should be; looks closer only at what has moved."""
-        momenta = self.momenta()
-        addresses = [*map(Tensor.data_ptr, self._tensors), *(m.data_ptr() for m in momenta if m is not None)]
-        if addresses != self._addresses:
-            check_storage(self._slots, momenta)
-            self._addresses = addresses
+    def check(self) -> bool:
+        """Whether a tensor is another one, or elsewhere, than at the last call.
+
+        Raises:
+            RuntimeError: one is not where it should be.
+        """
+        momenta, tensors = self.momenta(), self._tensors
+        places = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
+        places += [0 if m is None else m.data_ptr() for m in momenta]
+        if places == self._places and all(map(operator.is_, momenta, self._momenta)):
+            return False
+        check_storage(self._slots, momenta)
+        self._places, self._momenta = places, momenta
+        return True

@@ -28,6 +28,11 @@ class Launches:
     stochastic: bool
     two_sided: bool
 
+    @property
+    def wrote(self) -> bool:
+        """Whether the last `update_` came to write anything: torch does not say."""
+        return True
+
     def check(self, momenta: Sequence[Tensor | None]) -> None:
         """Nothing that torch would not check itself."""
 

@@ -1,0 +1,329 @@
+"""Kernels on an NVIDIA GPU: the bits of the reference on the CPU. `make gpu`, or `pytest -m gpu`.
+
+Tests whose names contain "small" launch every kernel on few elements; they run under compute-sanitizer too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, TAU, make, weights
+
+pytest.importorskip("triton")
+from kernels import (
+    DIRECTIONS,
+    GROUPS,
+    SEED,
+    Form,
+    Model,
+    Twins,
+    bag_of,
+    coordinate_twins,
+    dense_twins,
+    same,
+    step_law,
+)
+from test_kernel_rng import (  # noqa: F401  (collected here too, and then run on the GPU)
+    test_every_pattern_widens_and_comes_back,
+    test_mulhi64_equals_ints,
+    test_nearest,
+    test_nearest_from_fp64,
+    test_noise,
+    test_normals,
+    test_philox_of_random_counters,
+    test_random123_vectors,
+    test_signs,
+    test_stochastic,
+    test_words_in_a_row_need_no_carry,
+    test_words_use_both_halves_of_the_group,
+)
+from torch import Tensor
+
+from jaguar import ZOSGD, JaguarSignSGD, ops, rules
+from jaguar.directions import DENSE, Coordinates
+from jaguar.estimators import TwoSided
+from jaguar.params import Slot
+from jaguar.rng import Draw, Purpose
+from jaguar.triton_kernels import tables as T
+
+# The interpreter would run the kernels on the CPU, and prove nothing here.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or ops.interpreted(), reason="needs a GPU and compiled kernels"),
+]
+
+DEVICE = "cuda"
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+MILLIONS = 1 << 21
+updates = pytest.mark.parametrize("update", ["sampled", "all"])
+distributions = pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+
+
+def forms(*more: Form, types: list[torch.dtype] = TYPES) -> list[Form]:
+    """Per dtype a tensor of full and partial programs, one that is misaligned and a shard that cuts groups of words."""
+    found = []
+    for i, dtype in enumerate(types):
+        found += [Form((3 * 8192 + 77,), dtype, i % 3), Form((101, 97), dtype, (i + 1) % 3, skew=1)]
+        found.append(Form((9000,), dtype, (i + 2) % 3, 2**40 + 8197, (2**41,)))
+    return [*found, *more]
+
+
+def small() -> list[Form]:
+    return [Form((300,), torch.bfloat16), Form((11, 13), torch.float32, 1, skew=1), Form((), torch.float32, 2)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "update"),
+    [(layout, update) for layout in ("fraction", "count", "block") for update in ("sampled", "all")]
+    + [("released", "sampled")],
+)
+def test_coordinate_steps(layout: str, update: str, poisoned: None) -> None:
+    whole = [form for form in forms() if form.whole is None] if layout in ("block", "released") else forms()
+    if layout == "count":  # a shard of a tensor this long would hold none of 500 coordinates
+        whole = [Form(f.shape, f.dtype, f.group, 0 if f.whole is None else 8197, f.whole and (30_000,)) for f in whole]
+    step_law(coordinate_twins(whole, DIRECTIONS[layout], update=update, device=DEVICE))
+
+
+@updates
+@pytest.mark.parametrize("momentum", ["fp32", "e5m2"])
+def test_coordinate_steps_with_other_momenta(momentum: str, update: str, poisoned: None) -> None:
+    twins = coordinate_twins(
+        forms(types=TYPES[:2]), DIRECTIONS["fraction"], update=update, momentum=momentum, device=DEVICE
+    )
+    step_law(twins, held=False)
+
+
+@updates
+def test_coordinate_steps_with_three_directions(update: str, poisoned: None) -> None:
+    """In half of all coordinates, so that directions meet: what one wrote the next one reads."""
+    twins = coordinate_twins(forms(types=TYPES[:2]), Coordinates(0.5), update=update, n=3, device=DEVICE)
+    for step in range(3):
+        step_law(twins, n=3, step=step)
+
+
+@distributions
+@pytest.mark.parametrize("rule", ["sgd", "sign"])
+@pytest.mark.parametrize("momentum", ["none", "own"])
+def test_dense_steps(momentum: str, rule: str, distribution: str, poisoned: None) -> None:
+    step_law(dense_twins(forms(), distribution, rule=rule, momentum=momentum, device=DEVICE))
+
+
+@distributions
+@pytest.mark.parametrize("restore", ["copy", "walk"])
+def test_dense_steps_with_three_directions(restore: str, distribution: str, poisoned: None) -> None:
+    twins = dense_twins(forms(types=TYPES[:2]), distribution, restore=restore, momentum="e5m2", n=3, device=DEVICE)
+    step_law(twins, n=3)
+
+
+def test_steps_in_fp64(poisoned: None) -> None:
+    double = [Form((8492,), torch.float64), Form((101, 37), torch.float64, 1, skew=1)]
+    for update in ("sampled", "all"):
+        step_law(coordinate_twins(double, DIRECTIONS["fraction"], update=update, n=3, device=DEVICE), n=3)
+    step_law(dense_twins(double, "gaussian", n=3, device=DEVICE), n=3)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
+@updates
+def test_small_coordinate(update: str, held: bool, n: int, poisoned: None) -> None:
+    step_law(coordinate_twins(small(), DIRECTIONS["fraction"], update=update, n=n, device=DEVICE), n=n, held=held)
+
+
+@pytest.mark.parametrize("layout", ["count", "block"])
+@updates
+def test_small_coordinate_layouts(update: str, layout: str, poisoned: None) -> None:
+    direction = Coordinates(100) if layout == "count" else DIRECTIONS[layout]
+    step_law(coordinate_twins(small(), direction, update=update, device=DEVICE))
+
+
+def test_small_released(poisoned: None) -> None:
+    step_law(coordinate_twins(small(), DIRECTIONS["released"], device=DEVICE))
+
+
+@pytest.mark.parametrize("restore", ["copy", "walk"])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
+@distributions
+def test_small_dense(distribution: str, held: bool, restore: str, poisoned: None) -> None:
+    step_law(dense_twins(small(), distribution, restore=restore, device=DEVICE), held=held)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "all", "copy", "walk"])
+def test_nothing_moves_where_rho_is_not_finite(kind: str) -> None:
+    if kind in ("sampled", "all"):
+        twins = coordinate_twins(forms(), DIRECTIONS["fraction"], update=kind, device=DEVICE)
+    else:
+        twins = dense_twins(forms(), "rademacher", restore=kind, device=DEVICE)
+    draw = Draw(SEED, 0, 0)
+    probes = [steps.probes([draw], twins.taus)[0] for steps in twins.steps]
+    for probe in probes:
+        probe.plus(), probe.minus()
+    assert twins.moved()
+    probes[0].abort()
+    twins.steps[1].update_([draw], twins.scalars([float("nan")]), twins.models[1].momenta, probes[1])
+    twins.check("back")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stratum", "n"),
+    [(torch.bfloat16, 2, 1), (torch.bfloat16, 100, 1), (torch.bfloat16, 2, 2), (torch.float32, 2, 1)],
+)
+def test_the_barrier_orders_momentum_and_tile(dtype: torch.dtype, stratum: int, n: int) -> None:
+    """Ten steps on two million elements: a tile that reads a momentum before it was written differs somewhere."""
+    twins = coordinate_twins(
+        [Form((MILLIONS + 99,), dtype)], Coordinates(1 / stratum), update="all", n=n, device=DEVICE
+    )
+    for step in range(10):
+        step_law(twins, n=n, step=step)
+
+
+def test_the_barriers_between_directions() -> None:
+    """The momentum that one direction enters is read by the next, in another thread of a program."""
+    twins = coordinate_twins([Form((MILLIONS,), torch.bfloat16)], Coordinates(0.5), n=3, device=DEVICE)
+    for step in range(5):
+        step_law(twins, n=3, step=step)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "all", "rademacher"])
+def test_a_tensor_of_more_than_2_to_the_31_elements(kind: str) -> None:
+    """The reference moves parts of it, as shards: its beginning, the middle, and the end."""
+    n, part = 2**31 + 1000, 9000
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory")
+    x = torch.empty(n, dtype=torch.bfloat16, device=DEVICE).normal_(0, 0.3)
+    m = torch.empty(n, dtype=torch.bfloat16, device=DEVICE).normal_(0, 0.3)
+    slot = Slot("p", x, 77, 0, x.shape)
+    starts = [0, 2**30 - part // 2, n - part]
+    parts = [Slot(f"p{s}", x[s : s + part].cpu(), 77, 0, x.shape, s) for s in starts]
+    momenta = [m[s : s + part].cpu() for s in starts]
+
+    def made(backend: str, slots: list[Slot]) -> ops.Steps:
+        common: dict[str, Any] = {"stochastic": True, "two_sided": True, "n_directions": 1}
+        if kind == "rademacher":
+            return ops.dense_steps(backend, slots, DENSE[kind], restore="copy", rule="sign", **common)
+        return ops.coordinate_steps(backend, slots, Coordinates(0.01), update=kind, **common)
+
+    draw, tau = Draw(SEED, 0, 0), GROUPS[0]["tau"]
+    scalars = rules.step_scalars([0.37], **GROUPS[0], rho_clip=None, double=False)
+    runs = [(made("triton", [slot]), [m]), (made("reference", parts), momenta)]
+    probes = [steps.probes([draw], [tau] * len(own))[0] for steps, own in runs]
+
+    def check(what: str) -> None:
+        for s, own, momentum in zip(starts, parts, momenta, strict=True):
+            assert bool(same(x[s : s + part].cpu(), own.tensor).all()), (what, s)
+            assert bool(same(m[s : s + part].cpu(), momentum).all()), (what, s)
+
+    for move in ("plus", "minus"):
+        for probe in probes:
+            getattr(probe, move)()
+        check(move)
+    for (steps, own), probe in zip(runs, probes, strict=True):
+        steps.update_([draw], [scalars] * len(own), own, probe)
+    check("update")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_runs_on_the_gpu_replay_on_the_cpu(config: str) -> None:
+    """Ten steps whose records the reference applies; restored after every measurement."""
+    bag, twin = bag_of(*TYPES).to(DEVICE), bag_of(*TYPES)
+    opt = make(config, bag.named_parameters())
+    replay = make(config, twin.named_parameters(), backend="reference")
+    assert "backend: triton," in repr(opt), "that is what auto picks"
+    for step in range(10):
+        if step % 2:
+            opt.step(bag)
+        else:
+            before = [p.detach().clone() for p in bag.parameters()]
+            record = opt.measure(bag)
+            assert all(bool(same(p.detach(), b).all()) for p, b in zip(bag.parameters(), before, strict=True))
+            opt.apply_(record)
+        replay.apply_(opt.last_record)
+        for p, q in zip(bag.parameters(), twin.parameters(), strict=True):
+            assert bool(same(p.detach().cpu(), q.detach()).all()), step
+            if "momentum" in opt.state[p]:
+                assert bool(same(opt.state[p]["momentum"].cpu(), replay.state[q]["momentum"]).all()), step
+
+
+@pytest.mark.parametrize("cls", [JaguarSignSGD, ZOSGD])
+def test_tensors_that_are_not_contiguous_go_to_the_reference(cls: type) -> None:
+    values = weights(torch.float32, 40, 30), weights(torch.float32, 500, seed=1)
+    strided = values[0].to(DEVICE).t().contiguous().t()
+    params = [torch.nn.Parameter(strided), torch.nn.Parameter(values[1].to(DEVICE))]
+    assert not params[0].is_contiguous()
+    options = {"lr": 1e-2, "tau": TAU, "seed": 3} | ({"coordinates": 0.1} if cls is JaguarSignSGD else {})
+    with pytest.raises(ops.Unavailable, match="cannot take #0: it is not contiguous"):
+        cls(params, backend="triton", **options)
+    opt = cls(params, **options)
+    replay = cls([torch.nn.Parameter(v.clone()) for v in values], backend="reference", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            opt.step(lambda: sum((p * p).sum() for p in params))
+            replay.apply_(opt.last_record)
+    assert len(caught) == 1 and "the reference backend moves 1 of 2 tensors, slowly: #0" in str(caught[0].message)
+    for p, q in zip(params, replay.param_groups[0]["params"], strict=True):
+        assert bool(same(p.detach().cpu().contiguous(), q.detach()).all())
+
+
+def loss_of(model: Model) -> Tensor:
+    return sum(((slot.tensor.float() - 0.1) ** 2).sum() for slot in model.slots)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "all", "rademacher"])
+def test_a_whole_step_in_a_cuda_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured once and replayed with the keys of each step; the derivative never visits the host."""
+    shapes = [Form((8492,), torch.bfloat16), Form((40, 30), torch.bfloat16), Form((500,), torch.float32)]
+
+    def fresh() -> Twins:
+        if kind == "rademacher":
+            return dense_twins(shapes, kind, rule="sign", special=False, device=DEVICE)
+        return coordinate_twins(shapes, DIRECTIONS["fraction"], update=kind, special=False, device=DEVICE)
+
+    eager, graphed = fresh(), fresh()
+    steps, model, tau = graphed.steps[1], graphed.models[1], GROUPS[0]["tau"]
+    numbers, device = steps._numbers, model.slots[0].tensor.device
+    draw, blank = Draw(SEED, 0, 0), graphed.scalars([0.0])
+    two_tau, gain = (torch.tensor(v, dtype=torch.float32, device=device) for v in (2 * tau, 1 - GROUPS[0]["beta"]))
+
+    def on_the_device() -> None:
+        probe = steps.probes([draw], graphed.taus)[0]
+        probe.plus()
+        plus = loss_of(model)
+        probe.minus()
+        rho = (plus - loss_of(model)) / two_tau
+        numbers.scalars(device)[T.RHO.value].copy_(rho)
+        numbers.scalars(device)[T.ENTRY.value].copy_(gain * rho)
+        steps.update_([draw], blank, model.momenta, probe)
+
+    def on_the_host(draw: Draw) -> None:
+        own, copy = eager.steps[1], eager.models[1]
+        probe = own.probes([draw], eager.taus)[0]
+        probe.plus()
+        plus = loss_of(copy).item()
+        probe.minus()
+        rho = TwoSided().rho([plus, loss_of(copy).item()], tau, double=False)
+        own.update_([draw], eager.scalars(rho), copy.momenta, probe)
+
+    before = [buffer.clone() for buffer in model.buffers]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_the_device()  # loads the kernels, which a capture cannot, and leaves tau, beta, decay and lr behind
+    torch.cuda.current_stream().wait_stream(side)
+    monkeypatch.setattr(numbers, "write", lambda *_, **__: None)  # from here on the device writes
+    for buffer, values in zip(model.buffers, before, strict=True):
+        buffer.copy_(values)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        on_the_device()
+    assert not graphed.moved(), "a capture runs nothing"
+    for step in range(5):
+        now = Draw(SEED, step, 0)
+        numbers.keys(device).copy_(torch.tensor([word for purpose in Purpose for word in now.key(purpose)]))
+        graph.replay()
+        on_the_host(now)
+        assert graphed.moved()
+        for a, b in zip(eager.models[1].buffers, model.buffers, strict=True):
+            assert bool(same(a.cpu(), b.cpu()).all()), step
