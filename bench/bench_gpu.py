@@ -24,7 +24,7 @@ from gpu import report, result, stages
 # Seconds from the start after which everything has ended: jobs on shared machines are often cut off at ten minutes.
 LIMIT = 525.0
 # Of which the benchmark, which comes last, gets at least what these leave.
-CAPS = {"build": 45.0, "tests": 140.0, "memcheck": 60.0, "racecheck": 60.0}
+CAPS = {"build": 30.0, "tests": 210.0, "memcheck": 50.0, "racecheck": 50.0}
 # Time in which the benchmark ends the measurement that it is at.
 _GRACE = 20.0
 
