@@ -186,7 +186,11 @@ def test_a_result_is_named_after_gpu_and_day_and_can_be_read_back(tmp_path: Path
 def test_without_a_gpu_it_says_so_in_one_line() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
-        ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, env=environment, capture_output=True, text=True
+        ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     own = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert done.returncode == 2 and done.stdout == ""
