@@ -58,7 +58,8 @@ class Roster:
             RuntimeError: one is not where it should be.
         """
         momenta, tensors = self.momenta(), self._tensors
-        places = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
+        # Not strides and shapes, which cost as much as the rest of the step.
+        places = [*map(Tensor.data_ptr, tensors), *map(Tensor.is_contiguous, tensors), *map(Tensor.numel, tensors)]
         places += [0 if m is None else m.data_ptr() for m in momenta]
         if places == self._places and all(map(operator.is_, momenta, self._momenta)):
             return False
