@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time for GPUs that need not be there: registers, spills, access widths.
 
 Reads what ptxas and the disassembler in Triton's wheel say of each specialisation, and checks it: nothing spills, full
-tiles of dense kernels use 16-byte accesses, and the barrier between the two phases of `tiles` stands where it must.
+tiles use 16-byte accesses, products tensor cores, and the barrier between the phases of `tiles` stands where it must.
 
     python bench/aot.py [--only TEXT ...] [--sm 80 90] [--json FILE]        (make aot: everything, and the tables)
 """
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jaguar.triton_kernels import coordinate, dense, launch
+from jaguar.fused import newton_schulz as products
+from jaguar.triton_kernels import coordinate, dense, launch, newton_schulz
 
 TARGETS = (80, 90)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"tensors": "*i64", "programs": "*i64", "keys": "*i64", "scalars": "*fp64", "geometry": "*i64",
-            "listed": "*i64", "lost": "*i64", "first_program": "i32", "factor": "fp32"}  # fmt: skip
+            "listed": "*i64", "lost": "*i64", "factor": "fp32",
+            "a": "*fp16", "b": "*fp16", "c": "*fp16", "x": "*fp16", "matrices": "*i64", "statistics": "*fp32",
+            "items": "*i64", "coefficients": "*fp32", "alpha": "fp32", "beta": "fp32", "scale": "fp32",
+            "shift": "fp32"}  # fmt: skip
 SAVED = {"fp64": "*fp64", "fp32": "*fp32", "fp16": "*fp16", "bf16": "*u16"}
 
 
@@ -45,12 +49,15 @@ class Case:
     constants: dict[str, Any]
     format: str = "bf16"
     wide: tuple[int, int] = (0, 0)  # 16-byte loads and stores that a thread needs for one full tile
+    options: dict[str, Any] = field(default_factory=dict)  # that differ from launch.OPTIONS
 
 
-def accesses(tile: int, loaded: tuple[str, ...], stored: tuple[str, ...]) -> tuple[int, int]:
+def accesses(
+    tile: int, loaded: tuple[str, ...], stored: tuple[str, ...], num_warps: int = launch.OPTIONS["num_warps"]
+) -> tuple[int, int]:
     """16-byte loads and stores per thread and tile; 8 float8 values in a row have only 8 bytes, and count as none."""
     size = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "e5m2": 0, "none": 0}
-    each = tile // (32 * launch.OPTIONS["num_warps"])
+    each = tile // (32 * num_warps)
     return sum(size[f] for f in loaded) * each // 16, sum(size[f] for f in stored) * each // 16
 
 
@@ -147,6 +154,60 @@ def cases() -> list[Case]:
         step("plain", distribution, x="fp16", m="e5m2", SEVERAL=True, GROUPED=False)
         step("plain", distribution, hint=False)
     move("restore", "rademacher")
+    return found + newton_schulz_cases()
+
+
+def newton_schulz_cases() -> list[Case]:
+    """The specialisations of Newton-Schulz."""
+    found = []
+
+    def product(size: dict[str, int], d: str = "fp16", full: bool = True, hint: bool = True, **flags: bool) -> None:
+        size = dict(size)
+        options = {"num_warps": size.pop("num_warps"), "num_stages": size.pop("num_stages")}
+        constants = dict.fromkeys(("B_TRANSPOSED", "D_TRANSPOSED", "ADD", "TRIANGLE"), False) | flags
+        constants |= {"FORMAT": d, "FULL": full, "HINT": hint} | size
+        tile, warps = size["TILE"], options["num_warps"]
+        read = accesses(2 * tile * size["DEPTH"], ("fp16",), (), warps)[0]
+        added = accesses(tile**2, ("fp16",), ("fp16",) * (1 + constants["TRIANGLE"]), warps)
+        wide = (read + added[0] * constants["ADD"], added[1])
+        name = f"product {tile} d={d}" + ("" if full else " ragged") + ("" if hint else " unaligned")
+        name += "".join(f" {flag}" for flag in flags)
+        found.append(Case(name, newton_schulz.product, constants, d, wide if hint else (0, 0), options))
+
+    def prepare(g: str, tall: bool = False, hint: bool = True) -> None:
+        end = f" g={g}" + ("" if hint else " unaligned")
+        constants = {"FORMAT": g, "HINT": hint, "TILE": products.MEASURED}
+        wide = accesses(products.MEASURED, (g,), (), 8) if hint else (0, 0)
+        if not tall:  # it sees elements in order
+            found.append(Case("measure" + end, newton_schulz.measure, constants, g, wide, {"num_warps": 8}))
+        constants = {"FORMAT": g, "TALL": tall, "HINT": hint, "TILE": products.PREPARED}
+        wide = accesses(products.PREPARED**2, (g,), ("fp16",)) if hint else (0, 0)
+        found.append(Case("prepare" + end + " tall" * tall, newton_schulz.prepare, constants, g, wide))
+
+    def small(n: int, g: str = "bf16", o: str = "bf16", hint: bool = True) -> None:
+        constants = {"FORMAT": g, "O_FORMAT": o, "HINT": hint, "N": n, "BLOCK": products.BLOCKS[n]}
+        wide = accesses(n * products.BLOCKS[n], (g,), (o,)) if hint else (0, 0)
+        name = f"small {n} g={g} o={o}" + ("" if hint else " unaligned")
+        found.append(Case(name, newton_schulz.small, constants, g, wide, {"num_stages": products.STAGES}))
+
+    for size in (products.LARGE, products.LITTLE):
+        product(size, B_TRANSPOSED=True, TRIANGLE=True)
+        product(size, TRIANGLE=True, ADD=True)
+        product(size)
+        product(size, ADD=True)
+        product(size, "bf16")
+        product(size, "bf16", D_TRANSPOSED=True)
+        product(size, full=False, ADD=True)
+        product(size, full=False, B_TRANSPOSED=True, TRIANGLE=True)
+    product(products.LITTLE, full=False, hint=False, ADD=True)
+    for g in ("fp32", "bf16", "fp16"):
+        prepare(g)
+        for n in products.BLOCKS:
+            small(n, g, g)
+    prepare("bf16", tall=True)
+    prepare("bf16", hint=False)
+    for n in products.BLOCKS:
+        small(n, hint=False)
     return found
 
 
@@ -154,11 +215,12 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
     """What the tools say of one specialisation on one target."""
     names = case.kernel.arg_names
     signature = {
-        n: "constexpr" if n in case.constants else SAVED[case.format] if n == "saved" else POINTERS[n] for n in names
+        n: "constexpr" if n in case.constants else SAVED[case.format] if n in ("saved", "d") else POINTERS.get(n, "i32")
+        for n in names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.OPTIONS | case.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
@@ -194,6 +256,8 @@ def faults(case: Case, found: dict[str, Any], operations: list[str]) -> list[str
         wrong.append(f"{found['local']} spills, {found['stack']} bytes of stack")
     if found["loads16"] < case.wide[0] or found["stores16"] < case.wide[1]:
         wrong.append(f"{found['loads16']} + {found['stores16']} 16-byte accesses instead of {case.wide}")
+    if case.kernel is newton_schulz.product and not count(operations, "HGMMA" if found["sm"] >= 90 else "HMMA"):
+        wrong.append("no tensor cores")
     if case.constants.get("JOB") == "several" and found["barriers"] < 2:
         wrong.append("no barriers between the directions' entries and steps")
     if case.kernel is coordinate.tiles:
@@ -211,8 +275,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
     lines = [
         f"# Triton kernels ahead of time (triton {triton.__version__}, ptxas of its wheel; `make aot`)",
         "",
-        "128 threads a program, registers per thread, bytes of shared memory; nothing spills, nothing uses the stack. "
-        "loads16, stores16: 16-byte global accesses in the code of full tiles (where loops are unrolled, of several).",
+        "128 threads a program (large products and `measure`: 256), registers per thread, bytes of shared memory; "
+        "nothing spills, nothing uses the stack. loads16, stores16: 16-byte global accesses in the code of full tiles "
+        "(where loops are unrolled, of several).",
         "",
         "| kernel | sm | " + " | ".join(columns) + " |",
         "|---|" + "---|" * (len(columns) + 1),

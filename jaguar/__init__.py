@@ -12,17 +12,32 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaguar.optimizers import ZOSGD as ZOSGD
+    from jaguar.optimizers import JaguarMuon as JaguarMuon
     from jaguar.optimizers import JaguarSignSGD as JaguarSignSGD
     from jaguar.optimizers import ZOSignSGD as ZOSignSGD
+    from jaguar.optimizers import param_groups as param_groups
+    from jaguar.polar import newton_schulz as newton_schulz
     from jaguar.record import Record as Record
 
 _HOME = {
+    "JaguarMuon": "jaguar.optimizers",
     "JaguarSignSGD": "jaguar.optimizers",
     "ZOSGD": "jaguar.optimizers",
     "ZOSignSGD": "jaguar.optimizers",
     "Record": "jaguar.record",
+    "newton_schulz": "jaguar.polar",
+    "param_groups": "jaguar.optimizers",
 }
-__all__ = ["ZOSGD", "JaguarSignSGD", "Record", "ZOSignSGD", "__version__"]
+__all__ = [
+    "ZOSGD",
+    "JaguarMuon",
+    "JaguarSignSGD",
+    "Record",
+    "ZOSignSGD",
+    "__version__",
+    "newton_schulz",
+    "param_groups",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,22 +7,27 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from jaguar import reference
+from jaguar import extension, iteration, reference
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.estimators import Lost, Probe
+from jaguar.muon import Moves, MuonSteps, Orthogonaliser
 from jaguar.params import Slot
 from jaguar.parts import Parts
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
+from jaguar.schemes import SCHEMES, Coefficients, checked
 
 Direction: TypeAlias = Coordinates | ReleasedBlock | Gaussian | Rademacher
 NAMES = ("auto", "reference", "triton", "cuda")
+# Newton-Schulz steps that fit into the arguments of one launch.
+_MOST_STEPS = 32
 
 
 class Unavailable(RuntimeError):
@@ -68,7 +73,9 @@ class Steps(Protocol):
 
 def unavailable() -> dict[str, str]:
     """Why each backend that cannot run here cannot, by name; what is not listed is available."""
-    missing = {"cuda": "this version of jaguar has no CUDA extension yet"}
+    missing = {}
+    if reason := extension.missing():
+        missing["cuda"] = reason
     if importlib.util.find_spec("triton") is None:
         missing["triton"] = "triton is not installed (pip install 'jaguar-zo[triton]')"
     elif not interpreted() and not torch.cuda.is_available():
@@ -124,6 +131,10 @@ def assign(backend: str, slots: Sequence[Slot], direction: Direction, n_directio
 
 def require(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> None:
     """Raises Unavailable where a named backend cannot do this; the message has the tensor, if any, and the reason."""
+    if backend == "cuda":
+        raise Unavailable(
+            "backend='cuda' has Newton-Schulz only, which this optimizer does not use; 'triton' has its launches"
+        )
     if backend != "triton":
         return
     reasons = [f"cannot take {slot.name}: it {_unfit(slot)}" for slot in slots if _unfit(slot)]
@@ -222,6 +233,153 @@ def dense_steps(
 
     require(backend, slots, direction, n_directions)
     return _joined(backend, slots, assign(backend, slots, direction, n_directions), make)
+
+
+def muon_steps(
+    backend: str,
+    slots: Sequence[Slot],
+    direction: Coordinates,
+    *,
+    stacked: frozenset[int],
+    newton_schulz: Orthogonaliser,
+    period: int,
+    update: str,
+    stochastic: bool,
+    two_sided: bool,
+    n_directions: int,
+) -> Steps:
+    """JAGUAR Muon's launches: those of `coordinate_steps`, then Newton-Schulz and the step along its results.
+
+    Args:
+        stacked: streams of the slots that hold a batch of matrices.
+        newton_schulz: how, on which backend; made by `orthogonaliser`.
+        period: a matrix has its turn in one of `period` steps.
+    """
+    entries = coordinate_steps(
+        backend,
+        slots,
+        direction,
+        update=update,
+        stochastic=stochastic,
+        two_sided=two_sided,
+        n_directions=n_directions,
+    )
+    return MuonSteps(slots, stacked, entries, newton_schulz, _MatrixSteps(backend, stochastic, two_sided), period)
+
+
+class _MatrixSteps:
+    """The step along given matrices, each on the backend that moves its tensor's other launches."""
+
+    def __init__(self, backend: str, stochastic: bool, two_sided: bool) -> None:
+        self._fused = backend == "triton" or (backend == "auto" and "triton" not in unavailable())
+        self._named = backend == "triton"
+        self._reference = reference.MatrixSteps((), stochastic, two_sided)
+        self._kernels: Moves | None = None
+        if self._fused:
+            from jaguar import fused
+
+            self._kernels = fused.MatrixSteps(stochastic)
+
+    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
+        """x <- (1 - lr wd) x - lr O."""
+        by_kernel = [self._named or (self._fused and slot.tensor.is_cuda and not _unfit(slot)) for slot in slots]
+        for moves, wanted in ((self._kernels, True), (self._reference, False)):
+            where = [i for i, kernel in enumerate(by_kernel) if kernel is wanted]
+            if where and moves is not None:
+                moves.move_([slots[i] for i in where], [factors[i] for i in where], [scalars[i] for i in where], draw)
+
+
+def orthogonaliser(backend: str, *, steps: int | None, coefficients: str, dtype: torch.dtype) -> Orthogonaliser:
+    """Newton-Schulz for lists of matrices (not empty ones): yields positions and polar factors, batch by batch."""
+    n_steps, scheme = checked(steps, coefficients, dtype), SCHEMES[coefficients]
+    known: dict[torch.device, str] = {}  # looking for a backend takes longer than a launch
+
+    def run(matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
+        for matrix in matrices:
+            if matrix.device not in known:
+                known[matrix.device] = assigned(backend, matrix, n_steps, dtype)
+        names = [known[matrix.device] for matrix in matrices]
+        for name in dict.fromkeys(names):
+            where = [i for i, other in enumerate(names) if other == name]
+            chosen = [matrices[i] if name == "reference" else iteration.operand(matrices[i]) for i in where]
+            if name == "reference":
+                found = _by_reference(chosen, scheme.coefficients(n_steps), scheme.margin, dtype)
+            else:
+                n_sms = _n_sms(chosen[0].device)
+                found = iteration.orthogonalise(_products(name), chosen, iteration.Task(scheme, n_steps, n_sms))
+            for members, factors in found:
+                yield [where[i] for i in members], factors
+
+    return run
+
+
+def assigned(backend: str, matrix: Tensor, steps: int, dtype: torch.dtype) -> str:
+    """The backend of one matrix: what was named, or for "auto" the fastest that can take it.
+
+    Raises:
+        Unavailable: the named one cannot.
+    """
+    if backend == "reference":
+        return backend
+    reason = _refusal(steps, dtype)
+    if backend != "auto":
+        where = "cpu" if backend == "triton" and interpreted() else "cuda"
+        if reason is None and matrix.device.type != where:
+            reason = f"the matrix is on {matrix.device}"
+        if reason:
+            raise Unavailable(
+                f"backend={backend!r} cannot orthogonalise this: {reason}; backend='auto' uses the reference for it"
+            )
+        return backend
+    if reason or not matrix.is_cuda:
+        return "reference"
+    missing = unavailable()
+    for name in ("cuda", "triton"):
+        if name not in missing:
+            return name
+    _say_slow(missing["cuda"], missing["triton"])
+    return "reference"
+
+
+def _refusal(steps: int, dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"kernels iterate in 16 bits, and dtype={dtype} was asked for"
+    if steps > _MOST_STEPS:
+        return f"kernels take at most {_MOST_STEPS} steps, and {steps} were asked for"
+    return None
+
+
+@cache
+def _say_slow(*reasons: str) -> None:
+    """Once per process."""
+    warnings.warn(
+        f"Newton-Schulz runs on the reference backend, several times slower than it could: {'; '.join(reasons)}",
+        stacklevel=3,
+    )
+
+
+@cache
+def _products(name: str) -> iteration.Products:
+    if name == "cuda":
+        from jaguar.extension import CudaProducts
+
+        return CudaProducts()
+    from jaguar.fused import TritonProducts
+
+    return TritonProducts()
+
+
+@cache
+def _n_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _by_reference(
+    matrices: Sequence[Tensor], coefficients: list[Coefficients], margin: float, dtype: torch.dtype
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    for members in iteration.batches(matrices, small=0):
+        chosen = torch.stack([matrices[i] for i in members])
+        yield members, list(reference.newton_schulz(chosen, coefficients, margin, dtype).unbind())
 
 
 def _joined(

@@ -40,6 +40,9 @@ class Slot:
         group: index of its parameter group.
         shape: shape of the whole logical tensor.
         start: logical index of the first local element; 0 unless the tensor is a shard.
+        rate: its learning rate as a multiple of its group's.
+        gain: length of its step as a multiple of its learning rate; weight decay has no part in it.
+        signed: the sign rule moves it; else its launches update its momentum only, and something else moves it.
     """
 
     name: str
@@ -48,6 +51,9 @@ class Slot:
     group: int
     shape: torch.Size
     start: int = 0
+    rate: float = 1.0
+    gain: float = 1.0
+    signed: bool = True
 
     @property
     def count(self) -> int:

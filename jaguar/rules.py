@@ -33,7 +33,7 @@ class Scalars:
         entry: what a coordinate direction adds to momentum per unit of its sign: fl(fl(1 - beta) * rho).
         beta: momentum factor.
         decay: 1 - lr * weight_decay, made in fp64.
-        lr: learning rate.
+        lr: length of the step: the learning rate, times `gain`.
     """
 
     tau: float
@@ -53,19 +53,23 @@ def step_scalars(
     tau: float,
     rho_clip: float | None,
     double: bool,
+    gain: float = 1.0,
 ) -> Scalars:
-    """The scalars of a step, from the one place that makes them; kernels only load them."""
+    """The scalars of a step, from the one place that makes them; kernels only load them.
+
+    `gain` multiplies the step but not the decay.
+    """
     if rho_clip is not None:
         limit = rounded(rho_clip, double)
         rho = [math.copysign(min(abs(r), limit), r) for r in rho]
-    gain = rounded(1.0 - beta, double)
+    share = rounded(1.0 - beta, double)
     return Scalars(
         tau=rounded(tau, double),
         rho=tuple(rho),
-        entry=tuple(rounded(gain * r, double) for r in rho),
+        entry=tuple(rounded(share * r, double) for r in rho),
         beta=rounded(beta, double),
         decay=rounded(1.0 - lr * weight_decay, double),
-        lr=rounded(lr, double),
+        lr=rounded(lr * gain, double),
     )
 
 

@@ -18,12 +18,25 @@ SOURCES = sorted(p for p in ROOT.rglob("*.py") if "__pycache__" not in p.parts)
 
 # Bottom to top; a file imports only from layers below its own, or from its own package. The rest are outer leaves.
 LAYERS = [
-    {"record", "journal", "interrupts", "isolation", "rng", "storage", "params", "rules", "triton_kernels"},
-    {"rounding", "directions", "estimators"},
+    {
+        "record",
+        "journal",
+        "interrupts",
+        "isolation",
+        "rng",
+        "storage",
+        "params",
+        "rules",
+        "triton_kernels",
+        "extension",
+        "schemes",
+    },
+    {"rounding", "directions", "estimators", "iteration"},
     {"reference"},
     {"fused"},
-    {"parts"},
+    {"parts", "muon"},
     {"ops"},
+    {"polar"},
     {"optimizers"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

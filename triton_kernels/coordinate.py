@@ -115,7 +115,7 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
     flip      write saved - tau s
     restore   write saved
     lost      lost[tensor] += (perturbations that rounding swallows, all perturbations)
-    update    momentum entries of one direction, then the sign step of its elements
+    update    momentum entries of one direction, then the sign step of its elements where the tensor is SIGNED
     fused     the same from saved values, and restore what does not move
     several   momentum entries of all directions in order, then one sign step; `saved` is scratch. Two directions
               meet in a stratum, hence in a lane, if at all; only listed elements have no such home
@@ -128,6 +128,7 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
     x = pointer(tl.load(row + T.X), X_FORMAT, False)
     m = pointer(tl.load(row + T.M), M_FORMAT, False)
     tau, beta = scalar(scalars + T.TAU, X_FORMAT), scalar(scalars + T.BETA, X_FORMAT)
+    signed = tl.load(row + T.SIGNED) != 0
     if JOB == "several":
         n = tl.load(geometry + T.DIRECTIONS)
         total = tl.load(geometry + T.TOTAL)
@@ -149,7 +150,7 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
                 plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
                 mv = widened(tl.load(m + i, mask=live, other=0), M_FORMAT, X_FORMAT)
                 y = _stepped(v, mv, i, row, keys, scalars, X_FORMAT, STOCHASTIC)
-                tl.store(x + i, y, mask=live & (plus != other))
+                tl.store(x + i, y, mask=live & (plus != other) & signed)
     else:
         i, sign, live = _drawn(row, keys, geometry, listed, s, LAYOUT, ONES)
         if JOB == "perturb" or JOB == "update" or JOB == "lost":
@@ -179,9 +180,9 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
             mv = _enter(m, i, moving, sign, entry, beta, row, keys, X_FORMAT, M_FORMAT, STOCHASTIC)
             y = _stepped(v, mv, i, row, keys, scalars, X_FORMAT, STOCHASTIC)
             if JOB == "fused":
-                tl.store(x + i, tl.where(moving, y, v), mask=live)
+                tl.store(x + i, tl.where(moving & signed, y, v), mask=live)
             else:
-                tl.store(x + i, y, mask=moving)
+                tl.store(x + i, y, mask=moving & signed)
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
           X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr, LAYOUT: tl.constexpr, ONES: tl.constexpr,
           TWO_SIDED: tl.constexpr, STOCHASTIC: tl.constexpr, HINT: tl.constexpr, GROUPED: tl.constexpr,
           BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Momentum entries of the sampled elements of a tile (restored first), a barrier, the sign step of the tile.
+    """Momentum entries of a tile's sampled elements (restored first), a barrier, the tile's sign step if SIGNED.
 
     HINT: addresses are multiples of 16. GROUPED: shards begin at a multiple of BLOCK. A stratum that straddles two
     tiles is seen by both, and the tile that holds the drawn element acts.
@@ -262,7 +263,7 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
                    X_FORMAT, M_FORMAT, STOCHASTIC)  # fmt: skip
         # What was written here is read by other threads: in the tile below, and for the next direction.
         tl.debug_barrier()
-    if finite:
+    if finite & (tl.load(row + T.SIGNED) != 0):
         decay, lr = scalar(scalars + T.DECAY, X_FORMAT), scalar(scalars + T.LR, X_FORMAT)
         noise_key = rng.key(keys, rng.ROUND)
         stream = tl.load(row + T.STREAM).to(tl.uint32)

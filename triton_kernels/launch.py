@@ -32,9 +32,12 @@ def dense_tile(kernel: str, distribution: str, grouped: bool, several: bool = Fa
     return TILE
 
 
-def launch(kernel: Any, n_programs: int, *arguments: Tensor | int | float, **constants: Any) -> None:
-    """Runs `n_programs` programs of a kernel on the device of its first argument, on that device's current stream."""
+def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Tensor | int | float, **constants: Any) -> None:
+    """Runs the programs of a kernel on the device of its first argument, on that device's current stream.
+
+    `constants` are the kernel's, and options of the compiler that differ from OPTIONS.
+    """
     first = arguments[0]
     assert isinstance(first, Tensor)
     with torch.cuda.device(first.device if first.is_cuda else -1):
-        kernel[(n_programs,)](*arguments, **constants, **OPTIONS)
+        kernel[programs if isinstance(programs, tuple) else (programs,)](*arguments, **(OPTIONS | constants))

@@ -24,7 +24,8 @@ SCALARS = tl.constexpr(8)  # where the scalars of its group begin
 N_COLUMNS = tl.constexpr(9)  # columns of the matrix, 1 for a vector
 N_STRATA = tl.constexpr(10)  # strata per row of strata (block), listed coordinates (listed)
 IS_MATRIX = tl.constexpr(11)  # whether columns are drawn too (block)
-WIDTH = tl.constexpr(12)
+SIGNED = tl.constexpr(12)  # whether the sign rule moves it, or only its momentum is entered
+WIDTH = tl.constexpr(13)
 
 # Columns of the program table (int64).
 TENSOR = tl.constexpr(0)

@@ -2,5 +2,7 @@
 
 from jaguar.fused.coordinate import CoordinateSteps
 from jaguar.fused.dense import DenseSteps
+from jaguar.fused.matrix import MatrixSteps
+from jaguar.fused.newton_schulz import TritonProducts
 
-__all__ = ["CoordinateSteps", "DenseSteps"]
+__all__ = ["CoordinateSteps", "DenseSteps", "MatrixSteps", "TritonProducts"]

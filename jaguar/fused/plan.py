@@ -107,6 +107,7 @@ class Plan:
     def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], n_directions: int, common: Sequence[int]) -> None:
         self.slots, self._cuts, self._n_directions, self._common = slots, cuts, n_directions, common
         self._tensors = [slot.tensor for slot in slots]
+        self._scalar_rows = scalar_rows(slots)
         # What the offsets below were made for; a tensor that became another one needs other launches.
         self._forms = [_form(tensor) for tensor in self._tensors]
         self._offsets: list[int] = []
@@ -198,10 +199,11 @@ class Plan:
             row[T.DRAW.value] = cut.stream
             row[T.ORIGIN.value] = cut.origin
             row[T.SAVED.value] = self._offsets[i] - cut.first
-            row[T.SCALARS.value] = _scalar_row(slot) * scalar_width(self._n_directions)
+            row[T.SCALARS.value] = self._scalar_rows[i] * scalar_width(self._n_directions)
             row[T.N_COLUMNS.value] = matrix_shape(slot.shape)[1]
             row[T.N_STRATA.value] = cut.strata
             row[T.IS_MATRIX.value] = int(len(slot.shape) >= 2)
+            row[T.SIGNED.value] = int(slot.signed)
             rows.append(row)
             begin, length = (0, slot.count) if tiles else (cut.first, cut.length)
             first = torch.arange(begin, begin + length, block, dtype=torch.int64)
@@ -226,7 +228,7 @@ class Numbers:
 
     def __init__(self, slots: Sequence[Slot], n_directions: int, purposes: Sequence[Purpose]) -> None:
         self._n_directions, self._purposes = n_directions, purposes
-        self._rows = [_scalar_row(slot) for slot in slots]
+        self._rows = scalar_rows(slots)
         self._first_of = {row: i for i, row in reversed(list(enumerate(self._rows)))}
         self._n_keys = n_directions * T.KEYS.value
         self._size = self._n_keys + (max(self._rows) + 1) * scalar_width(n_directions)
@@ -240,7 +242,7 @@ class Numbers:
         return self._buffers[device][: self._n_keys]
 
     def scalars(self, device: torch.device) -> Tensor:
-        """tau, beta, decay, lr, then rho and entry of each direction, per group and compute dtype: fp64."""
+        """tau, beta, decay, lr, then rho and entry of each direction, per row of scalars: fp64."""
         return self._buffers[device][self._n_keys :].view(torch.float64)
 
     def arguments(self, table: Table) -> tuple[Tensor, ...]:
@@ -265,7 +267,7 @@ class Numbers:
             words[k * T.KEYS.value : (k + 1) * T.KEYS.value] = self._words[draw]
         width = scalar_width(self._n_directions)
         numbers = [0.0] * (self._size - self._n_keys)
-        for row, i in self._first_of.items():  # the slots of a group have the same
+        for row, i in self._first_of.items():  # the slots of a row have the same
             values = [taus[i]] if scalars is None else _in_order(scalars[i])
             numbers[row * width : row * width + len(values)] = values
         packed = bytearray(struct.pack(f"={self._n_keys}q{len(numbers)}d", *words, *numbers))
@@ -286,8 +288,11 @@ def _described(form: _Form) -> str:
     return f"{form[0]} of shape {tuple(form[1])} on {form[2]}"
 
 
-def _scalar_row(slot: Slot) -> int:
-    return 2 * slot.group + int(slot.tensor.dtype == torch.float64)
+def scalar_rows(slots: Sequence[Slot]) -> list[int]:
+    """Which row of scalars each slot reads; slots of one group, precision, rate and gain share one."""
+    kinds = [(slot.group, slot.tensor.dtype == torch.float64, slot.rate, slot.gain) for slot in slots]
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return [numbers[kind] for kind in kinds]
 
 
 def _in_order(s: Scalars) -> list[float]:

@@ -38,7 +38,8 @@ class ZerothOrder(torch.optim.Optimizer):
     state_dict.
     """
 
-    group_keys: tuple[str, ...]
+    group_keys: tuple[str, ...]  # numbers
+    group_flags: tuple[str, ...] = ()  # everything else
     momentum_key: ClassVar[str]
     _direction: ops.Direction  # set before the base is initialised
 
@@ -83,10 +84,10 @@ class ZerothOrder(torch.optim.Optimizer):
         self._slots: list[Slot] = []
         self._steps: ops.Steps | None = None
         self._roster = Roster([], {})
-        self._watch = Watch(self.group_keys)
+        self._watch = Watch((*self.group_keys, *self.group_flags))
         self._guard = LossGuard()
         self.lost_share: dict[str, float] | None = None
-        check_group(self.group_keys, defaults, "the optimizer")
+        check_group(self.group_keys, defaults, "the optimizer", self.group_flags)
         super().__init__(split_groups(params), defaults)
         if not self._slots:
             raise ValueError(
@@ -106,6 +107,10 @@ class ZerothOrder(torch.optim.Optimizer):
     def _has_momentum(self, group: dict[str, Any]) -> bool:
         """Whether tensors of this group have a momentum buffer."""
         raise NotImplementedError
+
+    def _with_roles(self, slots: list[Slot]) -> list[Slot]:
+        """The tensors, each with what its launches do with it."""
+        return slots
 
     # -- the step protocol -----------------------------------------------------------------------------------------
 
@@ -280,6 +285,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _launches(self) -> ops.Steps:
         """The launches, over tensors that were seen to be in their places."""
         if self._steps is None:
+            self._slots = self._with_roles(self._slots)
             self._steps, self._roster = self._make_steps(self._slots), Roster(self._slots, self.state)
         elif self._roster.state is not self.state:
             self._roster = Roster(self._slots, self.state)
@@ -288,23 +294,24 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._steps
 
     def _taus(self) -> list[float]:
-        kinds = {kind: rules.rounded(self.param_groups[kind[0]]["tau"], kind[1]) for kind in self._roster.kinds}
+        kinds = {k: rules.rounded(self.param_groups[k.group]["tau"], k.double) for k in self._roster.kinds}
         return self._roster.per_slot(kinds)
 
     def _scalars(self, record: Record) -> dict[Kind, rules.Scalars]:
         """The scalars of every parameter group and compute dtype."""
         made = {}
-        for index, double in self._roster.kinds:
-            group = self.param_groups[index]
-            rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=double)
-            made[index, double] = rules.step_scalars(
+        for kind in self._roster.kinds:
+            group = self.param_groups[kind.group]
+            rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=kind.double)
+            made[kind] = rules.step_scalars(
                 rho,
-                lr=record.lrs[index],
+                lr=record.lrs[kind.group] * kind.rate,
+                gain=kind.gain,
                 beta=group.get(self.momentum_key, 0.0),
                 tau=group["tau"],
                 weight_decay=group["weight_decay"],
                 rho_clip=self._rho_clip,
-                double=double,
+                double=kind.double,
             )
         return made
 
@@ -363,7 +370,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise RuntimeError(
                 "a parameter group can be added only before the first measure: the records made so far would not fit it"
             )
-        group, n_frozen = prepared_group(param_group, self.param_groups, self.group_keys)
+        group, n_frozen = prepared_group(param_group, self.param_groups, self.group_keys, self.group_flags)
         groups = list(self.param_groups)
         super().add_param_group(group)
         try:
@@ -421,8 +428,9 @@ class ZerothOrder(torch.optim.Optimizer):
             f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}",
         ]
         for i, group in enumerate(self.param_groups):
-            numbers = ", ".join(f"{key}={group[key]:g}" for key in self.group_keys)
-            lines.append(f"group {i}: {len(group['params'])} tensors, {numbers}")
+            values = [f"{key}={group[key]:g}" for key in self.group_keys]
+            values += [f"{key}={group[key]}" for key in self.group_flags if key in group]
+            lines.append(f"group {i}: {len(group['params'])} tensors, {', '.join(values)}")
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
 
     def _describe(self) -> list[str]:

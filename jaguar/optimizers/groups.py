@@ -31,12 +31,13 @@ def split_groups(params: Any) -> list[dict[str, Any]]:
     return [{"params": entries}]
 
 
-def check_group(keys: Sequence[str], group: dict[str, Any], where: str) -> None:
-    """Raises ValueError for an option that a group cannot have, or a value outside its range."""
+def check_group(keys: Sequence[str], group: dict[str, Any], where: str, flags: Sequence[str] = ()) -> None:
+    """Raises ValueError for an option that a group cannot have, or a number (`keys`) outside its range."""
     for key in group:
-        if key not in (*keys, "params", "param_names", "initial_lr"):
+        if key not in (*keys, *flags, "params", "param_names", "initial_lr"):
             raise ValueError(
-                f"{where} has the option {key!r}; a parameter group may set {', '.join(keys)}, and everything else "
+                f"{where} has the option {key!r}; a parameter group may set {', '.join((*keys, *flags))}, and "
+                "everything else "
                 "is an argument of the optimizer"
             )
     for key in keys:
@@ -50,14 +51,14 @@ def check_group(keys: Sequence[str], group: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"tau={value} of {where}: the length of the perturbation must be positive (1e-3 is common)"
             )
-        if key in ("lr", "weight_decay") and not 0.0 <= value < math.inf:
+        if key in ("lr", "vector_lr", "weight_decay") and not 0.0 <= value < math.inf:
             raise ValueError(f"{key}={value} of {where} must be at least 0")
         if key in ("beta", "momentum") and not 0.0 <= value < 1.0:
             raise ValueError(f"{key}={value} of {where} must lie in [0, 1)")
 
 
 def prepared_group(
-    group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Sequence[str]
+    group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Sequence[str], flags: Sequence[str] = ()
 ) -> tuple[dict[str, Any], int]:
     """The group as torch takes it, and how many frozen tensors were left out.
 
@@ -69,7 +70,7 @@ def prepared_group(
     """
     if not isinstance(group, dict) or "params" not in group or isinstance(group["params"], set):
         raise TypeError("a parameter group is a dict whose 'params' are tensors in a fixed order (a set has none)")
-    check_group(keys, group, f"parameter group {len(others)}")
+    check_group(keys, group, f"parameter group {len(others)}", flags)
     elsewhere = {identity(tensor) for other in others for tensor in other["params"] if tensor.numel()}
     kept: dict[Any, tuple[str | None, Tensor]] = {}
     n_frozen, has_names = 0, False
@@ -102,12 +103,16 @@ def _before(name: str | None, other: str | None) -> bool:
     return name is not None and other is not None and canonical_name(name) < canonical_name(other)
 
 
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (str, bool)) else float(value)
+
+
 class Watch:
     """Notices that something other than the learning rate of a group changed after the first measure."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key for key in keys if key != "lr"]
-        self._first: list[dict[str, float]] | None = None
+        self._first: list[dict[str, Any]] | None = None
 
     @property
     def started(self) -> bool:
@@ -116,14 +121,14 @@ class Watch:
 
     def check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raises RuntimeError where a group is not what it was at the first call, ValueError for a bad lr."""
-        now = [{key: float(group[key]) for key in self._keys} for group in groups]
+        now = [{key: _plain(group.get(key)) for key in self._keys} for group in groups]
         if self._first is None:
             self._first = now
         for i, (old, new, group) in enumerate(zip(self._first, now, groups, strict=True)):
             for key in self._keys:
                 if old[key] != new[key]:
                     raise RuntimeError(
-                        f"{key} of parameter group {i} changed from {old[key]:g} to {new[key]:g} during the "
+                        f"{key} of parameter group {i} changed from {old[key]} to {new[key]} during the "
                         "run; only lr may be "
                         "scheduled (with OneCycleLR: cycle_momentum=False)"
                     )

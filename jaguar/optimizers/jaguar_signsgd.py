@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from jaguar import ops
-from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.optimizers.base import ZerothOrder
-from jaguar.params import Slot
+from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
 
 _DEFAULT_LR = {"sampled": 1e-4, "all": 1e-6}
 
 
-class JaguarSignSGD(ZerothOrder):
+class JaguarSignSGD(CoordinateMomentum):
     """SignSGD with momentum on sampled coordinates: two forward passes a step, one momentum buffer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   e = sum over i in S of s_i e_i
@@ -56,9 +52,6 @@ class JaguarSignSGD(ZerothOrder):
     """
 
     group_keys: tuple[str, ...] = ("lr", "tau", "beta", "weight_decay")
-    momentum_key = "beta"
-    _fate_of_lost = "are not trained"
-    _direction: Coordinates | ReleasedBlock
 
     def __init__(
         self,
@@ -81,40 +74,23 @@ class JaguarSignSGD(ZerothOrder):
         backend: str = "auto",
         released: bool = False,
     ) -> None:
-        if update not in _DEFAULT_LR:
-            raise ValueError(f"update={update!r}: choose 'sampled' or 'all'")
-        self._update = update
-        sampling = Coordinates(coordinates, layout, signs)
-        self._direction = sampling
-        if released:
-            given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
-            usual = inspect.signature(JaguarSignSGD).parameters
-            for name, value in given.items():
-                if value != usual[name].default:
-                    raise ValueError(
-                        f"released=True fixes sampling, beta and update, so {name}={value!r} cannot be given with it"
-                    )
-            self._direction = ReleasedBlock()
-            self.group_keys = ("lr", "tau", "weight_decay")  # no beta: momentum starts at 0 in every step
-        options = {
-            "optimizer": type(self).__name__,
-            "coordinates": sampling.coordinates,
-            "layout": layout,
-            "signs": signs,
-            "update": update,
-            "released": bool(released),
-        }
-        values = {
-            "lr": _DEFAULT_LR[update] if lr is None else lr,
-            "tau": tau,
-            "beta": beta,
-            "weight_decay": weight_decay,
-        }
-        defaults = {key: values[key] for key in self.group_keys}
+        given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
+        usual = inspect.signature(JaguarSignSGD).parameters
         super().__init__(
             params,
-            defaults,
-            options=options,
+            {
+                "lr": _DEFAULT_LR.get(update) if lr is None else lr,
+                "tau": tau,
+                "beta": beta,
+                "weight_decay": weight_decay,
+            },
+            options={},
+            coordinates=coordinates,
+            layout=layout,
+            signs=signs,
+            update=update,
+            released=released,
+            fixed={name: (value, usual[name].default) for name, value in given.items()},
             estimator=estimator,
             n_directions=n_directions,
             rho_clip=rho_clip,
@@ -123,43 +99,3 @@ class JaguarSignSGD(ZerothOrder):
             seed=seed,
             backend=backend,
         )
-        total = sum(slot.total for slot in self._slots)
-        if isinstance(sampling.coordinates, int) and sampling.coordinates > total:
-            raise ValueError(
-                f"coordinates={coordinates} is more than the {total} there are; a float in (0, 1] is a fraction"
-            )
-
-    @property
-    def fraction(self) -> float:
-        """p: the probability that a coordinate is sampled in a step (of a matrix, with a block layout)."""
-        return self._direction.fraction(sum(slot.total for slot in self._slots))
-
-    def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
-        return ops.coordinate_steps(
-            self._backend,
-            slots,
-            self._direction,
-            update=self._update,
-            stochastic=self._stochastic,
-            two_sided=self._estimator.name == "two-sided",
-            n_directions=self._n_directions,
-        )
-
-    def _has_momentum(self, group: dict[str, Any]) -> bool:
-        return True
-
-    def _describe(self) -> list[str]:
-        p = self.fraction
-        what = (
-            "released code's joint block"
-            if self._options["released"]
-            else (f"{self._options['coordinates']!r}, layout {self._options['layout']}, signs {self._options['signs']}")
-        )
-        betas = sorted({group.get("beta", 0.0) for group in self.param_groups})
-        memory = " / ".join(f"{1.0 / (p * (1.0 - beta)):,.0f}" for beta in betas)
-        return [
-            f"coordinates: {what} (fraction {p:.6g}), update {self._update}",
-            f"momentum: {self._options['momentum_dtype'] or 'parameter precision'}, remembers {memory} steps",
-            f"estimator: {self._estimator.name}, {self._n_directions} direction(s), rounding "
-            f"{self._options['rounding']}",
-        ]

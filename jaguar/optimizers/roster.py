@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,16 @@ from torch import Tensor
 from jaguar.optimizers.guards import check_storage
 from jaguar.params import Slot
 
-# Parameter group, and whether arithmetic is in fp64: what the scalars of a step depend on.
-Kind: TypeAlias = tuple[int, bool]
 T = TypeVar("T")
+
+
+class Kind(NamedTuple):
+    """What the scalars of a step depend on; `double`: arithmetic is in fp64; `rate` and `gain` as in `Slot`."""
+
+    group: int
+    double: bool
+    rate: float
+    gain: float
 
 
 class Roster:
@@ -29,9 +36,9 @@ class Roster:
 
     def __init__(self, slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
         self.state, self._slots = state, slots
-        self._kind_of = [(slot.group, slot.tensor.dtype == torch.float64) for slot in slots]
+        self._kind_of = [Kind(s.group, s.tensor.dtype == torch.float64, s.rate, s.gain) for s in slots]
         self.kinds: list[Kind] = list(dict.fromkeys(self._kind_of))
-        self.double = any(double for _, double in self.kinds)
+        self.double = any(kind.double for kind in self.kinds)
         self.devices = {slot.tensor.device for slot in slots}
         self._tensors = [slot.tensor for slot in slots]
         self._seen: list[int] | None = None

@@ -2,5 +2,7 @@
 
 from jaguar.reference.coordinate import CoordinateSteps
 from jaguar.reference.dense import DenseSteps
+from jaguar.reference.matrix import MatrixSteps
+from jaguar.reference.newton_schulz import newton_schulz
 
-__all__ = ["CoordinateSteps", "DenseSteps"]
+__all__ = ["CoordinateSteps", "DenseSteps", "MatrixSteps", "newton_schulz"]

@@ -79,6 +79,8 @@ class CoordinateSteps(Launches):
                 entry = rules.momentum_entry(gather(m, index).to(wide), sign.to(wide), s.beta, s.entry[k])
                 scatter_(m, index, self.stored(entry, m.dtype, draw, slot, index, Purpose.ROUND_STATE))
                 touched.append(index)
+            if not slot.signed:
+                continue
             if self.update == "all":
                 self._step_all_(slot, s, m, draws[0])
             else:
