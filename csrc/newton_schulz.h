@@ -43,7 +43,7 @@ struct jaguar_product_args {
 #define JAGUAR_PARTS 64
 
 // X_k = fp16(scale G_k / ||G_k||_F), of G_k^T where `transposed`: X has shape (batch, rows, cols) and G_k is contiguous,
-// (rows, cols) or, transposed, (cols, rows). Norms are made in fp32 from values divided by the largest magnitude. A
+// (rows, cols) or, transposed, (cols, rows). Norms are made in fp32 from values divided by a power of two near the largest magnitude. A
 // zero matrix stays zero; one with a NaN or an infinity becomes NaN everywhere. No atomics on floats: deterministic.
 struct jaguar_prepare_args {
     int32_t batch, rows, cols, transposed;
@@ -71,6 +71,7 @@ struct jaguar_small_args {
     int32_t g_format, o_format;
     int32_t steps;
     float scale;  // G is first divided by its norm and multiplied by this
+    float ridge;  // added to the eigenvalues of R: steep schemes blow up those that rounding put below 0
     float a[JAGUAR_MAX_STEPS], b[JAGUAR_MAX_STEPS], c[JAGUAR_MAX_STEPS];
 };
 

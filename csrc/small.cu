@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2) small_kernel(const __grid_co
         gram_chunk<N>(gram, s, width_at(column));
     }
     const float trace = gram_finish<N>(gram, s);
-    scale_matrix<N>(s.r, __fdiv_rn(__fmul_rn(p.scale, p.scale), trace));
+    scale_and_shift<N>(s.r, __fdiv_rn(__fmul_rn(p.scale, p.scale), trace), p.ridge);
 
     Iteration<N> iteration(s);
     for (int step = 0; step < p.steps; ++step) iteration.step(p.a[step], p.b[step], p.c[step], step, p.steps);

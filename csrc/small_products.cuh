@@ -133,8 +133,11 @@ __device__ __forceinline__ float gram_finish(const GramAccumulators<N>& acc, con
 }
 
 template <int N>
-__device__ __forceinline__ void scale_matrix(float* matrix, float factor) {
-    for (int e = threadIdx.x; e < N * N; e += SMALL_THREADS) matrix[e / N * Shared<N>::PITCH + e % N] *= factor;
+__device__ __forceinline__ void scale_and_shift(float* matrix, float factor, float shift) {
+    for (int e = threadIdx.x; e < N * N; e += SMALL_THREADS) {
+        float& value = matrix[e / N * Shared<N>::PITCH + e % N];
+        value = __fadd_rn(__fmul_rn(value, factor), e / N == e % N ? shift : 0.0f);
+    }
     __syncthreads();
 }
 

@@ -17,6 +17,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from jaguar.schemes import ridge
+
 ABI = 1  # JAGUAR_ABI_VERSION of csrc/newton_schulz.h
 _NAME = "jaguar._cuda"
 _NOTE = Path(__file__).with_name("_cuda_build.txt")
@@ -130,7 +132,9 @@ class CudaProducts:
             RuntimeError: the launch failed.
         """
         with torch.cuda.device(out.device):
-            self._module.prepare(list(matrices), out, statistics, scale, _stream(out.device))
+            # Views may begin anywhere, and the kernels read pieces of 16 bytes.
+            aligned = [G.clone() if isinstance(G, Tensor) and G.data_ptr() % 16 else G for G in matrices]
+            self._module.prepare(aligned, out, statistics, scale, _stream(out.device))
 
     def product(
         self,
@@ -201,6 +205,7 @@ class CudaProducts:
                 _FORMATS[outs[0].dtype],
                 list(coefficients),
                 scale,
+                ridge(coefficients),
                 stream,
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from csrc_emulator.calls import check_prepared, check_small, prepare, product, small
+from csrc_emulator.calls import check_prepared, check_small, newton_schulz, prepare, product, small
 from csrc_emulator.harness import (
     AMPERE,
     BAD_ALIGNMENT,
@@ -322,6 +322,18 @@ def test_small_keeps_the_precision_of_q_beside_padding(library: ctypes.CDLL) -> 
     g = np.random.default_rng(9).standard_normal((3, 200))
     (o,) = small(library, [g], QUINTIC * 2, FP32, FP32, [False])
     check_small(o, g, QUINTIC * 2, FP32, FP32)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_eigenvalues_of_zero_do_not_run_away(library: ctypes.CDLL, rank: int) -> None:
+    """Rounding puts them below 0, where ten quintic steps blow them up: 1e2 without the ridge."""
+    library.emulator_use(AMPERE, LATE_PRODUCTS)
+    generator = np.random.default_rng(0)
+    g = generator.integers(-4, 5, (16, rank)) @ generator.integers(-4, 5, (rank, 70)).astype(np.float64)
+    (o,) = small(library, [g], QUINTIC * 2, FP32, FP32, [False])
+    left, s, right = np.linalg.svd(g, full_matrices=False)
+    kept = left[:, :rank] @ np.diag(s[:rank]) @ right[:rank]
+    assert np.linalg.norm(o - newton_schulz(kept, QUINTIC * 2), 2) < 0.02
 
 
 def test_small_refusals(library: ctypes.CDLL) -> None:

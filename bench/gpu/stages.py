@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from gpu.result import ROOT
 
 BUILD = ROOT / "build"
 TARGET = BUILD / "gpu"
+_CUDA_SHARE = 0.75  # of the build's time, for the build with nvcc; the rest is for one without
 _FOUND = 7  # compute-sanitizer's exit code when it found something
 
 
@@ -78,17 +80,40 @@ def run(command: Sequence[str | Path], seconds: float, log: Path | None = None, 
 
 
 def build(seconds: float) -> Stage:
-    """Installs the package into build/gpu with what this Python has; copies it together where pip cannot."""
+    """Installs the package into build/gpu with what this Python has; copies it together where pip cannot.
+
+    Where there is nvcc the CUDA extension must come with it. If that fails or takes most of the time, the stage has
+    failed, and the package is installed without it, for the stages that do not need it.
+    """
     begin = time.monotonic()
-    for old in (TARGET, BUILD / "lib"):  # setuptools would keep files there that the sources no longer have
+    # setuptools would keep files there that the sources no longer have
+    for old in (TARGET, *BUILD.glob("lib*"), *BUILD.glob("temp*")):
         shutil.rmtree(old, ignore_errors=True)
     BUILD.mkdir(exist_ok=True)
-    log = BUILD / "gpu-build.log"
+    log, cuda_log = BUILD / "gpu-build.log", BUILD / "gpu-build-cuda.log"
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", TARGET]
-    code = run([sys.executable, "-P", "-m", "pip", "install", *options, "."], seconds, log)
+    # -v: else what the build itself says is lost.
+    pip = [sys.executable, "-P", "-m", "pip", "install", "-v", *options, "."]
+    nvcc = _nvcc()
+    extension = "no CUDA extension: nvcc was not found"
+    code: int | None = 1
+    if nvcc:
+        code = run(["env", "JAGUAR_CUDA=1", *pip], _CUDA_SHARE * seconds, cuda_log)
+        extension = f"CUDA extension built with {nvcc}"
+        if code != 0:
+            why = (
+                _last(cuda_log, r"CUDA extension was not built")
+                if code
+                else f"ended after {time.monotonic() - begin:.0f} s"
+            )
+            extension = f"the CUDA extension was not built ({why}; see build/{cuda_log.name})"
+            shutil.rmtree(TARGET, ignore_errors=True)
+    failed = nvcc and code != 0
+    if not nvcc or failed:
+        code = run(["env", "JAGUAR_CUDA=0", *pip], seconds - (time.monotonic() - begin), log)
     wanted = _sources()
     missing = [name for name, source in wanted.items() if not _same(TARGET / name, source)]
-    status, note = "passed", f"pip put {len(wanted)} files into build/gpu"
+    status, note = "failed" if failed else "passed", f"pip put {len(wanted)} files into build/gpu; {extension}"
     if missing:
         shutil.rmtree(TARGET, ignore_errors=True)
         for name, source in wanted.items():
@@ -100,9 +125,12 @@ def build(seconds: float) -> Stage:
                 f"pip's build lacks {missing[0]} ({len(missing)} files); copied the sources instead",
             )
         else:
-            note = f"pip cannot build here (build/{log.name} says why); copied {len(wanted)} files"
-    names = ", ".join(("jaguar", "jaguar.fused", "jaguar.triton_kernels.launch"))
-    probe = f"import sys, {names}; sys.exit(0 if jaguar.__file__.startswith({str(TARGET)!r}) else 3)"
+            note = f"pip cannot build here (build/{log.name} says why); copied {len(wanted)} files; {extension}"
+    names = ["jaguar", "jaguar.fused", "jaguar.triton_kernels.launch"]
+    if not missing and nvcc and not failed:
+        names.insert(0, "torch")  # before the extension, as jaguar.extension does
+        names.append("jaguar._cuda")
+    probe = f"import sys, {', '.join(names)}; sys.exit(0 if jaguar.__file__.startswith({str(TARGET)!r}) else 3)"
     if run([sys.executable, "-P", "-c", probe], 60.0, BUILD / "gpu-import.log"):
         status, note = "failed", f"the built package cannot be imported: {_last(BUILD / 'gpu-import.log')}"
     return Stage("build", status, time.monotonic() - begin, note)
@@ -158,6 +186,14 @@ def _sources() -> dict[str, Path]:
         for source in sorted((ROOT / folder).rglob("*.py")):
             found[f"{name}/{source.relative_to(ROOT / folder)}"] = source
     return found
+
+
+def _nvcc() -> str | None:
+    """The nvcc that setup.py would take."""
+    try:
+        return runpy.run_path(str(ROOT / "setup.py"), run_name="jaguar_setup")["find_nvcc"]()
+    except (ImportError, FileNotFoundError):  # no setuptools: pip will say so
+        return None
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jaguar.schemes import ridge
 from jaguar.triton_kernels import newton_schulz as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import launch
@@ -25,11 +25,6 @@ ENOUGH = 100
 # Columns at a time of a matrix on chip, by the largest short side; with more stages, registers spill.
 BLOCKS = {16: 256, 32: 128}
 STAGES = 2
-# What fp32 makes of an eigenvalue 0 of R = X X^T, ||X|| = 1, may lie below 0 and grows with the square of the slope of
-# the scheme at 0. Past 2^10 (10 quintic steps; not 5, and not the cubic's 10) eigenvalues are kept above by SHIFT:
-# singular values below 2^-11 are then driven up as if they were 2^-11.
-STEEP = 2.0**10
-SHIFT = 2.0**-22
 # Tables kept in device memory: those of a model's groups, with room for what captured launches read.
 TABLES = 256
 
@@ -151,7 +146,7 @@ class TritonProducts:
             self._table(device, torch.float32, [number for step in coefficients for number in step]),
             len(coefficients),
             scale,
-            SHIFT if math.prod(a for a, _, _ in coefficients) > STEEP else 0.0,
+            ridge(coefficients),
             FORMAT=T.FORMATS[first.dtype],
             O_FORMAT=T.FORMATS[outs[0].dtype],
             HINT=_multiples(8, *sides) and _multiples(16, *(x.data_ptr() for pair in pairs for x in pair)),

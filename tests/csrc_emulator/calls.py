@@ -6,6 +6,8 @@ import ctypes
 
 import numpy as np
 
+from jaguar.schemes import ridge
+
 from .harness import (
     CANARY,
     FP16,
@@ -142,7 +144,7 @@ def small(
         table.append([stored.address, out.address, *g.shape, *strides])
     items = np.array(table, np.int64)
     args = SmallArgs(items.ctypes.data, len(table), max(g.shape[0] for g in matrices), kind, o_kind, len(coefficients))
-    args.scale = 1.0
+    args.scale, args.ridge = 1.0, ridge(coefficients)
     for field, values in zip("abc", zip(*coefficients, strict=True), strict=True):
         getattr(args, field)[: len(values)] = values
     code = library.jaguar_small(args, 0)

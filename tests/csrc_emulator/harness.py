@@ -49,7 +49,7 @@ class PrepareArgs(ctypes.Structure):
 class SmallArgs(ctypes.Structure):
     _fields_ = [
         *(("items", c_uint64), ("count", c_int32), ("largest", c_int32), ("g_format", c_int32)),
-        *(("o_format", c_int32), ("steps", c_int32), ("scale", c_float)),
+        *(("o_format", c_int32), ("steps", c_int32), ("scale", c_float), ("ridge", c_float)),
         *((name, c_float * MAX_STEPS) for name in "abc"),
     ]
 

@@ -1,0 +1,496 @@
+"""What setup.py decides and says, with compilers that only pretend; the build stage of `make gpu`; bench/ptxas.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("jaguar", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in")
+# As setup.py, but a toolkit in its usual place on this machine is not seen.
+DRIVER = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("jaguar_setup", "setup.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.USUAL = pathlib.Path("/nowhere/cuda")
+sys.argv[0] = "setup.py"
+module.main()
+"""
+NVCC = """#!/bin/sh
+echo "$@" >> "$0.log"
+case "$*" in --version) echo "Cuda compilation tools, release 99.1, V99.1.7"; exit 0;; esac
+if [ -n "$NVCC_FAILS" ]; then echo "warming up"; echo "csrc/a.cu(3): error: no such thing"; exit 2; fi
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+"""
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem + "_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tool(path: Path, text: str = NVCC) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def torch_in(folder: Path, cuda: str | None, version: str = "9.9.0") -> Path:
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "version.py").write_text(
+        f"from typing import Optional\n\n__all__ = ['cuda']\n__version__ = {version!r}\ndebug = False\n"
+        f"cuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\nraise SystemExit('this file is not to be run')\n"
+    )
+    return folder
+
+
+class Project:
+    """A copy of what is built, in an environment of its own: compilers, torch and pybind11 are added to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self._bin, self._path = folder / "project", folder / "bin", folder / "path"
+        self.root.mkdir()
+        for name in SOURCES:
+            source = ROOT / name
+            copy: Callable[..., Any] = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, self.root / name)
+        for old in (*self.root.rglob("__pycache__"), *self.root.glob("jaguar/_cuda*")):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        (self.root / "csrc" / "a.cu").write_text("// stands for the kernels\n")
+        (self.root / "driver.py").write_text(DRIVER)
+        self.log = self._bin / "nvcc.log"
+        self._bin.mkdir()
+        self._path.mkdir()
+
+    def with_(self, *, nvcc: bool = True, cuda: str | None = "13.0", pybind11: bool = True) -> Project:
+        if nvcc:
+            tool(self._bin / "nvcc")
+            tool(self._bin / "g++", NVCC.replace("$NVCC_FAILS", "$GCC_FAILS"))
+        torch_in(self._path, cuda)
+        text = "def get_include(): return 'include'\n" if pybind11 else "raise ImportError('not here')\n"
+        (self._path / "pybind11.py").write_text(text)
+        return self
+
+    def run(self, *words: str, mode: str | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAGUAR_", "CUDA_"))}
+        environment = kept | {"PATH": str(self._bin), "PYTHONPATH": str(self._path)} | more
+        if mode is not None:
+            environment["JAGUAR_CUDA"] = mode
+        return subprocess.run(
+            [sys.executable, *words], cwd=self.root, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    def build(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.run("-W", "ignore", "driver.py", "-q", *(words or ("build",)), **more)
+
+    def built(self) -> list[str]:
+        """The extension modules of the build."""
+        return sorted(path.name for path in self.root.glob("build/lib*/jaguar/_cuda.*"))
+
+    def note(self) -> str:
+        (path,) = self.root.glob("build/lib*/jaguar/_cuda_build.txt")
+        return path.read_text()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines that are ours."""
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("jaguar: ")]
+
+
+# -- the three modes -----------------------------------------------------------------------------------------------
+
+
+def test_0_never_builds_and_needs_nothing(project: Project) -> None:
+    done = project.with_(pybind11=False).build(mode="0")
+    assert done.returncode == 0, done.stderr
+    assert said(done) == ["jaguar: CUDA extension not built (JAGUAR_CUDA=0)"]
+    assert project.built() == [] and project.note() == "CUDA extension not built (JAGUAR_CUDA=0)\n"
+    assert not project.log.exists()
+    assert (project.root / "build" / "lib" / "jaguar").is_dir()  # where packages without compiled code are built
+
+
+@pytest.mark.parametrize("mode", [None, "", "auto"])
+def test_auto_builds_where_nvcc_and_a_cuda_build_of_torch_are(project: Project, mode: str | None) -> None:
+    done = project.with_().build(mode=mode)
+    assert done.returncode == 0, done.stderr
+    line = "CUDA extension built with nvcc 99.1 for sm_80, sm_90 (sm_90a where it helps) and PTX "
+    line += "(JAGUAR_CUDA=auto: torch 9.9.0 has CUDA 13.0)"
+    assert said(done) == [f"jaguar: {line}"] and project.note() == line + "\n"
+    assert project.built() == [f"_cuda{SUFFIX}"]
+
+
+WITHOUT = {
+    "nvcc": ({"nvcc": False}, "no nvcc found in CUDA_HOME (not set), CUDA_PATH (/none), PATH or /nowhere/cuda"),
+    "cuda": ({"cuda": None}, "torch 9.9.0 has no CUDA; JAGUAR_CUDA=1 builds all the same"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_auto_without_it_is_pure_python_and_says_why(project: Project, case: str) -> None:
+    there, why = WITHOUT[case]
+    done = project.with_(**there, pybind11=False).build(CUDA_PATH="/none")
+    assert done.returncode == 0, done.stderr
+    assert said(done) == [f"jaguar: CUDA extension not built (JAGUAR_CUDA=auto: {why})"]
+    assert project.built() == [] and why in project.note()
+
+
+def test_auto_survives_a_compiler_that_fails(project: Project) -> None:
+    assert project.with_().build().returncode == 0
+    assert project.built()
+    done = project.build(NVCC_FAILS="1")
+    assert done.returncode == 0, done.stderr
+    assert said(done) == [
+        "jaguar: warning: CUDA extension not built (JAGUAR_CUDA=auto: torch 9.9.0 has CUDA 13.0): "
+        "nvcc failed on csrc/a.cu with exit status 2: csrc/a.cu(3): error: no such thing"
+    ]
+    assert project.built() == []  # the one before is gone
+
+
+def test_auto_survives_a_missing_pybind11(project: Project) -> None:
+    done = project.with_(pybind11=False).build()
+    assert done.returncode == 0 and len(said(done)) == 1
+    assert said(done)[0].endswith("): pybind11 is not installed (pip install pybind11)")
+
+
+def test_1_builds_for_any_torch(project: Project) -> None:
+    done = project.with_(cuda=None).build(mode="1")
+    assert done.returncode == 0, done.stderr
+    assert said(done)[0].endswith("(JAGUAR_CUDA=1)") and project.built()
+    calls = project.log.read_text().splitlines()
+    compiled = next(line for line in calls if "a.cu" in line)
+    assert "fast" not in compiled and "compute_80,code=sm_80" in compiled
+    link = next(line for line in calls if line.startswith("-shared"))
+    assert "-cudart static" in link and "bindings.o" in link and "a.o" in link
+
+
+FAILURES = {
+    "nvcc": ({"nvcc": False}, {}, "no nvcc found in CUDA_HOME (/no/home), CUDA_PATH (not set), PATH or /nowhere/cuda"),
+    "pybind11": ({"pybind11": False}, {}, "pybind11 is not installed (pip install pybind11)"),
+    "error": ({}, {"NVCC_FAILS": "1"}, "nvcc failed on csrc/a.cu with exit status 2: csrc/a.cu(3): error: no such"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_1_fails_in_one_sentence(project: Project, case: str) -> None:
+    there, environment, why = FAILURES[case]
+    done = project.with_(**there).build(mode="1", CUDA_HOME="/no/home", **environment)
+    assert done.returncode != 0 and project.built() == []
+    assert done.stderr.splitlines()[-1].startswith(f"error: the CUDA extension was not built (JAGUAR_CUDA=1): {why}")
+    assert "Traceback" not in done.stderr
+
+
+def test_1_without_gcc_says_so(project: Project) -> None:
+    project.with_()
+    (project.log.parent / "g++").unlink()
+    assert project.build(mode="1").stderr.splitlines()[-1].endswith("g++ cannot be run: No such file or directory")
+
+
+@pytest.mark.parametrize("mode", ["yes", "2", "AUTO"])
+def test_other_values_are_refused(project: Project, mode: str) -> None:
+    done = project.with_().build(mode=mode)
+    assert done.returncode != 0 and f"JAGUAR_CUDA={mode!r}: use auto (" in done.stderr
+    assert ", 0 (" in done.stderr and " 1 (" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_build_in_place_leaves_no_older_extension(project: Project) -> None:
+    """As for `pip install -e`."""
+    where = project.root / "jaguar"
+    assert project.with_().build("build_ext", "--inplace", mode="1").returncode == 0
+    assert (where / f"_cuda{SUFFIX}").exists() and "built with" in (where / "_cuda_build.txt").read_text()
+    done = project.build("build_ext", "--inplace", mode="0")
+    assert said(done) == ["jaguar: CUDA extension not built (JAGUAR_CUDA=0)"]
+    assert [path.name for path in where.glob("_cuda*")] == ["_cuda_build.txt"]
+    assert "not built" in (where / "_cuda_build.txt").read_text()
+
+
+def test_pip_installs_without_compilers_and_without_pybind11(project: Project, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", target]
+    words = ["-m", "pip", "install", "-q", *map(str, options), "."]
+    done = project.with_(nvcc=False, pybind11=False).run(*words, CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "not built" in (target / "jaguar" / "_cuda_build.txt").read_text()
+    assert (target / "jaguar" / "triton_kernels" / "launch.py").exists() and not list(target.glob("jaguar/_cuda.*"))
+
+
+def test_the_source_archive_has_the_kernels(project: Project) -> None:
+    done = project.with_(nvcc=False).build("sdist")
+    assert done.returncode == 0, done.stderr
+    (archive,) = project.root.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.split("/", 1)[-1] for name in file.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"csrc/a.cu", "setup.py"} <= names
+
+
+# -- what is found where -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    module = load(ROOT / "setup.py")
+    for name in ("CUDA_HOME", "CUDA_PATH", "JAGUAR_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "on-path"))
+    monkeypatch.setattr(module, "USUAL", tmp_path / "usual")
+    return module
+
+
+def test_where_nvcc_is_looked_for(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert setup.find_nvcc() is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "path"))
+    for folder in ("usual/bin", "on-path", "path/bin", "home/bin"):  # each before those before it
+        assert setup.find_nvcc() != str(tmp_path / folder / "nvcc")
+        tool(tmp_path / folder / "nvcc")
+        assert setup.find_nvcc() == str(tmp_path / folder / "nvcc")
+
+
+def test_torch_is_found_in_the_environment_of_an_isolated_build(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a build has none of the environment's packages on its path."""
+    target = tmp_path / "site-packages"
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda kind: str(target))
+    monkeypatch.setattr(setup.site, "getsitepackages", list)
+    monkeypatch.setattr(setup.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    assert setup.torch_cuda() == (None, "this environment has no torch")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    torch_in(tmp_path / "user", "11.8")
+    assert setup.torch_cuda() == ("11.8", "torch 9.9.0 has CUDA 11.8")
+    torch_in(target, "13.0", "9.9.0+cu130")
+    assert setup.torch_cuda() == ("13.0", "torch 9.9.0+cu130 has CUDA 13.0")
+    torch_in(tmp_path, None, "9.9.0+cpu")  # what is on the path comes first, as when it is imported
+    assert setup.torch_cuda() == (None, "torch 9.9.0+cpu has no CUDA")
+
+
+def test_architectures_of_a_file(setup: ModuleType) -> None:
+    assert setup.architectures(Path("csrc/product_sm90a.cu")) == ["arch=compute_90a,code=sm_90a"]
+    every = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_80,code=compute_80"]
+    assert setup.architectures(Path("csrc/product.cu")) == every
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_link_and_load(project: Project, tmp_path: Path) -> None:
+    nvcc = load(ROOT / "setup.py").find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not here")
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    (project.root / "csrc" / "a.cu").unlink()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=project.root,
+        env=os.environ | {"JAGUAR_CUDA": "1", "CUDA_HOME": str(Path(nvcc).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (module,) = project.root.glob("build/lib*/jaguar/_cuda.*")
+    code = "import torch, jaguar._cuda as m, jaguar.extension as e; assert m.abi_version() == e.ABI; print(e.note())"
+    environment = os.environ | {"PYTHONPATH": str(module.parents[1])}
+    words = [sys.executable, "-P", "-c", code]
+    loaded = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("CUDA extension built with nvcc")
+
+
+# -- the build stage of `make gpu` ---------------------------------------------------------------------------------
+
+
+class Pip:
+    """Stands for stages.run: pip with JAGUAR_CUDA=1 and =0 end with these exit statuses."""
+
+    def __init__(self, stages: ModuleType, with_cuda: int | None, without: int = 0) -> None:
+        self._stages, self._ends, self.calls = stages, {"JAGUAR_CUDA=1": with_cuda, "JAGUAR_CUDA=0": without}, []
+
+    def __call__(self, command: list[Any], seconds: float, log: Path) -> int | None:
+        log.write_text("  error: the CUDA extension was not built (JAGUAR_CUDA=1): nvcc failed on csrc/a.cu\n  more\n")
+        if "pip" not in command:
+            self.calls.append(command[-1])
+            return 0
+        self.calls.append(command[1])
+        code = self._ends[command[1]]
+        if code == 0:
+            for name, source in self._stages._sources().items():
+                (self._stages.TARGET / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, self._stages.TARGET / name)
+        return code
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from gpu import stages
+
+    (tmp_path / "jaguar").mkdir()
+    (tmp_path / "jaguar" / "__init__.py").write_text("")
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    monkeypatch.setattr(stages, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(stages, "TARGET", tmp_path / "build" / "gpu")
+    return stages
+
+
+STAGES = [
+    ("/cuda/nvcc", 0, "passed", "CUDA extension built with /cuda/nvcc", ["JAGUAR_CUDA=1"]),
+    ("/cuda/nvcc", 1, "failed", "JAGUAR_CUDA=1): nvcc failed on csrc/a.cu; see", ["JAGUAR_CUDA=1", "JAGUAR_CUDA=0"]),
+    ("/cuda/nvcc", None, "failed", "was not built (ended after 0 s", ["JAGUAR_CUDA=1", "JAGUAR_CUDA=0"]),
+    (None, 0, "passed", "no CUDA extension: nvcc was not found", ["JAGUAR_CUDA=0"]),
+]
+
+
+@pytest.mark.parametrize("nvcc, code, status, note, pips", STAGES, ids=["built", "fails", "slow", "no-nvcc"])
+def test_the_build_stage_builds_the_extension_where_nvcc_is(
+    nvcc: str | None,
+    code: int | None,
+    status: str,
+    note: str,
+    pips: list[str],
+    stages: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pip = Pip(stages, code)
+    monkeypatch.setattr(stages, "run", pip)
+    monkeypatch.setattr(stages, "_nvcc", lambda: nvcc)
+    stage = stages.build(30.0)
+    assert stage.status == status and note in stage.note and "pip put 1 files" in stage.note
+    assert pip.calls[:-1] == pips
+    assert ("jaguar._cuda" in pip.calls[-1]) == (status == "passed" and nvcc is not None)
+
+
+def test_the_build_stage_finds_the_nvcc_of_setup(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stages._nvcc() is None  # no setup.py
+    nvcc = tool(stages.ROOT / "home" / "bin" / "nvcc")
+    shutil.copy(ROOT / "setup.py", stages.ROOT)
+    monkeypatch.setenv("CUDA_HOME", str(stages.ROOT / "home"))
+    assert stages._nvcc() == str(nvcc)
+
+
+# -- bench/ptxas.py ------------------------------------------------------------------------------------------------
+
+NAMES = ("_ZN12_GLOBAL__N_14tileILi128ELb1EEEvPKfi", "_Z5helpedi")
+PTXAS = f"""
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{NAMES[0]}' for 'sm_80'
+ptxas info    : Function properties for {NAMES[0]}
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 364 bytes cmem[0]
+ptxas info    : Function properties for {NAMES[1]}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to a call
+"""
+
+
+@pytest.fixture
+def ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """With csrc of two files, results in another folder, and no nvcc yet."""
+    module = load(ROOT / "bench" / "ptxas.py")
+    build = module.build_script()
+    build.CSRC, build.USUAL = tmp_path / "csrc", tmp_path / "usual"
+    build.CSRC.mkdir()
+    for name in ("one.cu", "two_sm90a.cu"):
+        (build.CSRC / name).write_text("")
+    monkeypatch.setattr(module, "build_script", lambda: build)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["ptxas.py"])
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return module
+
+
+def fake_ptxas(tmp_path: Path, said: str) -> Path:
+    (tmp_path / "said").write_text(said)
+    return tool(
+        tmp_path / "usual" / "bin" / "nvcc",
+        NVCC.replace("while", f'case "$*" in *-c*) cat {tmp_path}/said;; esac\nwhile'),
+    )
+
+
+def test_what_ptxas_says_is_read(ptxas: ModuleType) -> None:
+    functions, warnings = ptxas.parse(PTXAS)
+    spilling = {"registers": 96, "shared": 1024, "stack": 16, "spill_stores": 4, "spill_loads": 8}
+    called = {"registers": None, "shared": 0, "stack": 0, "spill_stores": 0, "spill_loads": 0}
+    assert functions == [{"mangled": NAMES[0], **spilling}, {"mangled": NAMES[1], **called}]
+    assert len(warnings) == 1 and "serialized" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("void (anonymous namespace)::tile<128, true>(float const*, int)", "tile<128, true>"),
+        ("void jaguar::product<(int)64, (bool)1, a::b<(int)2> >(args)", "jaguar::product<64, 1, a::b<2> >"),
+        ("void jaguar::small<(jaguar_format)1, 64>(args)", "jaguar::small<(jaguar_format)1, 64>"),
+        ("plain", "plain"),
+    ],
+)
+def test_names_are_short(ptxas: ModuleType, name: str, expected: str) -> None:
+    assert ptxas.short(name) == expected
+
+
+def test_a_table_of_kernels_that_spill_is_a_failure(
+    ptxas: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fake_ptxas(tmp_path, PTXAS)
+    assert ptxas.main() == 1
+    result = json.loads((tmp_path / "results" / "ptxas.json").read_text())
+    assert {(row["file"], row["sm"]) for row in result["results"]} == {
+        ("one.cu", "sm_80"),
+        ("one.cu", "sm_90"),
+        ("two_sm90a.cu", "sm_90a"),
+    }
+    assert result["nvcc"] == "99.1" and "-Xptxas=-v -I csrc -c csrc/FILE.cu" in result["command"]
+    page = (tmp_path / "results" / "ptxas.md").read_text()
+    name = "tile<128, true>" if shutil.which("c++filt") else NAMES[0]
+    assert f"| {name} | one.cu | sm_80 | 96 | 4 | 8 | 16 | 1024 |" in page and "serialized" in page
+    assert "4 bytes of spill stores, 8 of spill loads" in capsys.readouterr().err
+
+
+def test_a_table_without_spills_is_a_success(ptxas: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nvcc = fake_ptxas(tmp_path, PTXAS.replace("4 bytes spill stores, 8", "0 bytes spill stores, 0"))
+    sys.argv += ["--json", str(tmp_path / "out.json")]
+    assert ptxas.main() == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 6
+    assert not (tmp_path / "results").exists() and "nothing spills" in capsys.readouterr().err
+    asked = [line for line in nvcc.with_name("nvcc.log").read_text().splitlines() if " -c " in line]
+    assert len(asked) == 3 and all(line.count("-gencode") == 1 for line in asked)
+
+
+def test_a_file_that_does_not_compile_is_named(
+    ptxas: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fake_ptxas(tmp_path, PTXAS)
+    monkeypatch.setenv("NVCC_FAILS", "1")
+    assert ptxas.main() == 1
+    assert "error: one.cu does not compile for sm_80:" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_table_needs_nvcc(
+    ptxas: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert ptxas.main() == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: no nvcc found in CUDA_HOME (not set)")
