@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from jaguar.fused import newton_schulz as products
-from jaguar.triton_kernels import coordinate, dense, launch, newton_schulz
+from jaguar.triton_kernels import coordinate, dense, launch, matrix, newton_schulz
 
 TARGETS = (80, 90)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -109,6 +109,16 @@ def cases() -> list[Case]:
             Case(name, dense.step, constants, x, accesses(constants["TILE"], (x, m), (x, m)) if hint else (0, 0))
         )
 
+    def along(x: str = "bf16", o: str = "bf16", hint: bool = True) -> None:
+        constants = {"X_FORMAT": x, "O_FORMAT": o, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}
+        constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILE}
+        name = f"along x={x} o={o}" + ("" if hint else " unaligned")
+        wide = accesses(launch.TILE, (x, o), (x,)) if hint else (0, 0)
+        found.append(Case(name, matrix.along, constants, x, wide))
+
+    for x, o in (("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp64", "fp64")):
+        along(x, o)
+    along(hint=False)
     for job in ("perturb", "flip", "restore", "lost", "update", "fused", "several"):
         sparse(job)
     for x, m in (("fp32", "fp32"), ("fp16", "bf16"), ("bf16", "e5m2"), ("fp64", "fp64")):

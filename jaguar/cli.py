@@ -133,7 +133,7 @@ def _info(args: argparse.Namespace, console: Console) -> int:
 
     import torch
 
-    from jaguar import ops, rng
+    from jaguar import extension, ops, rng
 
     table = Table(show_header=False, title=f"jaguar {jaguar.__version__}", title_justify="left")
     table.add_row("python", platform.python_version())
@@ -149,6 +149,7 @@ def _info(args: argparse.Namespace, console: Console) -> int:
     table.add_row(
         "random numbers", f"{rng.TAG}, known answer {'met' if healthy else 'NOT MET: do not trust this installation'}"
     )
+    table.add_row("CUDA extension", extension.note())
     reasons = ops.unavailable()
     for name in ops.NAMES[1:]:
         table.add_row(f"backend {name}", f"no: {reasons[name]}" if name in reasons else "yes")
@@ -158,8 +159,30 @@ def _info(args: argparse.Namespace, console: Console) -> int:
         if "triton" in ops.available() and not ops.interpreted()
         else "reference",
     )
+    found = [name for name in ("cuda", "triton") if name not in reasons and not ops.interpreted()]
+    table.add_row("Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference")
     console.print(table)
+    if args.model:
+        with _refusals():
+            _print_paths(args.model, console)
     return 0 if healthy else 1
+
+
+def _print_paths(name: str, console: Console) -> None:
+    """Which tensors of a model take which path of JAGUAR Muon."""
+    from jaguar.models import load
+    from jaguar.optimizers.matrices import collapsed
+
+    _quiet_transformers()
+    groups = jaguar.param_groups(load(name, use_cpu=True).model)
+    table = Table(title=f"{name} under JAGUAR Muon", title_justify="left")
+    for column in ("moved by", "tensors", "shape", "count"):
+        table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+    for ns in (True, "flatten", False):
+        named = [entry for group in groups if group["ns"] == ns for entry in group["params"]]
+        for pattern, shape, count in collapsed(named):
+            table.add_row("Newton-Schulz" if ns else "sign rule", pattern, shape, str(count))
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from jaguar.choices import METHODS
 from jaguar.evaluation import Data, make_scorer, peak_memory, versions
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
-from jaguar.optimizers import JaguarSignSGD
+from jaguar.optimizers import JaguarMuon
 from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
 from jaguar.report import StepBar, draw_curves, row_bar, say, score_table
 from jaguar.saving import check_space, prepare_folder, save_files, save_folder, write_model
 from jaguar.scoring import Scores, batches, evaluate, paired_se
@@ -43,6 +44,11 @@ _FREE = (
     "save_steps",
     "use_cpu",
 )
+
+
+# What the released code's step decides.
+_FIXED = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
+_FIXED |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
 
 
 class Interrupted(Exception):
@@ -138,10 +144,13 @@ class Finetuning:
             if key not in known:
                 options = ", ".join(f"--{name}" for name in known if name not in ("params", "seed"))
                 raise ValueError(f"--method {self.run.method} has no option --{key}; it has {options}")
-        fixed = {"coordinates", "layout", "signs", "update", "beta"} & set(self.run.optimizer)
+        fixed = _FIXED & set(self.run.optimizer)
         if self.run.optimizer.get("released") and fixed:
             raise ValueError(f"--released fixes sampling, beta and update, so --{min(fixed)} cannot be given with it")
-        return kind(chosen, **self.run.optimizer, seed=self.run.seed)
+        params: Any = chosen
+        if issubclass(kind, JaguarMuon):
+            params = jaguar.param_groups(self.loaded.model, self.run.optimizer.get("weight_decay", 0.0))
+        return kind(params, **self.run.optimizer, seed=self.run.seed)
 
     def _make_scheduler(self) -> Any:
         from transformers import get_scheduler
@@ -161,7 +170,7 @@ class Finetuning:
         self._say(f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained (--train {run.train})")
         self._say(f"data: {len(self.train_set):,} training and {len(self.test_set):,} held-out rows, labels {labels}")
         self._say(str(self.optimizer))
-        if isinstance(self.optimizer, JaguarSignSGD) and run.max_steps * self.optimizer.fraction < 3.0:
+        if isinstance(self.optimizer, CoordinateMomentum) and run.max_steps * self.optimizer.fraction < 3.0:
             visits = run.max_steps * self.optimizer.fraction
             self._say(
                 f"note: {run.max_steps} steps visit a coordinate {visits:.2g} times on average, fewer than 3; momentum "

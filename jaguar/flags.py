@@ -32,7 +32,11 @@ A model that jaguar fine-tuned remembers its prompt; for any other causal LM giv
   jaguar eval --model tuned --test_file test.csv
 """
 
-INFO = "Shows versions, devices, the backends that can run here, why the others cannot, and what 'auto' chooses."
+INFO = """\
+Shows versions, devices, the backends that can run here, why the others cannot, and what 'auto' chooses.
+
+With --model, also which tensors of a model Newton-Schulz moves under JAGUAR Muon, and which the sign rule.
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, short, text, add, usage in (
         ("finetune", "train a model on labelled text", FINETUNE, _add_finetune, usual),
         ("eval", "score a model on labelled text", EVAL, _add_eval, "--model DIR --test_file FILE [options]"),
-        ("info", "versions, devices and backends", INFO, lambda parser: None, ""),
+        ("info", "versions, devices and backends", INFO, _add_info, "[--model DIR]"),
     ):
         sub = commands.add_parser(
             name,
@@ -68,6 +72,10 @@ def make_parser() -> argparse.ArgumentParser:
         )
         add(sub)
     return parser
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="folder in Hugging Face form, or a name on the hub")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +214,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     zo.add_argument("--learning_rate", type=float, dest="lr", metavar="X", help="length of a step")
     zo.add_argument("--tau", type=float, metavar="X", help="length of the perturbation")
     zo.add_argument("--weight_decay", type=float, metavar="X", help="decoupled, multiplied by the learning rate")
-    zo.add_argument("--beta", type=float, metavar="X", help="momentum factor of jaguar-signsgd")
+    zo.add_argument("--beta", type=float, metavar="X", help="momentum factor of the jaguar methods")
     zo.add_argument("--momentum", type=float, metavar="X", help="momentum factor of zo-sgd and zo-signsgd")
     zo.add_argument(
         "--coordinates",
@@ -218,6 +226,16 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     zo.add_argument("--layout", help="uniform or block")
     zo.add_argument("--signs", help="rademacher or ones")
     zo.add_argument("--update", help="sampled: the sign step moves the sampled coordinates; all: every one")
+    zo.add_argument("--ns_steps", type=int, metavar="N", help="Newton-Schulz iterations of jaguar-muon")
+    zo.add_argument("--ns_coefficients", help="cubic, quintic or polar_express")
+    zo.add_argument("--ns_dtype", type=_dtype, metavar="DTYPE", help="of Newton-Schulz: bfloat16, float32 or float64")
+    zo.add_argument(
+        "--ns_period", type=int, metavar="R", help="orthogonalise 1/R of the matrices in each step, which move by R lr"
+    )
+    zo.add_argument(
+        "--vector_lr", type=float, metavar="X", help="step of what Newton-Schulz does not move (a hundredth of lr)"
+    )
+    zo.add_argument("--adjust_lr", help="original or match_rms_adamw: lr by the shape of the matrix")
     zo.add_argument("--released", action="store_const", const=True, help="what the authors' released code computes")
     zo.add_argument("--distribution", help="gaussian or rademacher direction of zo-sgd and zo-signsgd")
     zo.add_argument("--restore", help="how zo-sgd and zo-signsgd get back to their parameters: copy, module or walk")
@@ -255,7 +273,7 @@ def _positive(text: str) -> int:
 def _dtype(text: str) -> Any:
     import torch
 
-    names = ("float32", "bfloat16", "float8_e5m2")
+    names = ("float64", "float32", "bfloat16", "float8_e5m2")
     if text not in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
     return getattr(torch, text)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -387,6 +388,27 @@ def test_info_names_backends_and_reasons(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "known answer met" in printed and "reference" in printed and "CUDA extension" in printed
+
+
+def test_info_says_which_tensor_takes_which_path(folder, capsys):
+    assert cli.main(["info", "--model", str(folder / "lm")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"Newton-Schulz .*model\.layers\.\*\.self_attn\.q_proj\.weight .*32 x 32 .*2", printed)
+    assert re.search(r"sign rule .*model\.embed_tokens\.weight .*64 x 32 .*1", printed)
+    assert cli.main(["info", "--model", str(folder / "nowhere")]) == 2
+
+
+def test_muon_trains_from_the_command_line(folder, tmp_path, capsys):
+    flags = ["--method", "jaguar-muon", "--ns_period", "2", "--ns_coefficients", "quintic", "--vector_lr", "1e-4"]
+    assert cli.main(words(folder, tmp_path / "out", *flags)) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "quintic, 5 steps, torch.bfloat16, each in 1 of 2 steps" in printed and (tmp_path / "out/config.json").exists()
+    )
+    assert cli.main(words(folder, tmp_path / "other", "--ns_period", "2")) == 2
+    assert "--method jaguar-signsgd has no option --ns_period" in capsys.readouterr().err
+    assert cli.main(words(folder, tmp_path / "other", *flags, "--released")) == 2
+    assert "--released fixes" in capsys.readouterr().err
 
 
 def test_a_short_run_is_told_that_momentum_will_hardly_act(folder, tmp_path, capsys):

@@ -92,13 +92,13 @@ def matrix_shapes(slot: Slot, ns: Any) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def collapsed(slots: Iterable[Slot]) -> Iterator[tuple[str, str, int]]:
+def collapsed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str, int]]:
     """Names with their numbers as "*", shape and count: 24 layers in one line."""
     counts: dict[tuple[str, str], int] = {}
-    for slot in slots:
+    for name, tensor in tensors:
         # Of unnamed parameters the numbers are all there is, and all that differs.
-        pattern = "#*" if slot.name.startswith("#") else re.sub(r"(?<=\.)\d+(?=\.)", "*", slot.name)
-        shape = " x ".join(map(str, slot.shape)) or "scalar"
+        pattern = "#*" if name.startswith("#") else re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
         counts[pattern, shape] = counts.get((pattern, shape), 0) + 1
     for (pattern, shape), count in counts.items():
         yield pattern, shape, count
@@ -106,7 +106,7 @@ def collapsed(slots: Iterable[Slot]) -> Iterator[tuple[str, str, int]]:
 
 def listed(slots: Sequence[Slot]) -> str:
     """`collapsed` as text."""
-    parts = [
-        f"{count} of {name} ({shape})" if count > 1 else f"{name} ({shape})" for name, shape, count in collapsed(slots)
-    ]
-    return "; ".join(parts) if parts else "none"
+    lines = collapsed((slot.name, slot.tensor) for slot in slots)
+    return (
+        "; ".join((f"{count} of " if count > 1 else "") + f"{name} ({shape})" for name, shape, count in lines) or "none"
+    )
