@@ -160,7 +160,9 @@ def _info(args: argparse.Namespace, console: Console) -> int:
         else "reference",
     )
     found = [name for name in ("cuda", "triton") if name not in reasons and not ops.interpreted()]
-    table.add_row("Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference")
+    table.add_row(
+        "Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference"
+    )
     console.print(table)
     if args.model:
         with _refusals():

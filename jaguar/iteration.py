@@ -105,10 +105,10 @@ def orthogonalise(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Positions and polar factors (bf16, contiguous), batch by batch: only one batch is in memory at a time.
 
-    `matrices` are contiguous, 2-D, not empty, on one kind of device.
+    `matrices` are 2-D, floating, not empty, on one kind of device.
     """
     for members in batches(matrices, kernels.small):
-        chosen = [matrices[i] for i in members]
+        chosen = [operand(matrices[i]) for i in members]  # copies, if any, of one batch only
         if min(chosen[0].shape) <= kernels.small:
             outs = [torch.empty(G.shape, dtype=torch.bfloat16, device=G.device) for G in chosen]
             kernels.small_(chosen, outs, task.coefficients, 1.0 / task.scheme.margin)

@@ -22,7 +22,7 @@ from jaguar.params import Slot
 from jaguar.parts import Parts
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
-from jaguar.schemes import SCHEMES, Coefficients, checked
+from jaguar.schemes import SCHEMES, checked
 
 Direction: TypeAlias = Coordinates | ReleasedBlock | Gaussian | Rademacher
 NAMES = ("auto", "reference", "triton", "cuda")
@@ -252,7 +252,7 @@ def muon_steps(
 
     Args:
         stacked: streams of the slots that hold a batch of matrices.
-        newton_schulz: how, on which backend; made by `orthogonaliser`.
+        newton_schulz: how, on which backend; a `NewtonSchulz`.
         period: a matrix has its turn in one of `period` steps.
     """
     entries = coordinate_steps(
@@ -289,28 +289,42 @@ class _MatrixSteps:
                 moves.move_([slots[i] for i in where], [factors[i] for i in where], [scalars[i] for i in where], draw)
 
 
-def orthogonaliser(backend: str, *, steps: int | None, coefficients: str, dtype: torch.dtype) -> Orthogonaliser:
-    """Newton-Schulz for lists of matrices (not empty ones): yields positions and polar factors, batch by batch."""
-    n_steps, scheme = checked(steps, coefficients, dtype), SCHEMES[coefficients]
-    known: dict[torch.device, str] = {}  # looking for a backend takes longer than a launch
+class NewtonSchulz:
+    """Newton-Schulz for lists of matrices, none of them empty.
 
-    def run(matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
+    Args:
+        backend: which `choose` returned.
+        steps, coefficients, dtype: as `jaguar.newton_schulz`.
+    """
+
+    def __init__(self, backend: str, *, steps: int | None, coefficients: str, dtype: torch.dtype) -> None:
+        self._steps, self._scheme = checked(steps, coefficients, dtype), SCHEMES[coefficients]
+        self._backend, self._dtype = backend, dtype
+        self._known: dict[torch.device, str] = {}  # looking for a backend takes longer than a launch
+
+    def __call__(self, matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
+        """Positions and polar factors, batch by batch."""
         for matrix in matrices:
-            if matrix.device not in known:
-                known[matrix.device] = assigned(backend, matrix, n_steps, dtype)
-        names = [known[matrix.device] for matrix in matrices]
+            if matrix.device not in self._known:
+                self._known[matrix.device] = assigned(self._backend, matrix, self._steps, self._dtype)
+        names = [self._known[matrix.device] for matrix in matrices]
         for name in dict.fromkeys(names):
             where = [i for i, other in enumerate(names) if other == name]
-            chosen = [matrices[i] if name == "reference" else iteration.operand(matrices[i]) for i in where]
+            chosen = [matrices[i] for i in where]
             if name == "reference":
-                found = _by_reference(chosen, scheme.coefficients(n_steps), scheme.margin, dtype)
+                found = self._by_reference(chosen)
             else:
-                n_sms = _n_sms(chosen[0].device)
-                found = iteration.orthogonalise(_products(name), chosen, iteration.Task(scheme, n_steps, n_sms))
+                task = iteration.Task(self._scheme, self._steps, _n_sms(chosen[0].device))
+                found = iteration.orthogonalise(_products(name), chosen, task)
             for members, factors in found:
                 yield [where[i] for i in members], factors
 
-    return run
+    def _by_reference(self, matrices: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        coefficients = self._scheme.coefficients(self._steps)
+        for members in iteration.batches(matrices, small=0):
+            chosen = torch.stack([matrices[i] for i in members])
+            found = reference.newton_schulz(chosen, coefficients, self._scheme.margin, self._dtype)
+            yield members, list(found.unbind())
 
 
 def assigned(backend: str, matrix: Tensor, steps: int, dtype: torch.dtype) -> str:
@@ -372,14 +386,6 @@ def _products(name: str) -> iteration.Products:
 @cache
 def _n_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _by_reference(
-    matrices: Sequence[Tensor], coefficients: list[Coefficients], margin: float, dtype: torch.dtype
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    for members in iteration.batches(matrices, small=0):
-        chosen = torch.stack([matrices[i] for i in members])
-        yield members, list(reference.newton_schulz(chosen, coefficients, margin, dtype).unbind())
 
 
 def _joined(

@@ -50,7 +50,7 @@ def newton_schulz(
             f"newton_schulz takes a matrix (m, n) or a batch (b, m, n), got shape {tuple(G.shape)} on {G.device}; "
             "flatten other weights to (first, rest)"
         )
-    run = ops.orthogonaliser(ops.choose(backend), steps=steps, coefficients=coefficients, dtype=dtype)
+    run = ops.NewtonSchulz(ops.choose(backend), steps=steps, coefficients=coefficients, dtype=dtype)
     with torch.no_grad():
         out = torch.empty(G.shape, dtype=G.dtype, device=G.device)
         matrices = (G if G.dim() == 3 else G.unsqueeze(0)).detach().unbind() if G.numel() else ()

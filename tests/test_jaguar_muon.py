@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 import warnings
 from typing import Any
@@ -375,6 +377,17 @@ def test_step_is_measure_and_apply_and_records_replay() -> None:
                 records.append(opt.last_record)
         runs.append(all_bits(list(p.values())) + state_bits(opt, list(p.values())))
     assert runs[0] == runs[1] == runs[2]
+
+
+def test_copies_and_pickles_go_on_alike() -> None:
+    p = model()
+    opt = JaguarMuon(groups(p), coordinates=0.3)
+    opt.step(lambda: loss_of(p))
+    again, own = copy.deepcopy((opt, p))
+    third, theirs = pickle.loads(pickle.dumps((opt, p)))
+    for one, q in ((opt, p), (again, own), (third, theirs)):
+        one.step(lambda q=q: loss_of(q))
+    assert all_bits(list(p.values())) == all_bits(list(own.values())) == all_bits(list(theirs.values()))
 
 
 def test_a_skipped_step_moves_nothing() -> None:

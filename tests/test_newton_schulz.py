@@ -145,6 +145,16 @@ def test_strides_do_not_matter_and_the_input_is_left_alone() -> None:
     assert torch.equal(half, before)
 
 
+def test_neither_autocast_nor_gradients_nor_inference_mode_reach_it() -> None:
+    G = torch.randn(6, 9, requires_grad=True)
+    plain = jaguar.newton_schulz(G, dtype=torch.float32)
+    assert not plain.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(jaguar.newton_schulz(G, dtype=torch.float32), plain)
+    with torch.inference_mode():
+        assert torch.equal(jaguar.newton_schulz(G, dtype=torch.float32), plain)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 3, 4), (2, 0, 4)], ids=str)
 def test_empty_matrices_are_empty(shape: tuple[int, ...]) -> None:
     assert jaguar.newton_schulz(torch.empty(shape)).shape == shape

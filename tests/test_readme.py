@@ -17,10 +17,14 @@ def blocks(language):
 
 
 def test_the_ten_lines_of_python_run(capsys):
-    (code,) = blocks("python")
-    assert len(code.strip().splitlines()) <= 12
-    exec(compile(code, "README.md", "exec"), {})
+    first, *more = blocks("python")
+    assert len(first.strip().splitlines()) <= 12
+    names: dict = {}
+    exec(compile(first, "README.md", "exec"), names)
     assert "Record(step=499" in capsys.readouterr().out
+    for code in more:
+        exec(compile(code, "README.md", "exec"), names)
+    assert type(names["optimizer"]).__name__ == "JaguarMuon"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))))

@@ -207,7 +207,7 @@ class JaguarMuon(CoordinateMomentum):
             slots,
             self._direction,
             stacked=frozenset(stacked),
-            newton_schulz=ops.orthogonaliser(self._ns_backend, **self._ns),
+            newton_schulz=ops.NewtonSchulz(self._ns_backend, **self._ns),
             period=self._period,
             **self._how,
         )

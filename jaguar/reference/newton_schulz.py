@@ -26,10 +26,11 @@ def newton_schulz(G: Tensor, coefficients: list[Coefficients], margin: float, dt
     tall = G.shape[-2] > G.shape[-1]
     X = normalised(G.mT if tall else G, margin, dtype)
     batch = X if X.dim() == 3 else X.unsqueeze(0)
-    for a, b, c in coefficients:
-        R = batch @ batch.mT
-        B = torch.baddbmm(R, R, R, beta=b, alpha=c) if c else R
-        batch = torch.baddbmm(batch, B, batch, beta=a, alpha=1.0 if c else b)
+    with torch.autocast(G.device.type, enabled=False):  # which would make the products in its own precision
+        for a, b, c in coefficients:
+            R = batch @ batch.mT
+            B = torch.baddbmm(R, R, R, beta=b, alpha=c) if c else R
+            batch = torch.baddbmm(batch, B, batch, beta=a, alpha=1.0 if c else b)
     X = batch if X.dim() == 3 else batch.squeeze(0)
     return (X.mT if tall else X).contiguous()
 
