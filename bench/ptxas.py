@@ -27,6 +27,14 @@ from rich.progress import track
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 NUMBERS = ("registers", "spill_stores", "spill_loads", "stack", "shared")
+# Shared memory that a launch asks for, in the words of the source; ptxas knows nothing of it. By file and by what the
+# kernel's name begins with.
+DYNAMIC = {
+    "prepare.cu": {"convert_kernel": "BLOCK_BYTES"},
+    "product_sm80.cu": {"product_kernel": "SHARED_BYTES"},
+    "product_sm90a.cu": {f"product_kernel<{n}": f"Plan<{n}>::SHARED_BYTES" for n in (128, 256)},
+    "small.cu": {f"small_kernel<{n}>": f"Shared<{n}>::BYTES" for n in (16, 32, 64)},
+}
 
 
 def build_script() -> Any:
@@ -100,14 +108,37 @@ def compiled(build: Any, nvcc: str, source: Path, arch: str, folder: Path) -> di
     return {"file": source.name, "sm": sm, "functions": functions, "warnings": warnings}
 
 
-def table(parts: list[dict[str, Any]], nvcc: str) -> list[dict[str, Any]]:
-    """One row per function and architecture, with readable names."""
+def dynamic(build: Any, nvcc: str, file: str, folder: Path) -> dict[str, int]:
+    """Bytes that launches of a file's kernels ask for: the source itself is made to print its constants."""
+    words = DYNAMIC.get(file)
+    if not words or not (build.CSRC / file).exists():
+        return {}
+    lines = "".join(f'    std::printf("%d\\n", int(jaguar::{text}));\n' for text in words.values())
+    program = folder / f"print_{file}"
+    program.write_text(f'#include <cstdio>\n#include "{build.CSRC / file}"\nint main() {{\n{lines}}}\n')
+    target = program.with_suffix("")
+    arch = next(arch for arch in build.architectures(Path(file)) if "code=sm_" in arch)
+    link = build.compile_command(nvcc, program, target, [arch])
+    link.remove("-c")
+    done = subprocess.run([*link, "-cudart", "static"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{file} does not print its constants:\n{done.stdout}{done.stderr}")
+    said = subprocess.run([target], capture_output=True, text=True, check=True).stdout.split()
+    return dict(zip(words, map(int, said), strict=True))
+
+
+def table(parts: list[dict[str, Any]], nvcc: str, asked: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    """One row per function and architecture, with readable names and what launches ask for."""
     names = demangled(sorted({f["mangled"] for part in parts for f in part["functions"]}), nvcc)
     rows = [
         {"name": names[f["mangled"]], "file": part["file"], "sm": part["sm"]} | {n: f[n] for n in NUMBERS}
         for part in parts
         for f in part["functions"]
     ]
+    for row in rows:
+        own = row["name"].rpartition("::")[2] if "<" not in row["name"] else row["name"].removeprefix("jaguar::")
+        sizes = asked.get(row["file"], {})
+        row["dynamic"] = next((size for start, size in sizes.items() if own.startswith(start)), 0)
     return sorted(rows, key=lambda row: (row["file"], row["name"], row["sm"]))
 
 
@@ -116,14 +147,14 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# CUDA kernels as compiled (nvcc {result['nvcc']}; `make ptxas`)",
         "",
-        "Registers per thread; bytes of spills, stack and static shared memory (what a launch adds is not in it). Of",
-        "each file: `" + result["command"] + "`",
+        "Registers per thread; bytes of spills, stack, static shared memory, and shared memory that a launch asks for.",
+        "Of each file: `" + result["command"] + "`",
         "",
-        "| kernel | file | target | registers | spill stores | spill loads | stack | shared |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | file | target | registers | spill stores | spill loads | stack | shared | asked for |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["results"]:
-        numbers = ["" if row[n] is None else str(row[n]) for n in NUMBERS]
+        numbers = ["" if row[n] is None else str(row[n]) for n in (*NUMBERS, "dynamic")]
         lines.append(f"| {row['name']} | {row['file']} | {row['sm']} | " + " | ".join(numbers) + " |")
     lines += ["", *(f"- {text}" for text in result["warnings"])] if result["warnings"] else []
     return "\n".join(lines) + "\n"
@@ -144,7 +175,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(compiled, build, nvcc, *item, Path(folder)) for item in work]
         try:
+            printing = {file: pool.submit(dynamic, build, nvcc, file, Path(folder)) for file in DYNAMIC}
             parts = [job.result() for job in track(jobs, "compiling", console=console)]
+            asked = {file: job.result() for file, job in printing.items()}
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             console.print(f"error: {error}", markup=False, highlight=False)
@@ -153,7 +186,7 @@ def main() -> int:
     result = {
         "nvcc": build.nvcc_version(nvcc),
         "command": shlex.join(example).replace(str(build.CSRC), "csrc"),
-        "results": table(parts, nvcc),
+        "results": table(parts, nvcc, asked),
         "warnings": [f"{part['file']}, {part['sm']}: {text}" for part in parts for text in part["warnings"]],
     }
     spilling = [row for row in result["results"] if row["spill_stores"] or row["spill_loads"]]

@@ -15,13 +15,13 @@ constexpr int CACHED_DEVICES = 64;
 
 template <cudaDeviceAttr ATTRIBUTE>
 int device_attribute() {
-    static std::atomic<int> known[CACHED_DEVICES];  // 0: not yet asked; no attribute asked for here is ever 0
+    static std::atomic<int> known[CACHED_DEVICES];  // the value + 1; 0: not yet asked
     int device = 0, value = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
     if (device < CACHED_DEVICES) value = known[device].load(std::memory_order_relaxed);
-    if (value) return value;
+    if (value) return value - 1;
     if (cudaDeviceGetAttribute(&value, ATTRIBUTE, device) != cudaSuccess) return 0;
-    if (device < CACHED_DEVICES) known[device].store(value, std::memory_order_relaxed);
+    if (device < CACHED_DEVICES) known[device].store(value + 1, std::memory_order_relaxed);
     return value;
 }
 

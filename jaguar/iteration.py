@@ -89,7 +89,7 @@ def batches(matrices: Sequence[Tensor], small: int) -> list[list[int]]:
     many: dict[object, list[int]] = {}
     for i, matrix in enumerate(matrices):
         where = matrix.device, matrix.dtype
-        if min(matrix.shape) <= small:
+        if min(matrix.shape) <= small and matrix.numel() < 2**31:  # on chip, offsets have 32 bits
             few.setdefault(where, []).append(i)
         else:
             many.setdefault((*where, matrix.shape), []).append(i)
@@ -109,12 +109,13 @@ def orthogonalise(
     """
     for members in batches(matrices, kernels.small):
         chosen = [operand(matrices[i]) for i in members]  # copies, if any, of one batch only
-        if min(chosen[0].shape) <= kernels.small:
+        if min(chosen[0].shape) <= kernels.small and chosen[0].numel() < 2**31:
             outs = [torch.empty(G.shape, dtype=torch.bfloat16, device=G.device) for G in chosen]
             kernels.small_(chosen, outs, task.coefficients, 1.0 / task.scheme.margin)
         else:
             outs = list(_large(kernels, chosen, task).contiguous().unbind())
         yield members, outs
+        del chosen, outs
 
 
 def operand(matrix: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ class MuonSteps:
                 numbers.append(scalars[i])
         for where, factors in self.orthogonalise(matrices):
             self.moves.move_([slots[i] for i in where], factors, [numbers[i] for i in where], draws[0])
+            del factors  # before the next batch is made
 
     def _pieces(self, slot: Slot, m: Tensor) -> Iterator[tuple[Slot, Tensor]]:
         """The matrices of a slot: its (first, rest), or each of a batch with its place in the whole."""

@@ -318,6 +318,7 @@ class NewtonSchulz:
                 found = iteration.orthogonalise(_products(name), chosen, task)
             for members, factors in found:
                 yield [where[i] for i in members], factors
+                del factors  # or two batches would be in memory at a time
 
     def _by_reference(self, matrices: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
         coefficients = self._scheme.coefficients(self._steps)
@@ -325,6 +326,7 @@ class NewtonSchulz:
             chosen = torch.stack([matrices[i] for i in members])
             found = reference.newton_schulz(chosen, coefficients, self._scheme.margin, self._dtype)
             yield members, list(found.unbind())
+            del chosen, found
 
 
 def assigned(backend: str, matrix: Tensor, steps: int, dtype: torch.dtype) -> str:

@@ -45,6 +45,11 @@ def newton_schulz(
     if not isinstance(G, Tensor) or not G.is_floating_point():
         what = f"{G.dtype} of shape {tuple(G.shape)}" if isinstance(G, Tensor) else type(G).__name__
         raise TypeError(f"newton_schulz takes a floating-point tensor, got {what}")
+    if G.is_meta or G.layout != torch.strided:
+        raise ValueError(
+            f"newton_schulz takes dense values, got a tensor of shape {tuple(G.shape)} with layout {G.layout} on "
+            f"{G.device}"
+        )
     if G.dim() not in (2, 3):
         raise ValueError(
             f"newton_schulz takes a matrix (m, n) or a batch (b, m, n), got shape {tuple(G.shape)} on {G.device}; "

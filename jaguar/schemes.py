@@ -88,7 +88,7 @@ def checked(steps: int | None, coefficients: str, dtype: torch.dtype) -> int:
     Raises:
         ValueError: an option is out of range; the message names what would be right.
     """
-    if coefficients not in SCHEMES:
+    if not isinstance(coefficients, str) or coefficients not in SCHEMES:
         raise ValueError(f"coefficients={coefficients!r}: choose one of {', '.join(map(repr, SCHEMES))}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: iterate in {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")

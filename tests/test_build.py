@@ -463,7 +463,7 @@ def test_a_table_of_kernels_that_spill_is_a_failure(
     assert result["nvcc"] == "99.1" and "-Xptxas=-v -I csrc -c csrc/FILE.cu" in result["command"]
     page = (tmp_path / "results" / "ptxas.md").read_text()
     name = "tile<128, true>" if shutil.which("c++filt") else NAMES[0]
-    assert f"| {name} | one.cu | sm_80 | 96 | 4 | 8 | 16 | 1024 |" in page and "serialized" in page
+    assert f"| {name} | one.cu | sm_80 | 96 | 4 | 8 | 16 | 1024 | 0 |" in page and "serialized" in page
     assert "4 bytes of spill stores, 8 of spill loads" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -312,7 +313,11 @@ def matrix_group(**more: Any) -> list[dict[str, Any]]:
         (matrix_group(), {"ns_dtype": torch.float16}, "torch.bfloat16"),
         (matrix_group(), {"adjust_lr": "keller"}, "'match_rms_adamw'"),
         (matrix_group(), {"vector_lr": 1e-4, "lr": 0.0}, "give an lr above 0"),
-        (matrix_group(), {"vector_lr": -1.0}, "vector_lr"),
+        (matrix_group(), {"vector_lr": -1.0}, "vector_lr=-1.0 must be at least 0"),
+        (matrix_group(vector_lr=-2.0), {}, "vector_lr=-2.0 must be at least 0"),
+        (matrix_group(), {"vector_lr": "a"}, "vector_lr='a' is not a number"),
+        (matrix_group(lr="x", vector_lr=1.0), {}, "lr='x' is not a number"),
+        (matrix_group(ns="junk"), {"released": True}, "ns='junk'"),
         (matrix_group(), {"update": "some"}, "'sampled' or 'all'"),
         (matrix_group(momentum=0.5), {}, "may set lr, tau, beta, weight_decay, vector_lr, ns"),
         (matrix_group(), {"coordinates": 13}, "more than the 12"),
@@ -321,6 +326,43 @@ def matrix_group(**more: Any) -> list[dict[str, Any]]:
 def test_bad_arguments_are_refused(params: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         JaguarMuon(params, **options)
+
+
+@pytest.mark.parametrize("ns", [0, 1, np.bool_(False), np.bool_(True)])
+def test_truths_of_other_types_are_the_same_truths(ns: Any, tmp_path: Any) -> None:
+    x = torch.randn(3, 4, 5).requires_grad_()
+    opt = JaguarMuon([{"params": [("x", x)], "ns": ns}], coordinates=0.5)
+    assert opt.param_groups[0]["ns"] is bool(ns)
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"), [({"ns_dtype": torch.float32}, "16 bits"), ({"ns_steps": 40}, "at most 32"), ({}, "on cpu")]
+)
+def test_kernels_that_cannot_do_it_are_refused_before_anything_moves(
+    options: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "unavailable", dict)
+    with pytest.raises(ops.Unavailable, match=f"backend='cuda' cannot orthogonalise this: .*{match}"):
+        JaguarMuon(matrix_group(), backend="cuda", **options)
+
+
+def test_one_batch_of_factors_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = {f"m{i}": torch.randn(4, 4 + i).requires_grad_() for i in range(4)}
+    opt = JaguarMuon([{"params": p.items(), "ns": True}], coordinates=0.5)
+    alive: list[Any] = []
+    real = ops.reference.newton_schulz
+
+    def watched(*arguments: Any) -> Tensor:
+        assert all(ref() is None for ref in alive)
+        out = real(*arguments)
+        alive.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(ops.reference, "newton_schulz", watched)
+    opt.step(lambda: sum(t.square().sum() for t in p.values()))
+    assert len(alive) == 4
 
 
 def test_vector_lr_is_a_ratio_that_schedulers_scale() -> None:

@@ -53,6 +53,12 @@ def test_weight_decay_spares_vectors() -> None:
         assert {p.dim() >= 2 for _, p in group["params"]} == {group["weight_decay"] == 0.1}
 
 
+def test_weight_decay_of_none_is_the_optimizers() -> None:
+    opt = jaguar.JaguarMuon(jaguar.param_groups(Net()), weight_decay=0.1)
+    for group in opt.param_groups:
+        assert group["weight_decay"] == (0.1 if group["params"][0].dim() >= 2 else 0.0)
+
+
 def test_frozen_parameters_are_counted_and_left_out() -> None:
     net = Net()
     net.first.requires_grad_(False)
@@ -133,6 +139,23 @@ def test_lora_factors_are_matrices_and_the_head_is_not() -> None:
     opt.step(lambda: model(input_ids=ids, labels=torch.tensor([0, 1])).loss)
     moved = {n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])}
     assert {n for n in factors} <= moved
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: nn.Sequential(m)])
+def test_heads_of_wrapped_models_are_heads(wrap: Any) -> None:
+    found = paths(wrap(tiny("llama")))
+    (head,) = [name for name in found if name.endswith("lm_head.weight")]
+    assert found[head] is False and sum(ns is True for ns in found.values()) == 7
+
+
+@peft_warns
+def test_vectors_of_adapters_take_the_sign_rule() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny("opt"),
+        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
+    )
+    assert set(paths(model).values()) == {False}
 
 
 @peft_warns

@@ -34,6 +34,7 @@ class JaguarMuon(CoordinateMomentum):
 
     With `ns_period=r` 1/r of the matrices have their turn in each step, in rotation in canonical order, and then move
     by r lr (weight decay by r lr wd): Newton-Schulz costs 1/r. When a run ends, some matrices lack up to r - 1 steps.
+    They are dealt by number, not by size: with powers of two the steps of a transformer cost about the same.
 
     `released=True` is the closed form of what the authors' released code does: momentum starts at 0 in each step, so
     that of a block of r x c entries (a tenth of the rows and columns) has rank one, and its ten quintic steps are
@@ -160,24 +161,30 @@ class JaguarMuon(CoordinateMomentum):
             seed=seed,
             backend="auto" if backend == "cuda" else backend,
         )
+        self._check_backend(self._slots)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, with its `ns`; only before the first `measure`."""
-        if isinstance(param_group, dict) and not self._released:
-            if "ns" not in param_group:
+        if isinstance(param_group, dict):
+            if "ns" not in param_group and not self._released:
                 raise ValueError(
                     f"parameter group {len(self.param_groups)} does not say whether Newton-Schulz moves its matrices: "
                     "pass jaguar.param_groups(model), or dicts with 'ns': True or False"
                 )
-            if param_group["ns"] not in NS:
-                raise ValueError(f"ns={param_group['ns']!r}: choose {', '.join(map(repr, NS))}")
-            if param_group.get("vector_lr") is not None:
-                lr = float(param_group.get("lr", self.defaults["lr"]))
+            if "ns" in param_group:
+                param_group = param_group | {"ns": _checked_ns(param_group["ns"])}
+            if param_group.get("vector_lr") is not None and not self._released:
+                lr = param_group.get("lr", self.defaults["lr"])
                 param_group = param_group | {"vector_lr": _ratio(param_group["vector_lr"], lr)}
         super().add_param_group(param_group)
 
+    def _check_backend(self, slots: Sequence[Slot]) -> None:
+        """Raises Unavailable where Newton-Schulz of a matrix cannot run; before anything is written."""
+        for slot in filter(self._is_matrix, slots):
+            ops.assigned(self._ns_backend, slot.tensor, self._ns["steps"], self._ns["dtype"])
+
     def _is_matrix(self, slot: Slot) -> bool:
-        return not self._released and len(slot.shape) >= 2 and self.param_groups[slot.group]["ns"] is not False
+        return not self._released and len(slot.shape) >= 2 and bool(self.param_groups[slot.group]["ns"])
 
     def _with_roles(self, slots: list[Slot]) -> list[Slot]:
         return [replace(slot, **self._role(slot)) for slot in slots]
@@ -201,7 +208,8 @@ class JaguarMuon(CoordinateMomentum):
         if self._released:
             return super()._make_steps(slots)
         assert isinstance(self._direction, Coordinates)
-        stacked = [s.stream for s in slots if len(s.shape) == 3 and self.param_groups[s.group]["ns"] is True]
+        self._check_backend(slots)
+        stacked = [s.stream for s in slots if len(s.shape) == 3 and self.param_groups[s.group]["ns"] != "flatten"]
         return ops.muon_steps(
             self._backend,
             slots,
@@ -230,9 +238,22 @@ class JaguarMuon(CoordinateMomentum):
 def _ratio(vector_lr: float | None, lr: float) -> float:
     if vector_lr is None:
         return _VECTOR_RATIO
+    for name, value in (("lr", lr), ("vector_lr", vector_lr)):
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name}={value!r} is not a number")
+    if not 0.0 <= vector_lr < math.inf:
+        raise ValueError(f"vector_lr={vector_lr} must be at least 0")
     if not lr > 0:
         raise ValueError(f"vector_lr={vector_lr} is kept as its ratio to lr, and lr={lr}: give an lr above 0")
     return float(vector_lr) / float(lr)
+
+
+def _checked_ns(ns: Any) -> bool | str:
+    if isinstance(ns, str) or ns not in NS:  # 0 == False, and numpy has truths of its own
+        if ns != "flatten":
+            raise ValueError(f"ns={ns!r}: choose {', '.join(map(repr, NS))}")
+        return "flatten"
+    return bool(ns)
 
 
 def _released_gain(slot: Slot) -> float:

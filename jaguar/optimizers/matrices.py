@@ -14,22 +14,24 @@ from jaguar.params import Slot, identity
 
 # How a group's tensors with two or more dimensions are read.
 NS = (True, False, "flatten")
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\b")
 
 
-def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
     """The parameter groups of JAGUAR Muon: hidden matrices for Newton-Schulz, everything else for the sign rule.
 
     Newton-Schulz (`ns=True`) gets what has two dimensions (three: a batch of matrices), LoRA factors included;
     convolutions (`ns="flatten"`) are read as (first, rest). The sign rule (`ns=False`) gets embeddings, what is tied to
     one, the output head (`get_output_embeddings()`, and modules outside a transformers model's `base_model`), vectors
-    and scalars. As usual, weight decay spares vectors and scalars.
+    (adapters' rows and columns of scales too) and scalars. As usual, weight decay spares vectors and
+    scalars.
 
     Args:
         model: any module; frozen parameters may be among its own.
-        weight_decay: decoupled, multiplied by lr.
+        weight_decay: decoupled, multiplied by lr; None: the optimizer's.
 
     Returns:
-        Group dicts with `params` as (name, tensor), `ns` and `weight_decay`; no group is empty.
+        Group dicts with `params` as (name, tensor) and `ns`; no group is empty.
 
     Raises:
         TypeError: `model` is no module.
@@ -48,18 +50,21 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
                 apart.add(_key(parameter))
             if isinstance(module, _ConvNd):
                 flat.add(_key(parameter))
+            if isinstance(module, nn.ParameterDict) and parameter.dim() == 2 and min(parameter.shape) == 1:
+                apart.add(_key(parameter))  # adapters' vectors that are stored as rows or columns
     groups: dict[tuple[Any, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = _key(parameter)
-        is_factor = ".lora_" in name and parameter.dim() >= 2
+        is_factor = bool(_FACTOR.search(name))
         ns: Any = parameter.dim() >= 2 and (is_factor or key not in apart)
         if ns and (key in flat or parameter.dim() > 3):
             ns = "flatten"
         # A tie has one path, whatever its names: that of an embedding, if it is one.
         ns = seen.setdefault(key, ns)
         groups.setdefault((ns, parameter.dim() >= 2), []).append((name, parameter))
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [
-        {"params": entries, "ns": ns, "weight_decay": weight_decay if decays else 0.0}
+        {"params": entries, "ns": ns} | (decay if decays else {"weight_decay": 0.0})
         for (ns, decays), entries in groups.items()
     ]
 
@@ -69,26 +74,30 @@ def _key(parameter: Tensor) -> Any:
 
 
 def _outside(model: nn.Module) -> set[Any]:
-    """Parameters of the output head, in transformers' terms: of `get_output_embeddings()` and around `base_model`."""
-    unwrap: Any = getattr(model, "get_base_model", None)  # of PEFT's wrapper
-    inner: Any = model if unwrap is None else unwrap()
-    head = None
-    if callable(getattr(inner, "get_output_embeddings", None)):
+    """Parameters of output heads, in transformers' terms: of `get_output_embeddings()` and around `base_model`.
+
+    Of every model inside, because wrappers (DDP, PEFT, a module of the user's own) do not pass these names on.
+    """
+    found: set[Any] = set()
+    for inner in model.modules():
+        # Looked up on the class: PEFT's wrappers answer for the model inside, with a `base_model` of another meaning.
+        if not callable(getattr(type(inner), "get_output_embeddings", None)):
+            continue
         try:
-            head = inner.get_output_embeddings()
+            head = inner.get_output_embeddings()  # type: ignore[operator]
         except (NotImplementedError, AttributeError):  # a model without one
             head = None
-    found = {_key(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
-    base = getattr(inner, "base_model", None)
-    if isinstance(base, nn.Module) and base is not inner and hasattr(inner, "get_output_embeddings"):
-        within = {_key(parameter) for parameter in base.parameters()}
-        found |= {_key(parameter) for parameter in inner.parameters()} - within
+        if isinstance(head, nn.Module):
+            found |= {_key(parameter) for parameter in head.parameters()}
+        base = getattr(inner, "base_model", None)
+        if isinstance(base, nn.Module) and base is not inner:
+            found |= {_key(p) for p in inner.parameters()} - {_key(p) for p in base.parameters()}
     return found
 
 
 def matrix_shapes(slot: Slot, ns: Any) -> tuple[int, int]:
     """Rows and columns of the matrix (or of each matrix of a batch) that Newton-Schulz sees."""
-    shape = slot.shape[1:] if ns is True and len(slot.shape) == 3 else slot.shape
+    shape = slot.shape[1:] if ns != "flatten" and len(slot.shape) == 3 else slot.shape
     return shape[0], math.prod(shape[1:])
 
 
