@@ -113,6 +113,7 @@ __device__ __forceinline__ void consume(const jaguar_product_args& p, const Work
             previous = ring.stage;
         }
         wgmma_wait<0>();
+        wgmma_results(acc);
         if (lane == 0) barrier_arrive(empty + previous * 8);
         const Tile tile = tile_at(index, work.rows, work.columns, p.triangle);
 #pragma unroll

@@ -60,6 +60,13 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// To the compiler the accumulators are written by wgmma, not by the wait: without this it may read them before.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_results(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 #define JAGUAR_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JAGUAR_D16(i) JAGUAR_D4(i), JAGUAR_D4(i + 4), JAGUAR_D4(i + 8), JAGUAR_D4(i + 12)
 #define JAGUAR_D64(i) JAGUAR_D16(i), JAGUAR_D16(i + 16), JAGUAR_D16(i + 32), JAGUAR_D16(i + 48)

@@ -93,6 +93,9 @@ inline void wgmma_commit() {
     });
 }
 
+template <int COUNT>
+void wgmma_results(float (&)[COUNT]) {}
+
 template <int PENDING>
 void wgmma_wait() {
     auto& committed = emulator::block->warpgroups[emulator::thread / emulator::WARPGROUP].committed;
