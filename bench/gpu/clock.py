@@ -15,6 +15,8 @@ Call = Callable[[], object]
 _FLUSH = 2**28
 # About 0.2 ms: the host has recorded and launched before the GPU gets there, so that its own time is not measured.
 _HEAD_START = 400_000
+# For calls that launch a lot: cycles of a fast clock per second of the host, and the most of them.
+_CYCLES_PER_SECOND, _LONGEST_HEAD_START = 2.5e9, 50_000_000
 
 
 def nothing() -> None:
@@ -52,19 +54,51 @@ class CpuClock:
 
     def _calibrated(self, call: Call, most: int, before: Call = nothing) -> int:
         """Warms up, and says how many repetitions fit into the time."""
-        one = 0.0
+        one, _ = self._warmed(call, before)
+        return repeats(one, self._seconds, self._least, most)
+
+    def _warmed(self, call: Call, before: Call = nothing) -> tuple[float, float]:
+        """Seconds of the last call of the warm-up, and of the host in it; 0 without a warm-up."""
+        one = host = 0.0
         for _ in range(self._warm_up):
             self.synchronize()
             begin = time.perf_counter()
             before()
             call()
+            host = time.perf_counter() - begin
             self.synchronize()
             one = time.perf_counter() - begin
-        return repeats(one, self._seconds, self._least, most)
+        return one, host
 
     def kernel_ms(self, call: Call) -> dict[str, float]:
         """Milliseconds of the device's work that `call` queues."""
         return self.wall_ms(call)
+
+    def side_by_side_ms(self, calls: Sequence[Call]) -> list[dict[str, float]]:
+        """Milliseconds of the device's work of several calls, one after the other in every round.
+
+        What changes while they run (clocks, temperature) meets all of them alike.
+        """
+        found = self._rounds(calls, self._by_the_host)
+        return [summary([1e3 * (end - begin) for begin, end in pairs]) for pairs in found]
+
+    def _rounds(self, calls: Sequence[Call], timed: Callable[[Call, float], Any]) -> list[list[Any]]:
+        """What `timed` (call, seconds that the host needs for it) returns, for every call and round."""
+        needs = [self._warmed(call) for call in calls]
+        n = repeats(sum(whole for whole, _ in needs), self._seconds * len(calls), self._least, 100)
+        found: list[list[Any]] = [[] for _ in calls]
+        for _ in range(n):
+            for call, (_, host), own in zip(calls, needs, found, strict=True):
+                own.append(timed(call, host))
+        self.synchronize()
+        return found
+
+    def _by_the_host(self, call: Call, host: float) -> tuple[float, float]:
+        self.synchronize()
+        begin = time.perf_counter()
+        call()
+        self.synchronize()
+        return begin, time.perf_counter()
 
     def wall_ms(self, call: Call, before: Call = nothing) -> dict[str, float]:
         """Milliseconds until the work of `call` is done, from an idle device; `before` is not timed."""
@@ -108,14 +142,23 @@ class CudaClock(CpuClock):
 
     def kernel_ms(self, call: Call) -> dict[str, float]:
         """Milliseconds of the device's work that `call` queues, by CUDA events."""
-        events = []
-        for _ in range(self._calibrated(call, 100)):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.sum()  # reads, so that no written lines are left for the timed kernel to evict
-            torch.cuda._sleep(_HEAD_START)
-            begin.record()
-            call()
-            end.record()
-            events.append((begin, end))
+        events = [self._between_events(call) for _ in range(self._calibrated(call, 100))]
         self.synchronize()
         return summary([begin.elapsed_time(end) for begin, end in events])
+
+    def side_by_side_ms(self, calls: Sequence[Call]) -> list[dict[str, float]]:
+        """As `kernel_ms`; the head start lasts until the host has launched all of a call."""
+
+        def timed(call: Call, host: float) -> Any:
+            return self._between_events(call, int(1.2 * host * _CYCLES_PER_SECOND))
+
+        return [summary([begin.elapsed_time(end) for begin, end in pairs]) for pairs in self._rounds(calls, timed)]
+
+    def _between_events(self, call: Call, head_start: int = _HEAD_START) -> tuple[Any, Any]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.sum()  # reads, so that no written lines are left for the timed kernel to evict
+        torch.cuda._sleep(min(max(head_start, _HEAD_START), _LONGEST_HEAD_START))
+        begin.record()
+        call()
+        end.record()
+        return begin, end

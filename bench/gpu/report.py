@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from gpu import ns_report
+from gpu.tables import Target, table, times
 
 FULL, LORA = "opt-1.3b", "opt-1.3b-lora"
 MEZO = "MeZO's loop"
 ALL, SAMPLED = "JAGUAR all, m bf16", "JAGUAR sampled, m bf16"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number that a result should reach.
-
-    Attributes:
-        what: what is measured.
-        wanted: the least share of the copy's bandwidth, or the largest share of MeZO's time.
-        at_least: whether more is better.
-        measured: the number in a list of rows, None where they do not have it.
-    """
-
-    what: str
-    wanted: float
-    at_least: bool
-    measured: Callable[[Sequence[dict[str, Any]]], float | None]
-
-    def met(self, value: float | None) -> str:
-        """ "met", "not met" or "not measured"."""
-        if value is None:
-            return "not measured"
-        return "met" if (value >= self.wanted if self.at_least else value <= self.wanted) else "not met"
 
 
 def _of_copy(method: str, kernel: str) -> Callable[[Sequence[dict[str, Any]]], float | None]:
@@ -78,6 +57,7 @@ TARGETS = (
     Target("JAGUAR 'sampled' step / MeZO's loop, OPT-1.3B", 1 / 30, False, _ratio(FULL, SAMPLED)),
     Target("JAGUAR 'all' step / MeZO's loop, OPT-1.3B LoRA", 1 / 20, False, _ratio(LORA, ALL)),
     Target("JAGUAR 'sampled' step / MeZO's loop, OPT-1.3B LoRA", 1 / 20, False, _ratio(LORA, SAMPLED)),
+    *ns_report.TARGETS.values(),
 )
 
 
@@ -93,21 +73,9 @@ def target_rows(result: dict[str, Any]) -> list[list[str]]:
     found = []
     for target in TARGETS:
         value = target.measured(result["rows"])
-        wanted = f">= {target.wanted:.2f}" if target.at_least else f"<= {target.wanted:.3f}"
         number = "" if value is None else f"{value:.2f}" if target.at_least else f"{value:.4f}"
-        found.append([target.what, wanted, number, target.met(value)])
+        found.append([target.what, target.asked, number, target.met(value)])
     return found
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; all but the first column are aligned to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
-def times(ms: dict[str, float]) -> str:
-    """Median, quartiles and number of repetitions."""
-    return f"{ms['median']:.4g} ({ms['q1']:.4g} to {ms['q3']:.4g}; {ms['n']:.0f})"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -134,6 +102,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name in dict.fromkeys(row["list"] for row in rows if row["kind"] in ("kernel", "step")):
         lines += _list_part(name, result.get("lists", {}), [row for row in rows if row["list"] == name])
+    lines += ns_report.section(rows)
     if failed := failures(result):
         lines += ["## Failed", "", *(f"- {line}" for line in failed), ""]
     if dropped := [row for row in rows if row["kind"] == "dropped"]:

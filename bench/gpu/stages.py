@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from gpu.result import ROOT
 BUILD = ROOT / "build"
 TARGET = BUILD / "gpu"
 _CUDA_SHARE = 0.75  # of the build's time, for the build with nvcc; the rest is for one without
+# What `run` has started and not ended yet.
+_running: set[subprocess.Popen[bytes]] = set()
 _FOUND = 7  # compute-sanitizer's exit code when it found something
 
 
@@ -62,11 +66,13 @@ def run(command: Sequence[str | Path], seconds: float, log: Path | None = None, 
             stderr=subprocess.STDOUT if out else None,
             process_group=0,
         )
+        _running.add(child)
         try:
             return child.wait(timeout=max(seconds, 1.0))
         except subprocess.TimeoutExpired:
             return None
         finally:  # after Ctrl-C too
+            _running.discard(child)
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGTERM)
                 try:
@@ -77,6 +83,20 @@ def run(command: Sequence[str | Path], seconds: float, log: Path | None = None, 
     finally:
         if out:
             out.close()
+
+
+def together(*works: Callable[[], Stage]) -> list[Stage]:
+    """Stages at the same time: kernels are compiled on the CPU, which one process leaves mostly idle."""
+    threads = ThreadPoolExecutor(len(works))
+    try:
+        return [each.result() for each in [threads.submit(work) for work in works]]
+    except BaseException:  # Ctrl-C reaches this thread, and not those that wait for the children
+        for child in list(_running):
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+        raise
+    finally:
+        threads.shutdown()
 
 
 def build(seconds: float) -> Stage:
@@ -150,7 +170,7 @@ def tests(name: str, seconds: float, before: Sequence[str] = (), select: str = "
     files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bmark\.gpu\b", p.read_text())]
     if not files:
         return Stage(name, "failed", 0.0, "no file in tests/ has a GPU test")
-    log = BUILD / f"gpu-{name}.log"
+    log = BUILD / f"gpu-{name.lower().replace(' ', '-')}.log"
     # -P: else Python looks for `jaguar` in the repository root first.
     pytest = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
     words = [*before, *pytest, *(["-k", select] if select else [])]
