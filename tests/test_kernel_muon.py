@@ -207,3 +207,17 @@ def test_due_matrices_take_turns() -> None:
     slots = [Slot(str(i), torch.ones(2, 2), i, 0, torch.Size((2, 2)), signed=i == 2) for i in range(5)]
     steps = muon.MuonSteps(slots, frozenset(), None, None, None, 3)
     assert [steps.due(k) for k in range(4)] == [[0, 4], [1], [3], [0, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_released_steps_are_equal(dtype: torch.dtype) -> None:
+    """Tensors of one group with steps of different lengths: each reads its own row of scalars."""
+    net = Net(dtype)
+    found = []
+    for backend in ("reference", "triton"):
+        own = copy.deepcopy(net)
+        opt = JaguarMuon(jaguar.param_groups(own, 0.1), lr=0.3, tau=TAU, released=True, backend=backend)
+        for _ in range(3):
+            opt.step(own)
+        found.append([*all_bits(list(own.parameters())), *state_bits(opt, list(own.parameters()))])
+    assert found[0] == found[1]
