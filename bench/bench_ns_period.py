@@ -152,8 +152,8 @@ def named(result: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="two forward passes each (default: %(default)s)")
-    parser.add_argument("--pretraining", type=int, default=1500, help="steps of AdamW (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="two forward passes each (default: %(default)s)")
+    parser.add_argument("--pretraining", type=int, default=1000, help="steps of AdamW (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--periods", type=int, nargs="+", default=PERIODS)
     parser.add_argument(

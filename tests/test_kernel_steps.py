@@ -73,12 +73,12 @@ def many_steps(folder: Path, steps: int, dtype: torch.dtype, trained: tuple[str,
     assert [a != b for a, b in zip(start[0], everything(*runs[0])[0], strict=True)] == trains
 
 
-def test_forty_steps_in_fp32(tmp_path: Path) -> None:
-    many_steps(tmp_path, 40, torch.float32, SIX, lr=1e-3)
+def test_thirty_steps_in_fp32(tmp_path: Path) -> None:
+    many_steps(tmp_path, 30, torch.float32, SIX, lr=1e-3)
 
 
-def test_twenty_steps_in_bf16(tmp_path: Path) -> None:
-    many_steps(tmp_path, 20, torch.bfloat16, SIX, lr=1e-4, tau=2.0**-5, update="all", weight_decay=0.1)
+def test_twelve_steps_in_bf16(tmp_path: Path) -> None:
+    many_steps(tmp_path, 12, torch.bfloat16, SIX, lr=1e-4, tau=2.0**-5, update="all", weight_decay=0.1)
 
 
 @pytest.mark.slow
