@@ -89,7 +89,7 @@ def batches(matrices: Sequence[Tensor], small: int) -> list[list[int]]:
     many: dict[object, list[int]] = {}
     for i, matrix in enumerate(matrices):
         where = matrix.device, matrix.dtype
-        if min(matrix.shape) <= small and matrix.numel() < 2**31:  # on chip, offsets have 32 bits
+        if _on_chip(matrix, small):
             few.setdefault(where, []).append(i)
         else:
             many.setdefault((*where, matrix.shape), []).append(i)
@@ -98,6 +98,11 @@ def batches(matrices: Sequence[Tensor], small: int) -> list[list[int]]:
         size = max(1, min(_BATCH, _BATCH_ELEMENTS // matrices[members[0]].numel()))
         found += [members[i : i + size] for i in range(0, len(members), size)]
     return found
+
+
+def _on_chip(matrix: Tensor, small: int) -> bool:
+    """Whether it goes into the launch of the small ones, whose offsets have 32 bits."""
+    return min(matrix.shape) <= small and matrix.numel() < 2**31
 
 
 def orthogonalise(
@@ -109,7 +114,7 @@ def orthogonalise(
     """
     for members in batches(matrices, kernels.small):
         chosen = [operand(matrices[i]) for i in members]  # copies, if any, of one batch only
-        if min(chosen[0].shape) <= kernels.small and chosen[0].numel() < 2**31:
+        if _on_chip(chosen[0], kernels.small):
             outs = [torch.empty(G.shape, dtype=torch.bfloat16, device=G.device) for G in chosen]
             kernels.small_(chosen, outs, task.coefficients, 1.0 / task.scheme.margin)
         else:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from jaguar.directions import matrix_shape
 from jaguar.params import Slot, identity
 
 # How a group's tensors with two or more dimensions are read.
@@ -98,7 +99,7 @@ def _outside(model: nn.Module) -> set[Any]:
 def matrix_shapes(slot: Slot, ns: Any) -> tuple[int, int]:
     """Rows and columns of the matrix (or of each matrix of a batch) that Newton-Schulz sees."""
     shape = slot.shape[1:] if ns != "flatten" and len(slot.shape) == 3 else slot.shape
-    return shape[0], math.prod(shape[1:])
+    return matrix_shape(torch.Size(shape))
 
 
 def collapsed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str, int]]:
