@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from jaguar.optimizers import param_groups as param_groups
     from jaguar.polar import newton_schulz as newton_schulz
     from jaguar.record import Record as Record
+    from jaguar.scoring import Scorer as Scorer
+    from jaguar.trainer import ZOTrainer as ZOTrainer
+    from jaguar.training_args import ZOTrainingArguments as ZOTrainingArguments
 
 _HOME = {
     "JaguarMuon": "jaguar.optimizers",
@@ -25,6 +28,9 @@ _HOME = {
     "ZOSGD": "jaguar.optimizers",
     "ZOSignSGD": "jaguar.optimizers",
     "Record": "jaguar.record",
+    "Scorer": "jaguar.scoring",
+    "ZOTrainer": "jaguar.trainer",
+    "ZOTrainingArguments": "jaguar.training_args",
     "newton_schulz": "jaguar.polar",
     "param_groups": "jaguar.optimizers",
 }
@@ -33,7 +39,10 @@ __all__ = [
     "JaguarMuon",
     "JaguarSignSGD",
     "Record",
+    "Scorer",
     "ZOSignSGD",
+    "ZOTrainer",
+    "ZOTrainingArguments",
     "__version__",
     "newton_schulz",
     "param_groups",

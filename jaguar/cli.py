@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
+import dataclasses
 import os
 import sys
 import warnings
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaguar
-from jaguar.choices import METHODS
-from jaguar.flags import make_parser
+from jaguar.flag_groups import ADAPTERS, EVAL_BATCH
+from jaguar.flags import Parser, make_parser, parse
 
 
 class Refused(Exception):
@@ -36,12 +36,15 @@ def _refusals() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = make_parser().parse_args(argv)
+    args, rest = parse(argv)
+    if args.command == "finetune" and (rest or "help_all" in args):
+        args.trainer = _trainer_flags(args, rest)
     command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console = Console()
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: not to our users
             warnings.showwarning = lambda message, *_, **__: console.print(
                 f"warning: {message}", style="yellow", markup=False, highlight=False
             )
@@ -61,69 +64,110 @@ def _quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _data(args: argparse.Namespace) -> Any:
-    from jaguar.evaluation import Data
+def _trainer_flags(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+    """The given fields of TrainingArguments that have no flag of ours."""
+    from transformers import HfArgumentParser, TrainingArguments
 
-    return Data(
-        text_column=args.text_column,
-        label_column=args.label_column,
-        template=args.template,
-        max_length=args.max_length,
-        verbalizers=tuple(args.verbalizers) if args.verbalizers else None,
-        eval_batch_size=args.per_device_eval_batch_size,
-    )
+    parser = HfArgumentParser(TrainingArguments, add_help=False, prog="jaguar finetune", allow_abbrev=False)
+    parser.error = Parser.error.__get__(parser)  # one line
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    if "help_all" in args:
+        own = make_parser()
+        with contextlib.suppress(SystemExit):
+            own.parse_args(["finetune", "--help"])
+        print("\nEvery flag of transformers.TrainingArguments\n")
+        print(parser.format_help().split("\n\n", 1)[1])
+        raise SystemExit(0)
+    found, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return vars(found)
+
+
+def _split(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The given flags that are fields of a dataclass."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    given = {key: value for key, value in vars(args).items() if key in names}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _adapter(args: argparse.Namespace) -> Any:
+    from jaguar.adapters import Adapter
+
+    chosen = [kind for kind, flag in ADAPTERS.items() if flag in args]
+    if len(chosen) > 1:
+        raise Refused(f"--{ADAPTERS[chosen[0]]} and --{ADAPTERS[chosen[1]]}: choose one adapter")
+    kind = chosen[0] if chosen else "none"
+    options = {name.removeprefix("lora_"): name for name in ("lora_r", "lora_alpha", "lora_target_modules")}
+    if kind == "lora":
+        values = {field: getattr(args, name) for field, name in options.items() if name in args}
+        if "target_modules" in values:
+            values["target_modules"] = tuple(values["target_modules"])
+    else:
+        values = {"num_virtual_tokens": args.num_virtual_tokens} if "num_virtual_tokens" in args else {}
+        lost = [name for name in options.values() if name in args]
+        if lost or (values and kind == "none"):
+            raise Refused(
+                f"--{(lost or ['num_virtual_tokens'])[0]} needs "
+                + ("--lora" if lost else "--prefix_tuning or --prompt_tuning")
+            )
+    return Adapter(kind, **values)
 
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:
+    from jaguar.data import Data
     from jaguar.finetune import Finetuning, Interrupted, Run
     from jaguar.optimizers.base import NonFiniteLoss
     from jaguar.report import say
+    from jaguar.training_args import ZOTrainingArguments
 
     _quiet_transformers()
-    known = {key for name in METHODS.values() for key in inspect.signature(getattr(jaguar, name)).parameters} - {"seed"}
-    optimizer = {key: value for key, value in vars(args).items() if key in known and value is not None}
+    own = ("output_dir", "resume_from_checkpoint")
+    arguments = {key: value for key, value in _split(args, ZOTrainingArguments).items() if key not in own}
+    preset = args.preset_found
     run = Run(
         model=args.model,
-        train_file=args.train_file,
-        test_file=args.test_file,
         output_dir=args.output_dir,
-        data=_data(args),
-        method=args.method,
-        optimizer=optimizer,
-        train=args.train,
-        dtype=args.dtype,
-        use_cpu=args.use_cpu,
-        max_steps=args.max_steps,
-        batch_size=args.per_device_train_batch_size,
-        lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_steps,
-        eval_steps=args.eval_steps,
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        seed=args.seed,
-        resume_from_checkpoint=args.resume_from_checkpoint,
-        overwrite_output_dir=args.overwrite_output_dir,
+        data=Data(**_split(args, Data)),
+        adapter=_adapter(args),
+        arguments=arguments | getattr(args, "trainer", {}),
+        train=getattr(args, "train", "all"),
+        dtype=getattr(args, "dtype", "auto"),
+        in_4bit="load_in_4bit" in args,
+        resume_from_checkpoint=getattr(args, "resume_from_checkpoint", None),
+        overwrite_output_dir="overwrite_output_dir" in args,
+        settings=f"settings of {preset.source}" if preset else "",
     )
     with _refusals():
         job = Finetuning(run, console)
     job.describe()
     try:
         job.train()
+        job.finish()
     except Interrupted as stop:
         say(console, str(stop))
         return 130
     except NonFiniteLoss as error:
         raise Refused(str(error)) from error
-    job.finish()
     return 0
 
 
 def _eval(args: argparse.Namespace, console: Console) -> int:
+    from jaguar.data import Data
     from jaguar.evaluation import evaluate_model
 
     _quiet_transformers()
     with _refusals():
-        evaluate_model(args.model, args.test_file, _data(args), console, dtype=args.dtype, use_cpu=args.use_cpu)
+        evaluate_model(
+            args.model,
+            Data(**_split(args, Data)),
+            console,
+            dtype=getattr(args, "dtype", "auto"),
+            use_cpu="use_cpu" in args,
+            in_4bit="load_in_4bit" in args,
+            batch_size=getattr(args, "per_device_eval_batch_size", EVAL_BATCH),
+        )
     return 0
 
 
@@ -164,7 +208,7 @@ def _info(args: argparse.Namespace, console: Console) -> int:
         "Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference"
     )
     console.print(table)
-    if args.model:
+    if "model" in args:
         with _refusals():
             _print_paths(args.model, console)
     return 0 if healthy else 1

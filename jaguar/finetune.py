@@ -1,50 +1,38 @@
-"""`jaguar finetune`: from a model and labelled text to figures, a picture and a tuned model."""
+"""`jaguar finetune`: from a model and a task to figures, a picture and a tuned model or adapter."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
 import math
 import shlex
 import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from transformers import PrinterCallback
 
-import jaguar
-from jaguar.choices import METHODS
-from jaguar.evaluation import Data, make_scorer, peak_memory, versions
+from jaguar.adapters import Adapter
+from jaguar.data import Data
+from jaguar.evaluation import make_scorer, peak_memory, versions
+from jaguar.flag_groups import DEFAULTS, EVAL_BATCH
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
-from jaguar.optimizers import JaguarMuon
-from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
-from jaguar.report import StepBar, draw_curves, row_bar, say, score_table
-from jaguar.saving import check_space, prepare_folder, save_files, save_folder, write_model
-from jaguar.scoring import Scores, batches, evaluate, paired_se
-from jaguar.tasks.text_classification import Example, read_rows
+from jaguar.progress import Bar, Losses, Stop
+from jaguar.report import Points, draw_curves, row_bar, say, score_table
+from jaguar.saving import check_space, prepare_folder, save_files, write_model
+from jaguar.scoring import Scores, evaluate, paired_se
+from jaguar.trainer import ZOTrainer
+from jaguar.training_args import ZOTrainingArguments
 
-_STATE = "training_state.pt"
+_STATE = "jaguar_run.pt"
 # What may differ between a run and the run that continues it.
-_FREE = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "model",
-    "logging_steps",
-    "save_steps",
-    "use_cpu",
-)
-
+_FREE = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "use_cpu", "logging_steps", "save_steps")
+_FREE += ("save_total_limit", "report_to")
 
 # What the released code's step decides.
 _FIXED = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
@@ -57,44 +45,26 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a fine-tuning run."""
+    """Everything that decides a fine-tuning run; `arguments` are fields of `ZOTrainingArguments`."""
 
     model: str
-    train_file: str
-    test_file: str
     output_dir: str
     data: Data = field(default_factory=Data)
-    method: str = "jaguar-signsgd"
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    adapter: Adapter = field(default_factory=Adapter)
+    arguments: dict[str, Any] = field(default_factory=dict)
     train: str = "all"
     dtype: str = "auto"
-    use_cpu: bool = False
-    max_steps: int = 100
-    batch_size: int = 16
-    lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
-    eval_steps: int = 0
-    logging_steps: int = 10
-    save_steps: int = 0
-    seed: int = 0
+    in_4bit: bool = False
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
+    settings: str = ""
 
     def comparable(self) -> dict[str, Any]:
         """The settings that a continued run must share, as plain values."""
-        settings = json.loads(json.dumps(asdict(self), default=str))
-        return {key: value for key, value in settings.items() if key not in _FREE}
-
-
-@dataclass
-class History:
-    """What happened so far."""
-
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    test_points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    forward_passes: int = 0
-    seconds: float = 0.0
+        values = asdict(self)
+        flat = {**values, **values.pop("data"), **values.pop("adapter"), **values.pop("arguments")}
+        plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))
+        return {key: value for key, value in plain.items() if key not in (*_FREE, "data", "adapter", "arguments")}
 
 
 class Finetuning:
@@ -103,78 +73,122 @@ class Finetuning:
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
         self.folder = Path(run.output_dir)
+        args = self._arguments()
         prepare_folder(self.folder)
-        if (self.folder / "config.json").exists() and not run.overwrite_output_dir:
+        held = [name for name in ("config.json", "adapter_config.json") if (self.folder / name).exists()]
+        if held and not run.overwrite_output_dir:
             raise ValueError(
                 f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
                 "--overwrite_output_dir"
             )
-        train_rows = read_rows(run.train_file, run.data.text_column, run.data.label_column)
-        test_rows = read_rows(run.test_file, run.data.text_column, run.data.label_column)
-        source = run.resume_from_checkpoint or run.model
-        state = self._load_state(Path(source)) if run.resume_from_checkpoint else None
-        with console.status(f"loading {source}"):
-            self.loaded = load(source, dtype=run.dtype, use_cpu=run.use_cpu)
-        self.task = run.data.task(source, self.loaded, train_rows)
-        if self.loaded.is_classifier:
-            self.loaded.model.config.id2label = dict(enumerate(self.task.labels))
-            self.loaded.model.config.label2id = {label: i for i, label in enumerate(self.task.labels)}
-        self.train_set, self.test_set = (
-            run.data.examples(self.task, rows, self.loaded, path)
-            for rows, path in ((train_rows, run.train_file), (test_rows, run.test_file))
+        state = self._load_state(Path(run.resume_from_checkpoint)) if run.resume_from_checkpoint else None
+        rows = run.data.splits(run.model)
+        with console.status(f"loading {run.model}"):
+            self.loaded = load(run.model, dtype=run.dtype, use_cpu=args.use_cpu, in_4bit=run.in_4bit)
+        self.task = run.data.make_task(run.model, self.loaded, rows.train)
+        self._set_trainable()
+        if self.loaded.kind == "classifier":
+            self.loaded.model.config.id2label = dict(enumerate(self.task.classes))
+            self.loaded.model.config.label2id = {label: i for i, label in enumerate(self.task.classes)}
+        self.train_set, self.dev_set, self.test_set = (
+            run.data.examples(self.task, part, self.loaded) for part in (rows.train, rows.dev, rows.test)
         )
-        if len(self.train_set) < run.batch_size:
+        if len(self.train_set) < args.per_device_train_batch_size:
             raise ValueError(
-                f"{run.train_file} has {len(self.train_set)} rows, fewer than one batch of {run.batch_size}"
+                f"there are {len(self.train_set)} training rows, fewer than one batch of "
+                f"{args.per_device_train_batch_size}"
             )
-        self.scorer = make_scorer(self.loaded, self.task, self.train_set[0])
-        self.optimizer = self._make_optimizer()
-        self.scheduler = self._make_scheduler()
-        check_space(self.folder, self.loaded.model)
-        self.history = History()
-        self.before: Scores | None = None
+        self.scorer = make_scorer(self.loaded, self.task, self.train_set)
+        self.losses, self.before = Losses(), None
+        self.trainer = self._make_trainer(args)
+        check_space(self.folder, self.model)
         if state is not None:
             self._restore(state)
 
-    def _make_optimizer(self) -> ZerothOrder:
-        chosen = select_trainable(self.loaded.model, self.run.train)
-        kind: type[ZerothOrder] = getattr(jaguar, METHODS[self.run.method])
-        known = inspect.signature(kind).parameters
-        for key in self.run.optimizer:
-            if key not in known:
-                options = ", ".join(f"--{name}" for name in known if name not in ("params", "seed"))
-                raise ValueError(f"--method {self.run.method} has no option --{key}; it has {options}")
-        fixed = _FIXED & set(self.run.optimizer)
-        if self.run.optimizer.get("released") and fixed:
+    @property
+    def model(self) -> Any:
+        """The model, with its adapter."""
+        return self.scorer.model
+
+    def _arguments(self) -> ZOTrainingArguments:
+        """Trainer's arguments: what was given, and what a run of this command takes else."""
+        run = self.run
+        given = dict(run.arguments)
+        defaults: dict[str, Any] = dict(DEFAULTS) | {"per_device_eval_batch_size": EVAL_BATCH, "report_to": "none"}
+        if "num_train_epochs" in given:
+            del defaults["max_steps"]
+        eval_steps, save_steps = given.pop("eval_steps", 0), given.pop("save_steps", 0)
+        has_dev = run.data.has_dev(run.model)
+        if eval_steps:
+            defaults |= {"eval_strategy": "steps", "eval_steps": eval_steps}
+            if has_dev:
+                defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+        defaults["save_strategy"] = "steps" if save_steps else "best" if eval_steps and has_dev else "no"
+        if save_steps:
+            defaults |= {"save_steps": save_steps}
+        defaults |= {"save_total_limit": 1, "disable_tqdm": True}
+        defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns that it cannot
+        if given.get("released") and (fixed := _FIXED & given.keys()):
             raise ValueError(f"--released fixes sampling, beta and update, so --{min(fixed)} cannot be given with it")
-        params: Any = chosen
-        if issubclass(kind, JaguarMuon):
-            params = jaguar.param_groups(self.loaded.model, self.run.optimizer.get("weight_decay", 0.0))
-        return kind(params, **self.run.optimizer, seed=self.run.seed)
-
-    def _make_scheduler(self) -> Any:
-        from transformers import get_scheduler
-
-        if self.run.lr_scheduler_type == "constant" and self.run.warmup_steps:
+        args = ZOTrainingArguments(run.output_dir, **(defaults | given))
+        if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "constant" and args.warmup_steps:
             raise ValueError("--lr_scheduler_type constant has no warm-up; choose constant_with_warmup")
-        return get_scheduler(self.run.lr_scheduler_type, self.optimizer, self.run.warmup_steps, self.run.max_steps)
+        return args
+
+    def _set_trainable(self) -> None:
+        run, model = self.run, self.loaded.model
+        has_adapter = hasattr(model, "peft_config")
+        if run.adapter.kind == "none" and not has_adapter:
+            if run.in_4bit:
+                raise ValueError("--load_in_4bit freezes the weights: train an adapter beside them, with --lora")
+            select_trainable(model, run.train)
+            return
+        if run.train != "all":
+            raise ValueError(f"--train {run.train} is of the model's own parameters; leave it out with an adapter")
+        if has_adapter and run.adapter.kind != "none":
+            raise ValueError(f"{run.model!r} is an adapter already: it is trained on; leave --lora and the like out")
+        self.loaded = replace(self.loaded, model=run.adapter.applied(model, self.loaded.kind))
+
+    def _make_trainer(self, args: ZOTrainingArguments) -> ZOTrainer:
+        eval_set = (self.dev_set or self.test_set) if args.eval_strategy != "no" else None
+        trainer = ZOTrainer(
+            self.model,
+            args,
+            scorer=self.scorer,
+            train_dataset=self.train_set,
+            eval_dataset=eval_set,
+            processing_class=self.loaded.tokenizer,
+        )
+        trainer.pop_callback(PrinterCallback)
+        self.stop, self.bar = Stop(self.console), Bar(self.console, self.losses)
+        for callback in (self.losses, self.bar, self.stop):
+            trainer.add_callback(callback)
+        trainer.beside = self._keep
+        trainer.create_optimizer()
+        return trainer
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def describe(self) -> None:
         """Prints what will happen."""
-        run, model = self.run, self.loaded.model
-        count = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-        total = sum(p.numel() for p in model.parameters())
-        labels = ", ".join(self.task.labels)
-        self._say(f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained (--train {run.train})")
-        self._say(f"data: {len(self.train_set):,} training and {len(self.test_set):,} held-out rows, labels {labels}")
-        self._say(str(self.optimizer))
-        if isinstance(self.optimizer, CoordinateMomentum) and run.max_steps * self.optimizer.fraction < 3.0:
-            visits = run.max_steps * self.optimizer.fraction
+        run, optimizer = self.run, self.trainer.optimizer
+        count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        total = sum(p.numel() for p in self.model.parameters())
+        what = f"--train {run.train}" if run.adapter.kind == "none" else run.adapter.kind
+        self._say(f"model {run.model}: {total / 1e6:.1f} M parameters, {count:,} trained ({what})")
+        dev = f", {len(self.dev_set):,} dev" if self.dev_set else ""
+        labels = f", labels {', '.join(self.task.classes)}" if self.task.classes else ""
+        self._say(
+            f"task {self.task.name}: {len(self.train_set):,} training{dev} and {len(self.test_set):,} held-out rows{labels}"
+        )
+        if run.settings:
+            self._say(run.settings)
+        self._say(str(optimizer))
+        steps = self.trainer.args.max_steps
+        if isinstance(optimizer, CoordinateMomentum) and 0 < steps * optimizer.fraction < 3.0:
             self._say(
-                f"note: {run.max_steps} steps visit a coordinate {visits:.2g} times on average, fewer than 3; momentum "
-                "will hardly act",
+                f"note: {steps} steps visit a coordinate {steps * optimizer.fraction:.2g} times on average, fewer than 3; "
+                "momentum will hardly act",
                 "yellow",
             )
 
@@ -185,53 +199,51 @@ class Finetuning:
         """The steps that are left.
 
         Raises:
-            Interrupted: Ctrl-C; the state is saved unless nothing was done yet.
+            Interrupted: Ctrl-C; what is saved where is said.
         """
-        run, history = self.run, self.history
-        done = self.optimizer.steps_done
+        trainer = self.trainer
         try:
             if self.before is None:
                 self.before = self.test("zero-shot")
-            work = islice(batches(self.train_set, run.batch_size, run.seed, done), run.max_steps - done)
-            with StepBar(self.console, run.max_steps, done, run.logging_steps) as bar:
-                for batch in work:
-                    self._step(batch)
-                    done = self.optimizer.steps_done
-                    bar.update(done, history.losses, history.accuracies)
-                    if run.eval_steps and done % run.eval_steps == 0 and done < run.max_steps:
-                        self.test(f"step {done}")
-                    if run.save_steps and done % run.save_steps == 0:
-                        self.save_checkpoint()
-            self.after = self.test("tuned")
         except KeyboardInterrupt:
-            raise Interrupted(self._stop()) from None
+            raise Interrupted("stopped before the first step; there is nothing to save") from None
+        try:
+            with self.stop:
+                self.result = trainer.train(resume_from_checkpoint=self.run.resume_from_checkpoint)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped at once after step {trainer.state.global_step}; {self._last_saved()}") from None
+        finally:
+            self.bar.close()
+        if self.stop.asked:
+            step, folder = trainer.state.global_step, self._checkpoint()
+            raise Interrupted(
+                f"stopped after step {step} of {trainer.state.max_steps}; saved in {folder}\n{self._go_on(folder)}"
+            )
 
-    def _step(self, batch: list[Example]) -> None:
-        hits: list[Tensor] = []
-        labels = torch.tensor([example.label for example in batch], device=self.scorer.device)
+    def _checkpoint(self) -> Path:
+        return self.folder / f"checkpoint-{self.trainer.state.global_step}"
 
-        def closure() -> Tensor:
-            logits = self.scorer(batch)
-            hits.append((logits.argmax(1) == labels).float().mean())
-            return F.cross_entropy(logits, labels)
+    def _last_saved(self) -> str:
+        found = [path.parent for path in self.folder.glob(f"checkpoint-*/{_STATE}")]
+        if not found:
+            return "nothing was saved"
+        last = max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        return f"the last checkpoint is {last}\n{self._go_on(last)}"
 
-        begin, before = time.monotonic(), self.scorer.forward_passes
-        loss = self.optimizer.measure(closure).loss
-        with HeldInterrupts():  # the step and what is remembered of it belong together
-            self.optimizer.step()
-            self.scheduler.step()
-            self.history.forward_passes += self.scorer.forward_passes - before
-            self.history.losses.append(loss)
-            self.history.accuracies.append(torch.stack(hits).mean().item())
-            self.history.seconds += time.monotonic() - begin
+    def _go_on(self, folder: Path) -> str:
+        words = [
+            word
+            for i, word in enumerate(sys.argv[1:], 1)
+            if not word.startswith("--resume_from_checkpoint") and sys.argv[i - 1] != "--resume_from_checkpoint"
+        ]
+        return f"go on with: {_program()} {shlex.join(words)} --resume_from_checkpoint {folder}"
 
     def test(self, what: str) -> Scores:
-        """Scores the held-out rows and remembers the figures."""
+        """Scores the held-out rows."""
         bar, advance = row_bar(self.console, f"scoring held-out rows ({what})", len(self.test_set))
         with bar:
-            scores = evaluate(self.scorer, self.test_set, self.run.data.eval_batch_size, advance)
+            scores = evaluate(self.scorer, self.test_set, self.trainer.args.per_device_eval_batch_size, advance)
         figures = scores.figures()
-        self.history.test_points.append((self.optimizer.steps_done, figures))
         auc = f", AUC {figures['auc']:.4f}" if "auc" in figures else ""
         rows = len(self.test_set)
         self._say(
@@ -240,90 +252,121 @@ class Finetuning:
         return scores
 
     def finish(self) -> dict[str, Any]:
-        """Saves model, picture and figures, prints the table, and returns the figures."""
+        """Saves the model, scores it, draws the picture, prints the table, and returns the figures.
+
+        Raises:
+            Interrupted: Ctrl-C while scoring; the model is saved by then.
+        """
+
+        def write(folder: Path) -> None:
+            write_model(folder, self.model, self.loaded.tokenizer)
+            save_task(self.task, folder)
+
+        with HeldInterrupts():
+            save_files(self.folder, write)
+        try:
+            after = self.test("tuned")
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped while scoring; the tuned model is in {self.folder}") from None
         assert self.before is not None
-        run, history = self.run, self.history
-        before, after = self.before.figures(), self.after.figures()
-        se = paired_se(self.before, self.after)
-        metrics: dict[str, Any] = {
-            "method": run.method,
+        metrics = self._metrics(self.before, after)
+
+        def write_figures(folder: Path) -> None:
+            self._draw(folder / "training_curves.png", metrics)
+            text = json.dumps(_finite(metrics), indent=2, allow_nan=False)
+            (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+        with HeldInterrupts():
+            save_files(self.folder, write_figures)
+        self._print(metrics)
+        return metrics
+
+    def _metrics(self, before: Scores, after: Scores) -> dict[str, Any]:
+        run, trainer, args = self.run, self.trainer, self.trainer.args
+        first, last = before.figures(), after.figures()
+        steps = trainer.state.global_step
+        record = getattr(trainer.optimizer.optimizer, "last_record", None)
+        dev = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        best = trainer.state.best_metric if args.load_best_model_at_end else None
+        return {
+            "task": self.task.name,
+            "method": args.optim_zo,
+            "adapter": run.adapter.kind,
             "train": run.train,
-            "seed": run.seed,
-            "steps": self.optimizer.steps_done,
-            "skipped_steps": self.optimizer.n_skipped,
+            "seed": args.seed,
+            "steps": steps,
+            "skipped_steps": getattr(trainer.optimizer.optimizer, "n_skipped", 0),
+            "batch_size": args.per_device_train_batch_size,
+            "train_rows": len(self.train_set),
+            "dev_rows": len(self.dev_set),
             "test_rows": len(self.test_set),
-            "before": before,
-            "after": after,
-            "accuracy_change": after["accuracy"] - before["accuracy"],
-            "paired_se": se,
-            "training_seconds": history.seconds,
-            "training_forward_passes": history.forward_passes,
-            "peak_memory_bytes": peak_memory(self.scorer.device),
+            "before": first,
+            "after": last,
+            "accuracy_change": last["accuracy"] - first["accuracy"],
+            "paired_se": paired_se(before, after),
+            "evaluations": [
+                {key.removeprefix("eval_"): entry.get(key) for key in ("step", "eval_loss", "eval_accuracy")}
+                for entry in dev
+            ],
+            "best_dev_loss": best,
+            "best_step": trainer.state.best_global_step if best is not None else None,
+            "training_seconds": self.result.metrics["train_runtime"],
+            "training_forward_passes": steps
+            * args.gradient_accumulation_steps
+            * (len(record.losses) if record is not None else 1),
+            "peak_memory_bytes": peak_memory(args.device),
             "command": shlex.join(["jaguar", *sys.argv[1:]]),
             "versions": versions(),
         }
 
-        def write(folder: Path) -> None:
-            write_model(folder, self.loaded.model, self.loaded.tokenizer)
-            save_task(self.task, folder)
-            draw_curves(
-                folder / "training_curves.png",
-                losses=history.losses,
-                accuracies=history.accuracies,
-                test_points=history.test_points,
-                title=f"{run.method} on {Path(run.model).name}, seed {run.seed}: held-out accuracy "
-                f"{before['accuracy']:.1%} to {after['accuracy']:.1%}",
-            )
-            (folder / "metrics.json").write_text(json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
+    def _draw(self, path: Path, metrics: dict[str, Any]) -> None:
+        run, first, last = self.run, metrics["before"], metrics["after"]
+        found = metrics["evaluations"]
+        kept = metrics["best_step"] if metrics["best_step"] is not None else metrics["steps"]
+        ends = Points(
+            f"{metrics['test_rows']} held-out rows",
+            [0, kept],
+            [first["loss"], last["loss"]],
+            [first["accuracy"], last["accuracy"]],
+            [first["accuracy_se"], last["accuracy_se"]],
+        )
+        name = f"{metrics['dev_rows']} dev rows" if self.dev_set else "held-out rows on the way"
+        way = Points(name, *([entry[key] for entry in found] for key in ("step", "loss", "accuracy")))
+        draw_curves(
+            path,
+            losses=self.losses.values,
+            points=[ends, way] if found else [ends],
+            title=f"{metrics['method']} on {Path(run.model).name}, {self.task.name}, seed {metrics['seed']}: held-out "
+            f"accuracy {first['accuracy']:.1%} to {last['accuracy']:.1%}",
+        )
 
-        with HeldInterrupts():
-            save_files(self.folder, write)
-        points = 100 * metrics["accuracy_change"]
+    def _print(self, metrics: dict[str, Any]) -> None:
+        before, after = metrics["before"], metrics["after"]
+        points, se = 100 * metrics["accuracy_change"], 100 * metrics["paired_se"]
         change = {
-            "accuracy": f"{points:+.2f} points, paired SE {100 * se:.2f}",
+            "accuracy": f"{points:+.2f} points, paired SE {se:.2f}",
             "loss": f"{after['loss'] - before['loss']:+.4f}",
         }
-        if "auc" in before:
+        if "auc" in before and "auc" in after:
             change["auc"] = f"{after['auc'] - before['auc']:+.4f}"
         columns = {"zero-shot": before, "tuned": after}
-        self.console.print(score_table(f"{run.method}, {len(self.test_set)} held-out rows", columns, change))
+        self.console.print(score_table(f"{metrics['method']}, {len(self.test_set)} held-out rows", columns, change))
+        if metrics["best_step"] is not None:
+            self._say(f"the model is that of step {metrics['best_step']}, dev loss {metrics['best_dev_loss']:.4f}")
         memory = metrics["peak_memory_bytes"] / 2**30
         self._say(
-            f"{self.optimizer.steps_done} steps in {history.seconds:.0f} s, {history.forward_passes} forward passes of "
-            f"{run.batch_size} rows, peak memory {memory:.2f} GiB"
+            f"{metrics['steps']} steps in {metrics['training_seconds']:.0f} s, {metrics['training_forward_passes']} forward "
+            f"passes of {metrics['batch_size']} rows, peak memory {memory:.2f} GiB"
         )
         self._say(f"model, training_curves.png and metrics.json are in {self.folder}")
-        return metrics
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
+    # -- what goes with a checkpoint -------------------------------------------------------------------------------
 
-    def save_checkpoint(self) -> Path:
-        """Everything that a continued run needs, in output_dir/checkpoint-STEP; older checkpoints go."""
+    def _keep(self, folder: Path) -> None:
         assert self.before is not None
-        folder = self._checkpoint_folder()
-        state = {
-            "run": self.run.comparable(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "history": asdict(self.history),
-            "before": self.before.logits,
-            "test_rows": len(self.test_set),
-        }
-
-        def write(staging: Path) -> None:
-            write_model(staging, self.loaded.model, self.loaded.tokenizer)
-            save_task(self.task, staging)
-            torch.save(state, staging / _STATE)
-
-        with HeldInterrupts():
-            save_folder(folder, write)
-            for other in self.folder.glob("checkpoint-*"):
-                if other != folder and (other / _STATE).is_file():
-                    shutil.rmtree(other, ignore_errors=True)
-        return folder
-
-    def _checkpoint_folder(self) -> Path:
-        return self.folder / f"checkpoint-{self.optimizer.steps_done}"
+        before = {"logits": self.before.logits, "labels": self.before.labels, "losses": self.before.losses}
+        torch.save({"run": self.run.comparable(), "losses": self.losses.values, "before": before}, folder / _STATE)
+        save_task(self.task, folder)
 
     def _load_state(self, folder: Path) -> dict[str, Any]:
         path = folder / _STATE
@@ -335,47 +378,30 @@ class Finetuning:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
             raise ValueError(f"{path} was not written by jaguar finetune")
-        for key, value in self.run.comparable().items():
-            if state["run"].get(key) != value:
+        own = self.run.comparable()
+        for key in {**own, **state["run"]}:
+            if state["run"].get(key) != own.get(key):
                 raise ValueError(
-                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {value!r}; give the "
-                    "same options to continue it"
+                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {own.get(key)!r}; give "
+                    "the same options to continue it"
                 )
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["test_rows"] != len(self.test_set):
+        before = Scores(**state["before"])
+        if len(before.labels) != len(self.test_set):
             raise ValueError(
-                f"the checkpoint was made with {state['test_rows']} held-out rows, {self.run.test_file} has "
-                f"{len(self.test_set)}"
+                f"the checkpoint was made with {len(before.labels)} held-out rows, there are {len(self.test_set)} now"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.history = History(**state["history"])
-        self.before = Scores(state["before"], torch.tensor([example.label for example in self.test_set]))
-
-    def _stop(self) -> str:
-        if self.before is None or self.optimizer.steps_done == 0:
-            return "stopped before the first step; there is nothing to save"
-        self.optimizer.discard_()  # a walk may not have come back
-        folder = self._checkpoint_folder()
-        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C is held until the first has been served
-            self.save_checkpoint()
-        words = [
-            word
-            for i, word in enumerate(sys.argv[1:], 1)
-            if not word.startswith("--resume_from_checkpoint") and sys.argv[i - 1] != "--resume_from_checkpoint"
-        ]
-        return (
-            f"stopped after step {self.optimizer.steps_done} of {self.run.max_steps}; saved in {folder}\n"
-            f"go on with: {_program()} {shlex.join(words)} --resume_from_checkpoint {folder}"
-        )
+        self.before, self.losses.values = before, list(state["losses"])
 
 
 def _finite(value: Any) -> Any:
     """`value` with null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

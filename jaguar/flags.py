@@ -1,35 +1,41 @@
-"""The flags of the command line and their help; names are those of transformers' TrainingArguments."""
+"""The command line's parser: commands, files of settings, and errors of one line."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.markup import escape
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 import jaguar
-from jaguar.choices import METHODS, TRAINABLE
+from jaguar import flag_groups as groups
 
 FINETUNE = """\
-Fine-tunes a causal LM or a sequence classifier on labelled text with forward passes only.
+Fine-tunes a language model with forward passes only: SST-2, COPA, WinoGrande, or labelled text of your own.
 
-The model is a folder in Hugging Face form or a hub name; the data are CSV files with a header line or JSONL files with
-an object a line. A causal LM reads the prompt (--template) and is scored on one token per class (--verbalizers); a
-classifier is scored on its classes. Options of an optimizer that are left out keep the optimizer's own defaults.
+The model is a folder in Hugging Face form or a hub name: a causal LM (OPT, Llama, Qwen, ...), a masked LM (RoBERTa,
+BERT) or a sequence classifier. Data are CSV files with a header line, JSONL files with an object a line, or a data set
+of the hub. Where published settings of a (model, task, method, adapter) are known they are taken and shown; flags win.
 
+  jaguar finetune --model facebook/opt-1.3b --task sst2 --method jaguar-signsgd --lora --output_dir tuned
+  jaguar finetune --model roberta-large --task sst2 --num_k_shot 16 --output_dir tuned
   jaguar finetune --model ./SmolLM2-135M --train_file train.csv --test_file test.csv --output_dir tuned \\
-      --template 'Review: {text}\\nSentiment:' --verbalizers ' negative' ' positive' \\
-      --train norm --tau 1e-2 --learning_rate 4e-4 --coordinates 1.0 --max_steps 200
+      --template 'Review: {text}\\nSentiment:' --verbalizers ' negative' ' positive' --train norm --coordinates 1.0
+  jaguar finetune --config run.yaml --seed 1
+
+Every other field of transformers.TrainingArguments is a flag too (--report_to tensorboard, --bf16, ...): --help_all.
 """
 
 EVAL = """\
-Scores a model on labelled text: accuracy with its standard error, AUC for two classes, loss.
+Scores a model on a task: accuracy with its standard error, AUC for two options, loss.
 
-A model that jaguar fine-tuned remembers its prompt; for any other causal LM give --template and --verbalizers.
+A model that jaguar fine-tuned remembers its task and prompt; for any other give --task, or --template and --verbalizers.
 
   jaguar eval --model tuned --test_file test.csv
+  jaguar eval --model facebook/opt-1.3b --task copa
 """
 
 INFO = """\
@@ -39,29 +45,37 @@ With --model, also which tensors of a model Newton-Schulz moves under JAGUAR Muo
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line and no abbreviations: half a name could be another flag's tomorrow."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **({"allow_abbrev": False} | options))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser; the chosen command's name is in `args.command`."""
-    parser = _Parser(
+def make_parser() -> Parser:
+    """The parser; the chosen command's name is in `args.command`, and what was not given is not in `args`."""
+    parser = Parser(
         prog="jaguar",
         formatter_class=RawDescriptionRichHelpFormatter,
         description="Fine-tuning of language models with forward passes only.",
     )
     parser.add_argument("--version", action="version", version=f"jaguar {jaguar.__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="finetune | eval | info", dest="command", parser_class=_Parser
+        required=True, metavar="finetune | eval | info", dest="command", parser_class=Parser
     )
-    usual = "--model DIR --train_file FILE --test_file FILE --output_dir DIR [options]"
-    for name, short, text, add, usage in (
-        ("finetune", "train a model on labelled text", FINETUNE, _add_finetune, usual),
-        ("eval", "score a model on labelled text", EVAL, _add_eval, "--model DIR --test_file FILE [options]"),
-        ("info", "versions, devices and backends", INFO, _add_info, "[--model DIR]"),
+    for name, short, text, sections, usage in (
+        (
+            "finetune",
+            "train a model",
+            FINETUNE,
+            groups.FINETUNE,
+            "--model DIR --output_dir DIR [--task NAME] [options]",
+        ),
+        ("eval", "score a model", EVAL, groups.EVAL, "--model DIR [--task NAME | --test_file FILE] [options]"),
+        ("info", "versions, devices and backends", INFO, groups.INFO, "[--model DIR]"),
     ):
         sub = commands.add_parser(
             name,
@@ -69,211 +83,78 @@ def make_parser() -> argparse.ArgumentParser:
             description=escape(text),
             usage=f"jaguar {name} {usage}",
             formatter_class=RawDescriptionRichHelpFormatter,
+            argument_default=argparse.SUPPRESS,
         )
-        add(sub)
+        for title, note, flags in sections:
+            section = sub.add_argument_group(title, note)
+            for names, options in flags:
+                section.add_argument(*names, **options)
     return parser
 
 
-def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="folder in Hugging Face form, or a name on the hub")
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """What was given, and the flags that are none of ours: fields of TrainingArguments, or mistakes.
+
+    Settings come from the preset of the chosen model, task, method and adapter, then from the file of --config, then
+    from the command line; later ones win.
+    """
+    import sys
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if words[:1] == ["finetune"]:
+        words = ["finetune", *_from_file(parser, words[1:]), *words[1:]]
+        given, _ = parser.parse_known_args(words)
+        preset = _preset(given)
+        if preset is not None:
+            words = ["finetune", *_words(preset.settings), *words[1:]]
+        args, rest = parser.parse_known_args(words)
+        args.preset_found = preset
+        return args, rest
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, []
 
 
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", required=True, metavar="DIR", help="folder in Hugging Face form, or a name on the hub"
-    )
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="precision of the weights; auto: as saved (default: %(default)s)",
-    )
-    model.add_argument("--use_cpu", action="store_true", help="stay on the CPU even if there is a GPU")
-    data = parser.add_argument_group("data")
-    data.add_argument("--test_file", required=True, metavar="FILE", help="held-out rows, .csv or .jsonl")
-    data.add_argument("--text_column", default="text", metavar="NAME", help="column of the text (default: %(default)s)")
-    data.add_argument(
-        "--label_column", default="label", metavar="NAME", help="column of the label (default: %(default)s)"
-    )
-    data.add_argument(
-        "--template",
-        metavar="PROMPT",
-        type=_unescaped,
-        help=r"prompt; {text} stands for the text, \n for a new line "
-        "(default: as saved beside the model, else '{text}')",
-    )
-    data.add_argument(
-        "--verbalizers",
-        nargs="+",
-        metavar="WORD",
-        help="one-token answers of a causal LM, in the order of the sorted labels, "
-        "with their leading blank (default: as saved beside the model, else the labels)",
-    )
-    data.add_argument(
-        "--max_length",
-        type=_positive,
-        default=512,
-        metavar="N",
-        help="tokens of a prompt; longer texts lose their end (default: %(default)s)",
-    )
-    data.add_argument(
-        "--per_device_eval_batch_size",
-        type=_positive,
-        default=32,
-        metavar="N",
-        help="rows per forward pass when scoring (default: %(default)s)",
-    )
+def _from_file(parser: Parser, words: list[str]) -> list[str]:
+    """The settings of --config as words of a command line, so that they pass the same checks."""
+    finder = Parser(add_help=False, prog="jaguar finetune")
+    finder.add_argument("--config")
+    path = finder.parse_known_args(words)[0].config
+    if path is None:
+        return []
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(found, dict):
+        parser.error(f"--config {path}: a file of settings has lines like 'learning_rate: 1e-4'")
+    return _words(found)
 
 
-def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    _add_eval(parser)
-    more = parser.add_argument_group("training data and output")
-    more.add_argument("--train_file", required=True, metavar="FILE", help="rows to train on, .csv or .jsonl")
-    more.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="gets the tuned model, training_curves.png and metrics.json"
-    )
-    more.add_argument(
-        "--overwrite_output_dir", action="store_true", help="allow an output folder that already holds a model"
-    )
-    more.add_argument(
-        "--resume_from_checkpoint", metavar="DIR", help="go on from a checkpoint that Ctrl-C or --save_steps left"
-    )
-    more.add_argument(
-        "--save_steps",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="save a checkpoint every N steps; 0: only on Ctrl-C (default: %(default)s)",
-    )
-    run = parser.add_argument_group("training")
-    run.add_argument(
-        "--method",
-        "--optim-zo",
-        "--optim_zo",
-        choices=tuple(METHODS),
-        default="jaguar-signsgd",
-        dest="method",
-        help="optimizer (default: %(default)s)",
-    )
-    run.add_argument(
-        "--train",
-        choices=TRAINABLE,
-        default="all",
-        help="parameters that are trained; norm: weights and biases of the normalisation layers (default: %(default)s)",
-    )
-    run.add_argument(
-        "--max_steps",
-        type=_positive,
-        default=100,
-        metavar="N",
-        help="steps, two forward passes each unless --estimator or --n_directions say otherwise (default: %(default)s)",
-    )
-    run.add_argument(
-        "--per_device_train_batch_size",
-        type=_positive,
-        default=16,
-        metavar="N",
-        help="rows per step (default: %(default)s)",
-    )
-    run.add_argument(
-        "--lr_scheduler_type",
-        choices=("linear", "constant", "cosine", "constant_with_warmup"),
-        default="linear",
-        help="linear and cosine fall to 0 over the run (default: %(default)s)",
-    )
-    run.add_argument(
-        "--warmup_steps",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="steps over which lr rises from 0 (default: %(default)s)",
-    )
-    run.add_argument(
-        "--eval_steps",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="score the held-out rows every N steps; 0: before and after only (default: %(default)s)",
-    )
-    run.add_argument(
-        "--logging_steps",
-        type=_positive,
-        default=10,
-        metavar="N",
-        help="a line every N steps where there is no terminal (default: %(default)s)",
-    )
-    run.add_argument(
-        "--seed",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="of directions, rounding noise and batch order (default: %(default)s)",
-    )
-    zo = parser.add_argument_group("optimizer", "what is left out keeps the default of the optimizer")
-    zo.add_argument("--learning_rate", type=float, dest="lr", metavar="X", help="length of a step")
-    zo.add_argument("--tau", type=float, metavar="X", help="length of the perturbation")
-    zo.add_argument("--weight_decay", type=float, metavar="X", help="decoupled, multiplied by the learning rate")
-    zo.add_argument("--beta", type=float, metavar="X", help="momentum factor of the jaguar methods")
-    zo.add_argument("--momentum", type=float, metavar="X", help="momentum factor of zo-sgd and zo-signsgd")
-    zo.add_argument(
-        "--coordinates",
-        type=_coordinates,
-        metavar="K|P",
-        help="perturbed coordinates: 100 is a number over the whole set, 0.01 a "
-        "fraction of every tensor (1 is one, 1.0 is all)",
-    )
-    zo.add_argument("--layout", help="uniform or block")
-    zo.add_argument("--signs", help="rademacher or ones")
-    zo.add_argument("--update", help="sampled: the sign step moves the sampled coordinates; all: every one")
-    zo.add_argument("--ns_steps", type=int, metavar="N", help="Newton-Schulz iterations of jaguar-muon")
-    zo.add_argument("--ns_coefficients", help="cubic, quintic or polar_express")
-    zo.add_argument("--ns_dtype", type=_dtype, metavar="DTYPE", help="of Newton-Schulz: bfloat16, float32 or float64")
-    zo.add_argument(
-        "--ns_period", type=int, metavar="R", help="orthogonalise 1/R of the matrices in each step, which move by R lr"
-    )
-    zo.add_argument(
-        "--vector_lr", type=float, metavar="X", help="step of what Newton-Schulz does not move (a hundredth of lr)"
-    )
-    zo.add_argument("--adjust_lr", help="original or match_rms_adamw: lr by the shape of the matrix")
-    zo.add_argument("--released", action="store_const", const=True, help="what the authors' released code computes")
-    zo.add_argument("--distribution", help="gaussian or rademacher direction of zo-sgd and zo-signsgd")
-    zo.add_argument("--restore", help="how zo-sgd and zo-signsgd get back to their parameters: copy, module or walk")
-    zo.add_argument("--n_directions", type=int, metavar="N", help="directions per step")
-    zo.add_argument("--estimator", help="two-sided or one-sided")
-    zo.add_argument("--rho_clip", type=float, metavar="X", help="bound on the directional derivative")
-    zo.add_argument("--momentum_dtype", type=_dtype, metavar="DTYPE", help="float32, bfloat16 or float8_e5m2")
-    zo.add_argument("--rounding", help="stochastic or nearest, for weights stored in less than float32")
-    zo.add_argument("--backend", help="auto, or a name that `jaguar info` lists")
+def _words(settings: dict[str, Any]) -> list[str]:
+    words = []
+    for key, value in settings.items():
+        flag = f"--{key}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is True:
+            words.append(flag)
+        elif value is not False and value is not None:
+            words.append(f"{flag}={value}")
+    return words
 
 
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n")
+def _preset(given: argparse.Namespace) -> Any:
+    from jaguar import presets
 
-
-def _coordinates(text: str) -> int | float:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of coordinates (100) nor a fraction (0.01)")
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _dtype(text: str) -> Any:
-    import torch
-
-    names = ("float64", "float32", "bfloat16", "float8_e5m2")
-    if text not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
-    return getattr(torch, text)
+    values = vars(given)
+    if values.get("no_preset") or "task" not in values:
+        return None
+    adapter = next((kind for kind, flag in groups.ADAPTERS.items() if values.get(flag)), "none")
+    if "train" in values:
+        return None  # published settings are of all parameters, or of an adapter
+    return presets.find(values["model"], values["task"], values.get("optim_zo", groups.METHOD), adapter)

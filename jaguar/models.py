@@ -5,62 +5,101 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from jaguar import tasks
 from jaguar.choices import TRAINABLE
-from jaguar.tasks.text_classification import Task
+from jaguar.tasks import Task
 
 _TASK_FILE = "jaguar_task.json"
+_ADAPTER_FILE = "adapter_config.json"
+
+# What the name of an architecture ends with -> how the model is asked.
+_KINDS = {
+    "ForSequenceClassification": "classifier",
+    "ForMaskedLM": "masked",
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, and what kind it is."""
+    """A model in evaluation mode, its tokenizer, and what kind it is: "causal", "masked" or "classifier"."""
 
     model: Any
     tokenizer: Any
-    is_classifier: bool
+    kind: str
     pad_id: int
     max_length: int
 
 
-def load(name: str, *, dtype: str = "auto", use_cpu: bool = False) -> Loaded:
-    """A causal LM or sequence classifier with its tokenizer.
+def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool = False) -> Loaded:
+    """A causal LM, masked LM or sequence classifier with its tokenizer, or an adapter on one of these.
 
     Args:
-        name: a local folder in Hugging Face form, or a name on the hub.
+        name: a local folder in Hugging Face form, or a name on the hub; a folder with a PEFT adapter names its base.
         dtype: of the weights: "float32", "bfloat16", "float16", or "auto" for the one they were saved in.
         use_cpu: stay on the CPU even if there is a GPU.
+        in_4bit: hold the weights of linear layers in 4 bits (NF4, bitsandbytes); adapters train beside them.
 
     Raises:
         ValueError: the folder is missing or incomplete, or the model is of another kind; the message says which.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    _check_folder(name)
+    adapter = Path(name) / _ADAPTER_FILE
+    if not adapter.is_file():
+        return _load_base(name, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{adapter} is damaged: it names no base model") from None
+    loaded = _load_base(base, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+    with _errors_of_loading(name, is_folder=True):
+        from peft import PeftModel
 
+        model = PeftModel.from_pretrained(loaded.model, name, is_trainable=True)
+    return replace(loaded, model=model.eval())
+
+
+def _check_folder(name: str) -> None:
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the model {name!r} is a file; give the folder that holds config.json and the weights")
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"the model folder {name!r} does not exist")
-    with _errors_of_loading(name, folder.is_dir()):
-        config = AutoConfig.from_pretrained(name)
-    kind = (getattr(config, "architectures", None) or ["(none named)"])[0]
-    is_classifier = kind.endswith("ForSequenceClassification")
-    if not is_classifier and not kind.endswith(("ForCausalLM", "LMHeadModel")):
+
+
+def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded:
+    import transformers
+
+    _check_folder(name)
+    is_folder = Path(name).is_dir()
+    with _errors_of_loading(name, is_folder):
+        config = transformers.AutoConfig.from_pretrained(name)
+    architecture = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    kind = next((kind for end, kind in _KINDS.items() if architecture.endswith(end)), None)
+    if kind is None:
         raise ValueError(
-            f"the model {name!r} is a {kind}; jaguar fine-tunes causal LMs (...ForCausalLM) and sequence classifiers "
-            "(...ForSequenceClassification)"
+            f"the model {name!r} is a {architecture}, which has no head that answers; jaguar fine-tunes causal LMs "
+            "(...ForCausalLM), masked LMs (...ForMaskedLM) and sequence classifiers (...ForSequenceClassification)"
         )
-    auto: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    precision = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _errors_of_loading(name, folder.is_dir()):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = auto.from_pretrained(name, dtype=precision, output_loading_info=True)
+    auto = {
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "masked": transformers.AutoModelForMaskedLM,
+        "causal": transformers.AutoModelForCausalLM,
+    }[kind]
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if in_4bit:
+        options["quantization_config"] = _four_bits(options["dtype"])
+    with _errors_of_loading(name, is_folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model, report = auto.from_pretrained(name, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers would go on with random values
         raise ValueError(
             f"the weights of {name!r} lack {', '.join(sorted(report['missing_keys'])[:3])}; the folder is incomplete"
@@ -75,14 +114,33 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False) -> Loaded:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad_id is None:
         raise ValueError(
-            f"the tokenizer of {name!r} has neither a pad token nor an end-of-text token to fill short rows with"
+            f"the tokenizer of {name!r} has neither a pad token nor an end-of-text token to fill short rows with; name "
+            "one in its tokenizer_config.json"
         )
-    if is_classifier and model.config.pad_token_id is None:
+    if kind == "classifier" and model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id  # decoder classifiers look for the last token that is not padding
-    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
-    max_length = min(int(limit) for limit in [*limits, 10**6] if limit)
-    device = "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
-    return Loaded(model.to(device), tokenizer, is_classifier, pad_id, max_length)
+    if not in_4bit:
+        model = model.to("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    return Loaded(model, tokenizer, kind, pad_id, _longest(model, tokenizer))
+
+
+def _longest(model: Any, tokenizer: Any) -> int:
+    """Tokens that fit; RoBERTa's family loses the positions up to its padding id."""
+    from jaguar.scoring.scorer import first_position
+
+    limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    places = limits[0] - first_position(model) if limits[0] else None
+    return min(int(limit) for limit in [places, limits[1], 10**6] if limit)
+
+
+def _four_bits(dtype: Any) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+    except ImportError:
+        raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes") from None
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 @contextlib.contextmanager
@@ -100,9 +158,8 @@ def _errors_of_loading(name: str, is_folder: bool) -> Iterator[None]:
         raise ValueError(f"could not load the model {name!r}: {first} ({advice})") from error
 
 
-def select_trainable(model: nn.Module, which: str) -> list[tuple[str, nn.Parameter]]:
-    """Freezes everything but the chosen parameters and returns those: "all", "norm" (weights and biases of
-    normalisation layers) or "bias".
+def select_trainable(model: nn.Module, which: str) -> None:
+    """Freezes everything but "all", "norm" (weights and biases of normalisation layers) or "bias".
 
     Raises:
         ValueError: the model has no such parameters.
@@ -113,36 +170,34 @@ def select_trainable(model: nn.Module, which: str) -> list[tuple[str, nn.Paramet
         if "norm" in type(module).__name__.lower()
         for p in module.parameters(recurse=False)
     }
-    chosen = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):  # the optimizer takes a tie's first name
+    chosen = 0
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         wanted = (
             which == "all"
             or (which == "norm" and id(parameter) in norms)
             or (which == "bias" and name.endswith("bias"))
         )
         parameter.requires_grad_(wanted)
-        if wanted:
-            chosen.append((name, parameter))
+        chosen += wanted
     if not chosen:
         raise ValueError(
             f"--train {which}: a {type(model).__name__} has no such parameters; choose another of "
             f"{', '.join(TRAINABLE)}"
         )
-    return chosen
 
 
 def save_task(task: Task, folder: Path) -> None:
     """Writes the prompt beside the model, so that `jaguar eval` asks as the training did."""
-    (folder / _TASK_FILE).write_text(json.dumps(asdict(task), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(task.description(), indent=2, ensure_ascii=False)
+    (folder / _TASK_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_task(name: str) -> Task | None:
-    """The prompt that lies beside a model, or None."""
+    """The task that lies beside a model, or None."""
     path = Path(name) / _TASK_FILE
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return Task(saved["template"], tuple(saved["labels"]), tuple(saved["verbalizers"]))
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is damaged; delete it and pass --template and --verbalizers") from None
+        return tasks.described(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged; delete it and say what to do with --task or --template") from None

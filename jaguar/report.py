@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
 
 
 class StepBar:
-    """A progress bar with loss, accuracy and steps per second; plain lines where there is no terminal."""
+    """A progress bar with loss and steps per second; plain lines where there is no terminal."""
 
     def __init__(self, console: Console, total: int, done: int, every: int) -> None:
         self._console, self._total, self._every = console, total, every
@@ -52,13 +53,11 @@ class StepBar:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def update(self, done: int, losses: Sequence[float], accuracies: Sequence[float]) -> None:
-        """Shows the running means of the last steps."""
+    def update(self, done: int, losses: Sequence[float]) -> None:
+        """Shows the running mean of the last steps."""
         rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-9)
-        figures = (
-            f"loss {running_mean(losses[-_WINDOW:])[-1]:.4f}  accuracy {running_mean(accuracies[-_WINDOW:])[-1]:.1%}  "
-            f"{rate:.2f} steps/s"
-        )
+        mean = f"loss {running_mean(losses[-_WINDOW:])[-1]:.4f}  " if losses else ""
+        figures = f"{mean}{rate:.2f} steps/s"
         self._bar.update(self._task, completed=done, figures=figures)
         if not self._console.is_terminal and (done % self._every == 0 or done == self._total):
             say(self._console, f"step {done}/{self._total}  {figures}")
@@ -95,42 +94,35 @@ def score_table(title: str, columns: dict[str, dict[str, float]], change: dict[s
     return table
 
 
-def draw_curves(
-    path: Path,
-    *,
-    title: str,
-    losses: Sequence[float],
-    accuracies: Sequence[float],
-    test_points: Sequence[tuple[int, dict[str, float]]],
-) -> None:
-    """A PNG: training loss and accuracy by step with their running means, and the held-out figures."""
+@dataclass(frozen=True)
+class Points:
+    """Figures of a data set along the run: steps, losses, accuracies, and the accuracies' standard errors."""
+
+    name: str
+    steps: list[int]
+    losses: list[float]
+    accuracies: list[float]
+    errors: list[float] | None = None
+
+
+def draw_curves(path: Path, *, title: str, losses: Sequence[float], points: Sequence[Points]) -> None:
+    """A PNG: training loss by step with its running mean, and loss and accuracy of dev and held-out rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    steps = range(1, len(losses) + 1)
-    test_steps = [step for step, _ in test_points]
-    for axes, what, values, key in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), (losses, accuracies), ("loss", "accuracy"), strict=True
-    ):
-        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training batch, perturbed")
-        axes.plot(steps, running_mean(values), color="tab:blue", linewidth=1.6, label=f"mean of {_WINDOW} batches")
-        tested = [figures[key] for _, figures in test_points]
-        if what == "accuracy":
-            errors = [figures["accuracy_se"] for _, figures in test_points]
-            axes.errorbar(
-                test_steps,
-                tested,
-                yerr=errors,
-                color="tab:red",
-                marker="o",
-                capsize=3,
-                label="held out, +- 1 standard error",
-            )
-        else:
-            axes.plot(test_steps, tested, color="tab:red", marker="o", label="held out")
+    left, right = figure.subplots(1, 2)
+    if losses:
+        steps = range(1, len(losses) + 1)
+        left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training batch, perturbed")
+        left.plot(steps, running_mean(losses), color="tab:blue", linewidth=1.6, label=f"mean of {_WINDOW} batches")
+    for color, found in zip(("tab:red", "tab:green"), points, strict=False):
+        left.plot(found.steps, found.losses, color=color, marker="o", label=found.name)
+        name = found.name + (", +- 1 standard error" if found.errors else "")
+        right.errorbar(found.steps, found.accuracies, yerr=found.errors, color=color, marker="o", capsize=3, label=name)
+    for axes, what in ((left, "loss"), (right, "accuracy")):
         axes.set_xlabel("step")
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)

@@ -54,23 +54,31 @@ def save_files(folder: Path, write: Callable[[Path], None]) -> None:
             os.replace(path, folder / path.name)
 
 
-def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Runs `write` on a new folder that then takes the place of `folder` as a whole.
+@contextmanager
+def replacing(folder: Path) -> Iterator[None]:
+    """For writers that fill `folder` themselves: an earlier one of that name comes back if they fail.
 
     Raises:
         OSError: writing failed (a full disk, say); `folder` is as it was.
     """
-    with _staged(folder.parent, write) as staging:
-        old = staging.with_name(staging.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(staging, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists():
+            os.replace(old, folder)
+        if not isinstance(error, Exception):
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        raise _unsaved(folder, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unsaved(place: Path, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return OSError(f"could not save to {str(place)!r}: {reason}; what was there before is untouched")
 
 
 @contextmanager
@@ -88,8 +96,7 @@ def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
                 os.close(handle)
         yield staging
     except Exception as error:  # a full disk is an OSError, a SafetensorError, a RuntimeError or a plain Exception
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"could not save to {str(parent)!r}: {reason}; what was there before is untouched") from error
+        raise _unsaved(parent, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from jaguar import cli, finetune
-from jaguar.evaluation import Data
+from jaguar import cli
+from jaguar.data import Data
 from jaguar.models import Loaded
-from jaguar.tasks.text_classification import Row
+from jaguar.tasks.rows import Row
+from jaguar.trainer import ZOTrainer
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -136,13 +137,13 @@ def test_a_classifier_is_trained_on_its_classes(folder, tmp_path):
 )
 def test_classes_keep_the_models_order(names, labels, order):
     config = type("Config", (), {"num_labels": 2, "id2label": dict(enumerate(names))})
-    loaded = Loaded(type("Model", (), {"config": config}), None, True, 0, 64)
-    rows = [Row("text", label, 2) for label in labels]
+    loaded = Loaded(type("Model", (), {"config": config}), None, "classifier", 0, 64)
+    rows = [Row({"text": "text", "label": label}, "line 2") for label in labels]
     if order is None:
         with pytest.raises(ValueError, match="the classes of the model are"):
-            Data().task("", loaded, rows)
+            Data().make_task("", loaded, rows)
     else:
-        assert Data().task("", loaded, rows).labels == order
+        assert Data().make_task("", loaded, rows).labels == order
 
 
 def test_training_learns_the_words(folder, tmp_path):
@@ -153,7 +154,7 @@ def test_training_learns_the_words(folder, tmp_path):
                 folder,
                 out,
                 "--max_steps",
-                "150",
+                "200",
                 "--coordinates",
                 "1.0",
                 "--learning_rate",
@@ -175,17 +176,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypat
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cli.main(words(folder, whole, "--eval_steps", "2")) == 0
     line = words(folder, parts, "--eval_steps", "2")
-    original, calls = finetune.Finetuning._step, []
+    step, calls = ZOTrainer.training_step, []
 
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        original(self, batch)
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
 
     monkeypatch.setattr(sys, "argv", ["jaguar", *line])
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Finetuning, "_step", interrupted)
+        patch.setattr(ZOTrainer, "training_step", interrupted)
         assert cli.main(line) == 130
     message = capsys.readouterr().out
     assert "stopped after step 3 of 6" in message
@@ -201,7 +202,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(folder, tmp_path, monkeypat
 
 def test_save_steps_leaves_checkpoints_that_continue(folder, tmp_path, capsys):
     out, more = tmp_path / "out", tmp_path / "more"
-    assert cli.main(words(folder, out, "--save_steps", "4")) == 0
+    assert cli.main(words(folder, out, "--save_steps", "4", "--save_total_limit", "2")) == 0
     assert cli.main(words(folder, more, "--resume_from_checkpoint", str(out / "checkpoint-4"))) == 0
     assert (out / "model.safetensors").read_bytes() == (more / "model.safetensors").read_bytes()
     error = refused(
@@ -209,10 +210,10 @@ def test_save_steps_leaves_checkpoints_that_continue(folder, tmp_path, capsys):
         *words(folder, tmp_path / "x", "--resume_from_checkpoint", str(out / "checkpoint-4"), "--max_steps", "7"),
     )
     assert "max_steps = 6, this run has 7" in error
-    assert "has no training_state.pt" in refused(
+    assert "has no jaguar_run.pt" in refused(
         capsys, *words(folder, tmp_path / "x", "--resume_from_checkpoint", str(out))
     )
-    (out / "checkpoint-4" / "training_state.pt").write_bytes(b"torn")
+    (out / "checkpoint-4" / "jaguar_run.pt").write_bytes(b"torn")
     assert "damaged" in refused(
         capsys, *words(folder, tmp_path / "x", "--resume_from_checkpoint", str(out / "checkpoint-4"))
     )
@@ -231,7 +232,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
     assert process.returncode == 130 and "Traceback" not in error
     assert "stopped after step" in rest and "--resume_from_checkpoint" in rest
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    assert (checkpoint / "model.safetensors").is_file() and (checkpoint / "training_state.pt").is_file()
+    assert (checkpoint / "model.safetensors").is_file() and (checkpoint / "jaguar_run.pt").is_file()
 
 
 def test_the_demo_waits_for_a_child_that_is_saving(tmp_path):
@@ -279,19 +280,20 @@ sys.exit(demo._run("jaguar-signsgd", 0))
         (("--coordinates", "99999999"), "is more than the"),
         (("--layout", "rows"), "choose 'uniform' or 'block'"),
         (("--released",), "so --coordinates cannot be given with it"),
-        (("--momentum", "0.9"), "jaguar-signsgd has no option --momentum"),
+        (("--momentum", "0.9"), "jaguar-signsgd has no option momentum"),
         (("--method", "adam"), "invalid choice: 'adam'"),
         (("--backend", "cuda"), "backend='cuda' is not available: "),
         (("--backend", "magic"), "backend='magic': choose one of"),
         (("--max_steps", "0"), "not a whole number of at least 1"),
         (("--train", "bias"), "has no such parameters"),
         (("--verbalizers", " negative"), "1 verbalizers for the 2 labels"),
-        (("--verbalizers", " very dull", " positive"), "is 2 tokens"),
+        (("--verbalizers", " positive", " positive"), "are the same"),
         (("--template", "no place"), "no {text}"),
-        (("--max_length", "3"), "the template alone is longer than max_length=3"),
+        (("--max_length", "3"), "the model takes 3; --max_length 3 is too short for the rest"),
         (("--text_column", "review"), "no column 'review'"),
         (("--train_file", "none.csv"), "none.csv does not exist"),
         (("--per_device_train_batch_size", "97"), "fewer than one batch of 97"),
+        (("--per_device_train_batch_siz", "8"), "unrecognized arguments: --per_device_train_batch_siz 8"),
         (("--output_dir", "/dev/null/x"), "cannot write to the output folder '/dev/null/x'"),
         (("--model", "/none/such"), "the model folder '/none/such' does not exist"),
         (("--nonsense",), "unrecognized arguments: --nonsense"),
@@ -318,9 +320,9 @@ def test_broken_models_are_refused(folder, tmp_path, capsys):
     tiny.causal_lm(other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(
-        json.dumps(config | {"architectures": ["BertForMaskedLM"], "model_type": "bert"})
+        json.dumps(config | {"architectures": ["BertModel"], "model_type": "bert"})
     )
-    assert "is a BertForMaskedLM" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(other)))
+    assert "is a BertModel, which has no head" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(other)))
     assert "is a file" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(weights)))
 
 
@@ -342,16 +344,17 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, sto
     limited = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from jaguar import cli, finetune
-step, steps = finetune.Finetuning._step, []
-def limiting(self, batch):
-    step(self, batch)
-    steps.append(batch)
+from jaguar import cli
+from jaguar.trainer import ZOTrainer
+step, steps = ZOTrainer.training_step, []
+def limiting(self, *args):
+    steps.append(args)
     if len(steps) == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         if {stop}:
-            raise KeyboardInterrupt
-finetune.Finetuning._step = limiting
+            signal.raise_signal(signal.SIGINT)
+    return step(self, *args)
+ZOTrainer.training_step = limiting
 sys.exit(cli.main(sys.argv[1:]))
 """
     line = words(folder, out, "--overwrite_output_dir", "--seed", "1")
@@ -406,7 +409,7 @@ def test_muon_trains_from_the_command_line(folder, tmp_path, capsys):
         "quintic, 5 steps, torch.bfloat16, each in 1 of 2 steps" in printed and (tmp_path / "out/config.json").exists()
     )
     assert cli.main(words(folder, tmp_path / "other", "--ns_period", "2")) == 2
-    assert "--method jaguar-signsgd has no option --ns_period" in capsys.readouterr().err
+    assert "jaguar-signsgd has no option ns_period" in capsys.readouterr().err
     assert cli.main(words(folder, tmp_path / "other", *flags, "--released")) == 2
     assert "--released fixes" in capsys.readouterr().err
 

@@ -1,12 +1,16 @@
 """Tiny models, a tokenizer and labelled text, made from nothing: what the tests of the command line run on."""
 
 import csv
+import functools
 import json
 import random
 from pathlib import Path
 
+import synthetic
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+import transformers
+from synthetic import BAD, FILLER, GOOD
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -15,8 +19,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-GOOD, BAD = ["lovely", "bright", "warm", "clever"], ["dull", "cold", "stale", "clumsy"]
-FILLER = ["a", "film", "story", "cast", "with", "and", "the", "very", "some", "music"]
 TEMPLATE = r"Review: {text}\nSentiment:"
 
 
@@ -84,4 +86,72 @@ def classifier(folder: Path) -> Path:
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+# -- one tiny model of each architecture ------------------------------------------------------------------------------
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SMALL |= {"vocab_size": 400, "max_position_embeddings": 128}
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+ARCHITECTURES = {
+    "opt": ("OPT", "CausalLM", _SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1}),
+    "llama": ("Llama", "CausalLM", _GROUPED),
+    "mistral": ("Mistral", "CausalLM", _GROUPED | {"sliding_window": 64}),
+    "qwen": ("Qwen2", "CausalLM", _GROUPED),
+    "gpt2": ("GPT2", "LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 400}),
+    "roberta": ("Roberta", "MaskedLM", _SMALL | {"max_position_embeddings": 130, "pad_token_id": 1}),
+    "bert": ("Bert", "MaskedLM", _SMALL),
+}
+
+
+def architecture(name, seed=0, scale=4.0, **more):
+    """A random model; weights are scaled so that its logits differ by more than rounding."""
+    family, head, options = ARCHITECTURES[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**(options | more))
+    model = getattr(transformers, f"{family}For{head}" if head != "LMHeadModel" else f"{family}{head}")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+@functools.cache
+def tokenizer_of(name):
+    """A trained tokenizer of the architecture's kind: WordPiece for BERT, byte-level BPE for the others."""
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if name == "bert":
+        special = {"cls_token": "[CLS]", "pad_token": "[PAD]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+        special["mask_token"] = "[MASK]"
+        base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        base.normalizer = normalizers.BertNormalizer()
+        base.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=380, special_tokens=list(special.values()), show_progress=False)
+    else:
+        special |= {"mask_token": "<mask>"} if name == "roberta" else {}
+        base = Tokenizer(models.BPE())
+        base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        base.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=380, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+        )
+    base.train_from_iterator(synthetic.texts(), trainer)
+    first, last = ("[CLS]", "[SEP]") if name == "bert" else ("<s>", "</s>")
+    around = {"bert": f"{first} $A {last}", "roberta": f"{first} $A {last}", "gpt2": None, "qwen": None}
+    if shape := around.get(name, f"{first} $A"):
+        used = [(token, base.token_to_id(token)) for token in (first, last) if token in shape]
+        base.post_processor = processors.TemplateProcessing(single=shape, special_tokens=used)
+    return PreTrainedTokenizerFast(tokenizer_object=base, model_max_length=128, **special)
+
+
+def saved(folder, name, seed=0, **more):
+    """The model and its tokenizer as a folder."""
+    model, made = architecture(name, seed, **more), tokenizer_of(name)
+    model.config.pad_token_id = made.pad_token_id
+    model.config.bos_token_id = model.config.eos_token_id = None
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
     return folder

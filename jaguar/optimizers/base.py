@@ -215,6 +215,10 @@ class ZerothOrder(torch.optim.Optimizer):
         """Number of steps whose loss was not finite."""
         return self._skipped
 
+    def rho(self, record: Record) -> list[float]:
+        """The directional derivatives of a record, at the first group's tau."""
+        return self._estimator.rho(record.losses, self.param_groups[0]["tau"], double=self._roster.double)
+
     # -- its parts -------------------------------------------------------------------------------------------------
 
     def _prepare(self, closure: Closure) -> ops.Steps:
@@ -422,11 +426,8 @@ class ZerothOrder(torch.optim.Optimizer):
         count = sum(slot.count for slot in self._slots)
         backend = ops.summary(self._backend, self._slots, self._direction, self._n_directions)
         frozen = f", {self._n_frozen} frozen tensors left out" if self._n_frozen else ""
-        lines = [
-            f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}",
-            *self._describe(),
-            f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}",
-        ]
+        lines = [f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}", *self._describe()]
+        lines += [f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"]
         for i, group in enumerate(self.param_groups):
             values = [f"{key}={group[key]:g}" for key in self.group_keys]
             values += [f"{key}={group[key]}" for key in self.group_flags if key in group]

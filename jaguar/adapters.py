@@ -1,0 +1,70 @@
+"""Adapters, by PEFT: LoRA, prefix tuning, prompt tuning. What they leave trainable is what trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained beside a frozen model.
+
+    Attributes:
+        kind: "none", "lora", "prefix" or "prompt".
+        r: rank of LoRA's factors.
+        alpha: LoRA's scale is alpha / r.
+        target_modules: modules that get LoRA factors; empty: PEFT's choice for the architecture (queries and values for
+            OPT, Llama, Mistral, Qwen, RoBERTa and BERT).
+        num_virtual_tokens: length of the prefix or prompt.
+    """
+
+    kind: str = "none"
+    r: int = 8
+    alpha: int = 16
+    target_modules: tuple[str, ...] = ()
+    num_virtual_tokens: int = 5
+
+    def applied(self, model: Any, model_kind: str) -> Any:
+        """The model with the adapter; the rest is frozen.
+
+        Raises:
+            ValueError: PEFT is not installed, or the adapter does not fit the model; the message says why.
+        """
+        if self.kind == "none":
+            return model
+        try:
+            import peft
+        except ImportError:
+            raise ValueError(f"--{_FLAGS[self.kind]} needs PEFT: pip install 'jaguar-zo[peft]'") from None
+        if self.kind != "lora" and model_kind != "causal":
+            raise ValueError(
+                f"--{_FLAGS[self.kind]} adds tokens before the prompt, which PEFT does for causal LMs only; use --lora"
+            )
+        task_type = _TASK_TYPES.get(model_kind)
+        if self.kind == "lora":
+            config: Any = peft.LoraConfig(
+                task_type=task_type,
+                r=self.r,
+                lora_alpha=self.alpha,
+                target_modules=list(self.target_modules) or None,
+            )
+        else:
+            made = peft.PrefixTuningConfig if self.kind == "prefix" else peft.PromptTuningConfig
+            config = made(task_type=task_type, num_virtual_tokens=self.num_virtual_tokens)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"--{_FLAGS[self.kind]} does not fit a {type(model).__name__}: {reason} (name modules with "
+                "--lora_target_modules)"
+                if self.kind == "lora"
+                else f"--{_FLAGS[self.kind]} does not fit a {type(model).__name__}: {reason}"
+            ) from error
+        return adapted.eval()
+
+
+_FLAGS = {"lora": "lora", "prefix": "prefix_tuning", "prompt": "prompt_tuning"}

@@ -1,0 +1,88 @@
+"""What happens around Trainer's steps: a bar or lines, the losses, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from jaguar.report import StepBar, say
+
+
+class Losses(TrainerCallback):
+    """The loss of every zeroth-order step, for the picture."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Remembers the step's loss."""
+        record = getattr(getattr(others["optimizer"], "optimizer", others["optimizer"]), "last_record", None)
+        if record is not None:
+            self.values.append(record.loss)
+
+
+class Bar(TrainerCallback):
+    """Shows the run in a terminal as a bar, elsewhere as lines."""
+
+    def __init__(self, console: Console, losses: Losses) -> None:
+        self._console, self._losses = console, losses
+        self._bar: StepBar | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Starts the bar where the run starts."""
+        self._bar = StepBar(self._console, state.max_steps, state.global_step, int(args.logging_steps))
+        self._bar.__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Advances it."""
+        if self._bar is not None:
+            self._bar.update(state.global_step, self._losses.values)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **others: Any
+    ) -> None:
+        """A line with the figures."""
+        figures = f"loss {metrics['eval_loss']:.4f}"
+        if "eval_accuracy" in metrics:
+            figures = f"accuracy {metrics['eval_accuracy']:.2%}, {figures}"
+        say(self._console, f"step {state.global_step}: {figures}")
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.__exit__()
+            self._bar = None
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C: ends the run after the current step, with a checkpoint; a second one interrupts at once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self.asked = console, False
+
+    def __enter__(self) -> Stop:
+        self._here = threading.current_thread() is threading.main_thread()
+        if self._here:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._here:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Saves and stops; but a step whose evaluation is due lets it come first, else the continued run would lack it."""
+        if self.asked and not (control.should_evaluate and args.eval_steps > 1):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False

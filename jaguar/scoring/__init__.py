@@ -1,0 +1,7 @@
+"""Scoring: the log-probabilities of options, and nothing that they do not need."""
+
+from jaguar.scoring.evaluation import evaluate
+from jaguar.scoring.figures import Scores, paired_se, roc_auc
+from jaguar.scoring.scorer import Scorer
+
+__all__ = ["Scorer", "Scores", "evaluate", "paired_se", "roc_auc"]

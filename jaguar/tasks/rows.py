@@ -1,0 +1,133 @@
+"""Rows of labelled data: from CSV and JSONL files, with errors that name the line, or from the hub through `datasets`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fields of one row as stripped text, and where it stands: "train.csv, line 7"."""
+
+    fields: Mapping[str, str]
+    where: str
+
+    def __getitem__(self, field: str) -> str:
+        return self.fields[field]
+
+
+def read_rows(path: str | Path, columns: Mapping[str, str], hint: str = "") -> list[Row]:
+    """The rows of a .csv (with a header line) or .jsonl file (an object a line).
+
+    Args:
+        path: the file.
+        columns: field of a row -> column of the file.
+        hint: how to name other columns; ends the error for one that is missing.
+
+    Raises:
+        ValueError: the file is missing, of another kind, corrupt, or has no rows; the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist")
+    readers = {".csv": _csv_objects, ".jsonl": _json_objects, ".json": _json_objects}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"data file {path} must end in .csv or .jsonl")
+    try:
+        lines = readers[path.suffix.lower()](path)
+        rows = [_row(entry, columns, f"{path}, line {line}", hint) for line, entry in lines]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from None
+    if not rows:
+        raise ValueError(f"data file {path} has no rows")
+    return rows
+
+
+def hub_rows(dataset: str, config: str | None, splits: Sequence[str], columns: Mapping[str, str]) -> list[list[Row]]:
+    """The rows of each split of a data set on the hub, or in a folder that `datasets.load_dataset` can read.
+
+    Raises:
+        ValueError: `datasets` is not installed, or the data set cannot be loaded or lacks a split or a column.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"reading {dataset!r} needs the package datasets: pip install 'jaguar-zo[tasks]', or give files of your own "
+            "with --train_file and --test_file"
+        ) from None
+    local = Path(dataset).is_dir()
+    try:
+        loaded = load_dataset(dataset, None if local else config)
+    except Exception as error:  # the hub client and the builders raise nearly everything
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"could not load the data set {dataset!r}: {first} (give a folder or files of your own with --dataset or "
+            "--train_file and --test_file, or check the network)"
+        ) from error
+    found = []
+    for split in splits:
+        if split not in loaded:
+            raise ValueError(f"the data set {dataset!r} has no split {split!r} (there is: {', '.join(loaded)})")
+        where = f"{dataset}, {split}, row "
+        found.append([_row(entry, columns, f"{where}{i}", "") for i, entry in enumerate(loaded[split])])
+    return found
+
+
+def _row(entry: Mapping[str, Any], columns: Mapping[str, str], where: str, hint: str) -> Row:
+    return Row({field: _value(entry, column, field, where, hint) for field, column in columns.items()}, where)
+
+
+def _value(entry: Mapping[str, Any], column: str, field: str, where: str, hint: str) -> str:
+    if column not in entry:
+        raise ValueError(f"{where}: no column {column!r} (there is: {', '.join(map(str, entry))}); {hint}")
+    value = entry[column]
+    if value is None or isinstance(value, (list, dict)):
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: the column {column!r} holds {kind} instead of a {field}")
+    text = str(value).strip()
+    if not text:
+        raise ValueError(f"{where}: empty {field}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{where}: the {field} has half of a surrogate pair, which is no character")
+    return text
+
+
+def _csv_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: two columns of the header have the same name ({', '.join(names)})")
+        for entry in reader:
+            if None in entry:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more fields than the header has columns; quote texts with commas"
+                )
+            yield reader.line_num, entry
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                entry = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise ValueError(
+                    f"{path}, line {line}: not JSON ({reason}); a .jsonl file has one object a line"
+                ) from None
+            if not isinstance(entry, dict):
+                raise ValueError(
+                    f"{path}, line {line}: a {type(entry).__name__} instead of an object with named fields"
+                )
+            yield line, entry

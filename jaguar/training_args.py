@@ -1,0 +1,127 @@
+"""`ZOTrainingArguments`: transformers' arguments, and those of the zeroth-order optimizers."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+import jaguar
+from jaguar.choices import FIRST_ORDER, METHODS
+
+
+def _option(help_text: str) -> Any:
+    return field(default=None, metadata={"help": help_text})
+
+
+@dataclass
+class ZOTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with an optimizer of this package; whatever is None keeps that optimizer's default.
+
+    `learning_rate=None` (the default) is the optimizer's own, not Trainer's 5e-5; `optim` is not used. With
+    `gradient_accumulation_steps` the micro-batches of a window are evaluated at the same two points: a step is that of
+    one large batch. Directions are something else: `n_directions`.
+
+    Args:
+        optim_zo: "jaguar-signsgd", "jaguar-muon", "zo-sgd", "zo-signsgd", or "fo-sgd": torch.optim.SGD with backward
+            passes, the first-order baseline.
+
+    Raises:
+        ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`), or that the optimizer
+            does not know.
+
+    Equivalent to: `TrainingArguments(...)`.
+    """
+
+    learning_rate: float | None = _option("length of a step; default: the optimizer's own")
+    optim_zo: str = field(default="jaguar-signsgd", metadata={"help": f"optimizer: {', '.join(METHODS)}"})
+    tau: float | None = _option("length of the perturbation")
+    beta: float | None = _option("momentum factor of the jaguar methods")
+    momentum: float | None = _option("momentum factor of zo-sgd, zo-signsgd and fo-sgd")
+    coordinates: Any = _option("perturbed coordinates: an int is a number, a float a fraction")
+    layout: str | None = _option("uniform or block")
+    signs: str | None = _option("rademacher or ones")
+    update: str | None = _option("sampled or all")
+    ns_steps: int | None = _option("Newton-Schulz iterations of jaguar-muon")
+    ns_coefficients: str | None = _option("cubic, quintic or polar_express")
+    ns_dtype: str | None = _option("dtype of Newton-Schulz: bfloat16, float32 or float64")
+    ns_period: int | None = _option("orthogonalise 1/R of the matrices in each step")
+    vector_lr: float | None = _option("step of what Newton-Schulz does not move")
+    adjust_lr: str | None = _option("original or match_rms_adamw")
+    released: bool | None = _option("what the authors' released code computes")
+    distribution: str | None = _option("gaussian or rademacher direction of zo-sgd and zo-signsgd")
+    restore: str | None = _option("how dense directions get back: copy, module or walk")
+    n_directions: int | None = _option("directions per step")
+    estimator: str | None = _option("two-sided or one-sided")
+    rho_clip: float | None = _option("bound on the directional derivative")
+    momentum_dtype: str | None = _option("float32, bfloat16 or float8_e5m2")
+    rounding: str | None = _option("stochastic or nearest, for weights stored in less than float32")
+    backend: str | None = _option("auto, or a name that `jaguar info` lists")
+
+    def __post_init__(self) -> None:
+        if self.optim_zo not in METHODS:
+            raise ValueError(f"optim_zo={self.optim_zo!r}: choose one of {', '.join(METHODS)}")
+        if not self.first_order:
+            self._refuse_what_needs_gradients()
+        self._check_options()
+        super().__post_init__()
+
+    def _refuse_what_needs_gradients(self) -> None:
+        if self.fp16:
+            raise ValueError(
+                "fp16=True is mixed precision with a gradient scaler, and there are no gradients here: load the model in "
+                "float16 (dtype=torch.float16), or use bf16=True"
+            )
+        if self.deepspeed:
+            raise ValueError(
+                "deepspeed shards gradients and optimizer states, which forward-only training does not have; leave it out"
+            )
+        if self.fsdp:
+            raise ValueError("fsdp is not supported by ZOTrainer: a sharded model would be scored with stale weights")
+
+    @property
+    def first_order(self) -> bool:
+        """Whether the baseline with backward passes was chosen."""
+        return self.optim_zo == FIRST_ORDER
+
+    @property
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The class that `optim_zo` names."""
+        name = METHODS[self.optim_zo]
+        return getattr(jaguar, name) if name else torch.optim.SGD
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """The arguments of the optimizer that were given, besides weight decay: what is left out keeps its default."""
+        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        for name in ("ns_dtype", "momentum_dtype"):
+            if name in given:
+                given[name] = _dtype(name, given[name])
+        if self.learning_rate is not None:
+            given["lr"] = self.learning_rate
+        if not self.first_order:
+            given["seed"] = self.seed
+        return given
+
+    def _check_options(self) -> None:
+        known = inspect.signature(self.optimizer_class).parameters
+        for name in self.optimizer_options():
+            if name not in known:
+                fitting = ", ".join(option for option in OPTIONS if option in known)
+                raise ValueError(f"{self.optim_zo} has no option {name}; it has {fitting}")
+
+
+OPTIONS = tuple(
+    f.name
+    for f in fields(ZOTrainingArguments)
+    if f.name not in TrainingArguments.__dataclass_fields__ and f.name != "optim_zo"
+)
+
+
+def _dtype(name: str, value: str | torch.dtype) -> torch.dtype:
+    dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name}={value!r} is not a dtype of torch; bfloat16 or float32, say")
+    return dtype

@@ -1,0 +1,46 @@
+"""Scoring as the benchmark does it: every option in a row of its own, all of the vocabulary at every position.
+
+The public codes pad on the left to a multiple of eight and take a log-softmax over all logits in the model's dtype
+(formulas from arXiv 2305.17333, appendix E). This is what lean scoring must equal, and what it is measured against.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def rows(examples, kind, pad_id, side="left", multiple=8):
+    """input_ids, attention_mask (rows, tokens), and for each row the positions and tokens of its option."""
+    choices = [choice for example in examples for choice in example.choices]
+    # The benchmark's rows hold the option's last token too.
+    full = [[*c.ids, *([c.targets[-1]] if kind == "causal" else [])] for c in choices]
+    longest = -(-max(map(len, full)) // multiple) * multiple
+    ids, mask, where = [], [], []
+    for row, choice in zip(full, choices, strict=True):
+        fill = longest - len(row)
+        before, after = (fill, 0) if side == "left" else (0, fill)
+        ids.append([pad_id] * before + row + [pad_id] * after)
+        mask.append([0] * before + [1] * len(row) + [0] * after)
+        where.append([p + before for p in choice.positions])
+    return torch.tensor(ids), torch.tensor(mask), where, [list(c.targets) for c in choices]
+
+
+def scores(model, examples, kind, pad_id, side="left", multiple=8):
+    """(rows, options): mean log-probability of each option; a list per example where their numbers differ."""
+    ids, mask, where, targets = rows(examples, kind, pad_id, side, multiple)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    logprobs = F.log_softmax(logits, -1)
+    means = [logprobs[i, w].gather(1, torch.tensor(t)[:, None]).mean() for i, (w, t) in enumerate(zip(where, targets))]
+    return list(torch.stack(means).split([len(e.choices) for e in examples]))
+
+
+def loss(model, examples, kind, pad_id, objective, side="left"):
+    """The training loss of the batch."""
+    if objective == "classification":
+        found = scores(model, examples, kind, pad_id, side)
+        each = [F.cross_entropy(s[None], torch.tensor([e.label])) for s, e in zip(found, examples, strict=True)]
+        return torch.stack(each).mean()
+    right = [type(e)((e.choices[e.label],), 0) for e in examples]
+    ids, mask, where, targets = rows(right, kind, pad_id, side)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    picked = torch.cat([logits[i, w] for i, w in enumerate(where)])
+    return F.cross_entropy(picked, torch.tensor([t for target in targets for t in target]))
