@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -68,7 +68,9 @@ def _trainer_flags(args: argparse.Namespace, words: Sequence[str]) -> dict[str, 
     """The given fields of TrainingArguments that have no flag of ours."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    parser = HfArgumentParser(TrainingArguments, add_help=False, prog="jaguar finetune", allow_abbrev=False)
+    parser: Any = HfArgumentParser(
+        cast(Any, TrainingArguments), add_help=False, prog="jaguar finetune", allow_abbrev=False
+    )
     parser.error = Parser.error.__get__(parser)  # one line
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
@@ -82,7 +84,8 @@ def _trainer_flags(args: argparse.Namespace, words: Sequence[str]) -> dict[str, 
     found, unknown = parser.parse_known_args(list(words))
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return vars(found)
+    given: dict[str, Any] = vars(found)
+    return given
 
 
 def _split(args: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         in_4bit="load_in_4bit" in args,
         resume_from_checkpoint=getattr(args, "resume_from_checkpoint", None),
         overwrite_output_dir="overwrite_output_dir" in args,
-        settings=f"settings of {preset.source}" if preset else "",
+        settings=f"settings of {preset.source}. {preset.note}".strip() if preset else "",
     )
     with _refusals():
         job = Finetuning(run, console)

@@ -53,9 +53,10 @@ class Data:
     def _sizes(self, name: str) -> Sizes:
         own = TASKS[name].sizes
         dev = 0 if self.dev_file else own.dev
-        given = (self.num_train, self.num_dev, self.num_eval)
         return Sizes(
-            *(own_ if value is None else value for value, own_ in zip(given, (own.train, dev, own.test), strict=True))
+            own.train if self.num_train is None else self.num_train,
+            dev if self.num_dev is None else self.num_dev,
+            own.test if self.num_eval is None else self.num_eval,
         )
 
     def _columns(self, name: str) -> dict[str, str]:
@@ -143,7 +144,8 @@ class Data:
             )
         if loaded.kind == "classifier":
             raise ValueError(
-                f"--task {name} needs a causal or masked language model; a {type(loaded.model).__name__} has no head for tokens"
+                f"--task {name} needs a causal or masked language model; a {type(loaded.model).__name__} has no head "
+                "for tokens"
             )
         if name == MultipleChoice.name:
             if isinstance(saved, MultipleChoice) and self.template is None:

@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 from jaguar.adapters import Adapter
 from jaguar.data import Data
 from jaguar.evaluation import make_scorer, peak_memory, versions
-from jaguar.flag_groups import DEFAULTS, EVAL_BATCH
+from jaguar.flag_groups import DEFAULTS, EVAL_BATCH, RELEASED_FIXES
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
@@ -31,12 +31,8 @@ from jaguar.training_args import ZOTrainingArguments
 
 _STATE = "jaguar_run.pt"
 # What may differ between a run and the run that continues it.
-_FREE = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "use_cpu", "logging_steps", "save_steps")
-_FREE += ("save_total_limit", "report_to")
-
-# What the released code's step decides.
-_FIXED = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
-_FIXED |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
+_FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "use_cpu", "logging_steps", "save_steps"}
+_FREE |= {"save_total_limit", "report_to"}
 
 
 class Interrupted(Exception):
@@ -64,7 +60,7 @@ class Run:
         values = asdict(self)
         flat = {**values, **values.pop("data"), **values.pop("adapter"), **values.pop("arguments")}
         plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))
-        return {key: value for key, value in plain.items() if key not in (*_FREE, "data", "adapter", "arguments")}
+        return {key: value for key, value in plain.items() if key not in _FREE | {"data", "adapter", "arguments"}}
 
 
 class Finetuning:
@@ -99,7 +95,8 @@ class Finetuning:
                 f"{args.per_device_train_batch_size}"
             )
         self.scorer = make_scorer(self.loaded, self.task, self.train_set)
-        self.losses, self.before = Losses(), None
+        self.losses = Losses()
+        self.before: Scores | None = None
         self.trainer = self._make_trainer(args)
         check_space(self.folder, self.model)
         if state is not None:
@@ -128,7 +125,7 @@ class Finetuning:
             defaults |= {"save_steps": save_steps}
         defaults |= {"save_total_limit": 1, "disable_tqdm": True}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns that it cannot
-        if given.get("released") and (fixed := _FIXED & given.keys()):
+        if given.get("released") and (fixed := RELEASED_FIXES & given.keys()):
             raise ValueError(f"--released fixes sampling, beta and update, so --{min(fixed)} cannot be given with it")
         args = ZOTrainingArguments(run.output_dir, **(defaults | given))
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "constant" and args.warmup_steps:
@@ -171,7 +168,7 @@ class Finetuning:
 
     def describe(self) -> None:
         """Prints what will happen."""
-        run, optimizer = self.run, self.trainer.optimizer
+        run, optimizer = self.run, self.trainer.create_optimizer()
         count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         total = sum(p.numel() for p in self.model.parameters())
         what = f"--train {run.train}" if run.adapter.kind == "none" else run.adapter.kind
@@ -179,7 +176,8 @@ class Finetuning:
         dev = f", {len(self.dev_set):,} dev" if self.dev_set else ""
         labels = f", labels {', '.join(self.task.classes)}" if self.task.classes else ""
         self._say(
-            f"task {self.task.name}: {len(self.train_set):,} training{dev} and {len(self.test_set):,} held-out rows{labels}"
+            f"task {self.task.name}: {len(self.train_set):,} training{dev} and {len(self.test_set):,} held-out rows"
+            f"{labels}"
         )
         if run.settings:
             self._say(run.settings)
@@ -187,8 +185,8 @@ class Finetuning:
         steps = self.trainer.args.max_steps
         if isinstance(optimizer, CoordinateMomentum) and 0 < steps * optimizer.fraction < 3.0:
             self._say(
-                f"note: {steps} steps visit a coordinate {steps * optimizer.fraction:.2g} times on average, fewer than 3; "
-                "momentum will hardly act",
+                f"note: {steps} steps visit a coordinate {steps * optimizer.fraction:.2g} times on average, fewer than "
+                "3; momentum will hardly act",
                 "yellow",
             )
 
@@ -285,7 +283,8 @@ class Finetuning:
         run, trainer, args = self.run, self.trainer, self.trainer.args
         first, last = before.figures(), after.figures()
         steps = trainer.state.global_step
-        record = getattr(trainer.optimizer.optimizer, "last_record", None)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # out of accelerate's wrapper
+        record = getattr(optimizer, "last_record", None)
         dev = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         best = trainer.state.best_metric if args.load_best_model_at_end else None
         return {
@@ -295,7 +294,7 @@ class Finetuning:
             "train": run.train,
             "seed": args.seed,
             "steps": steps,
-            "skipped_steps": getattr(trainer.optimizer.optimizer, "n_skipped", 0),
+            "skipped_steps": getattr(optimizer, "n_skipped", 0),
             "batch_size": args.per_device_train_batch_size,
             "train_rows": len(self.train_set),
             "dev_rows": len(self.dev_set),
@@ -355,8 +354,8 @@ class Finetuning:
             self._say(f"the model is that of step {metrics['best_step']}, dev loss {metrics['best_dev_loss']:.4f}")
         memory = metrics["peak_memory_bytes"] / 2**30
         self._say(
-            f"{metrics['steps']} steps in {metrics['training_seconds']:.0f} s, {metrics['training_forward_passes']} forward "
-            f"passes of {metrics['batch_size']} rows, peak memory {memory:.2f} GiB"
+            f"{metrics['steps']} steps in {metrics['training_seconds']:.0f} s, {metrics['training_forward_passes']} "
+            f"forward passes of {metrics['batch_size']} rows, peak memory {memory:.2f} GiB"
         )
         self._say(f"model, training_curves.png and metrics.json are in {self.folder}")
 
@@ -382,8 +381,8 @@ class Finetuning:
         for key in {**own, **state["run"]}:
             if state["run"].get(key) != own.get(key):
                 raise ValueError(
-                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {own.get(key)!r}; give "
-                    "the same options to continue it"
+                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {own.get(key)!r}; "
+                    "give the same options to continue it"
                 )
         return state
 

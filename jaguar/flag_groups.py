@@ -18,6 +18,10 @@ ADAPTERS = {"lora": "lora", "prefix": "prefix_tuning", "prompt": "prompt_tuning"
 DEFAULTS = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}
 EVAL_BATCH = 32
 
+# What the authors' released step decides: neither a preset nor a user can say otherwise.
+RELEASED_FIXES = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
+RELEASED_FIXES |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
+
 
 def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n")
@@ -96,8 +100,8 @@ _DATA = (
             "--verbalizers",
             nargs="+",
             metavar="WORD",
-            help="what a language model should say for each label, in the order of the sorted labels, with their leading "
-            "blank (default: as saved beside the model, else the labels)",
+            help="what a language model should say for each label, in the order of the sorted labels, with their "
+            "leading blank (default: as saved beside the model, else the labels)",
         ),
         _flag(
             "--max_length",
@@ -213,8 +217,8 @@ _TRAINING = (
             "--eval_steps",
             type=_natural,
             metavar="N",
-            help="score the dev rows every N steps and keep the best; without dev rows the held-out rows, for the picture "
-            "only; 0: before and after only (default: 0)",
+            help="score the dev rows every N steps and keep the best; without dev rows the held-out rows, for the "
+            "picture only; 0: before and after only (default: 0)",
         ),
         _flag(
             "--logging_steps", type=_positive, metavar="N", help="a line, and a log entry, every N steps (default: 10)"
@@ -242,8 +246,8 @@ _OPTIMIZER = (
             "--coordinates",
             type=_coordinates,
             metavar="K|P",
-            help="perturbed coordinates: 100 is a number over the whole set, 0.01 a fraction of every tensor (1 is one, "
-            "1.0 is all)",
+            help="perturbed coordinates: 100 is a number over the whole set, 0.01 a fraction of every tensor "
+            "(1 is one, 1.0 is all)",
         ),
         _flag("--layout", help="uniform or block"),
         _flag("--signs", help="rademacher or ones"),

@@ -32,7 +32,8 @@ Every other field of transformers.TrainingArguments is a flag too (--report_to t
 EVAL = """\
 Scores a model on a task: accuracy with its standard error, AUC for two options, loss.
 
-A model that jaguar fine-tuned remembers its task and prompt; for any other give --task, or --template and --verbalizers.
+A model that jaguar fine-tuned remembers its task and prompt; for any other give --task, or --template and
+--verbalizers.
 
   jaguar eval --model tuned --test_file test.csv
   jaguar eval --model facebook/opt-1.3b --task copa
@@ -52,6 +53,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **({"allow_abbrev": False} | options))
 
     def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -107,7 +109,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         given, _ = parser.parse_known_args(words)
         preset = _preset(given)
         if preset is not None:
-            words = ["finetune", *_words(preset.settings), *words[1:]]
+            fixed = groups.RELEASED_FIXES if "released" in given else set()
+            settings = {key: value for key, value in preset.settings.items() if key not in fixed}
+            words = ["finetune", *_words(settings), *words[1:]]
         args, rest = parser.parse_known_args(words)
         args.preset_found = preset
         return args, rest

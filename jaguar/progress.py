@@ -82,7 +82,7 @@ class Stop(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Saves and stops; but a step whose evaluation is due lets it come first, else the continued run would lack it."""
-        if self.asked and not (control.should_evaluate and args.eval_steps > 1):
+        """Saves and stops; a step whose evaluation is due lets it come first, else the continued run would lack it."""
+        if self.asked and not (control.should_evaluate and args.eval_steps != 1):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -62,13 +62,15 @@ class ZOTrainer(Trainer):
         args = ZOTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, ZOTrainingArguments):
             raise TypeError(
-                f"args is a {type(args).__name__}; ZOTrainer takes jaguar.ZOTrainingArguments, which has the same fields"
+                f"args is a {type(args).__name__}; ZOTrainer takes jaguar.ZOTrainingArguments, which has the same "
+                "fields"
             )
         self.scorer = scorer
         # Writes more files into the folder of every checkpoint.
         self.beside: Callable[[Path], None] | None = None
         self._window: list[Any] = []
         self._logged: list[Record] = []
+        self._passes = 2  # forward passes of a step
         if scorer is not None:
             if args.torch_compile:
                 raise ValueError("torch_compile=True does not see the scorer's hook on the output head; leave one out")
@@ -113,19 +115,15 @@ class ZOTrainer(Trainer):
             raise TypeError(f"the optimizer is a {type(inner).__name__}; create_optimizer() comes first")
         return inner
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer that `args.optim_zo` names; JAGUAR Muon gets its groups from `jaguar.param_groups`."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+        if self.optimizer is None:
             model = self.model if model is None else model
-            kind = self.args.optimizer_class
-            if issubclass(kind, JaguarMuon):
-                groups: Any = param_groups(model, self.args.weight_decay)
-            else:
-                groups = self._decay_groups(model)
-            self.optimizer = kind(groups, **self.args.optimizer_options())
-        elif self.optimizer is None:
-            kind, options = self.optimizer_cls_and_kwargs
-            self.optimizer = kind(self._decay_groups(self.model if model is None else model), **options)
+            chosen = self.args.optimizer_class, self.args.optimizer_options()
+            kind, options = self.optimizer_cls_and_kwargs or chosen
+            is_muon = issubclass(kind, JaguarMuon)
+            groups = param_groups(model, self.args.weight_decay) if is_muon else self._decay_groups(model)
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -159,7 +157,7 @@ class ZOTrainer(Trainer):
         )
 
     def _prepare_for_training(self, *args: Any, **others: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **others)
+        prepared = super()._prepare_for_training(*args, **others)  # type: ignore[no-untyped-call]
         if self._zeroth_order and self.args.world_size > 1:  # what DDP would have done
             for group in self.zeroth_order.param_groups:
                 for parameter in group["params"]:
@@ -172,10 +170,10 @@ class ZOTrainer(Trainer):
         """Trainer's; with a scorer the batches hold what the loss needs and no more."""
         if self.scorer is None:
             return super().get_train_dataloader()
-        usual = self.data_collator
+        usual: Any = self.data_collator
         if usual == self.scorer.collate:
             answers_only = self.scorer.objective == "answer"
-            self.data_collator = functools.partial(self.scorer.collate, answers_only=answers_only)
+            self.data_collator = functools.partial(usual, answers_only=answers_only)
         try:
             return super().get_train_dataloader()
         finally:
@@ -210,6 +208,7 @@ class ZOTrainer(Trainer):
         model.eval()  # unequal dropout masks would drown the difference of the losses
         record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)
+        self._passes = len(record.losses)
         return torch.tensor(record.loss, device=self.args.device)
 
     def compute_loss(
@@ -251,17 +250,15 @@ class ZOTrainer(Trainer):
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return None if self._zeroth_order else super()._clip_grad_norm(model)
+        return None if self._zeroth_order else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return None if self._zeroth_order else super()._get_grad_norm(model, grad_norm)
+        return None if self._zeroth_order else super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 operations a parameter and token in each forward pass; Trainer's 6 count a backward pass."""
         counted = super().floating_point_ops(inputs)
-        if not self._zeroth_order or (self.zeroth_order.last_record is None and not self._logged):
-            return counted
-        return counted // 3 * len((self._logged or [self.zeroth_order.last_record])[-1].losses)
+        return counted // 3 * self._passes if self._zeroth_order else counted
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -278,7 +275,7 @@ class ZOTrainer(Trainer):
     # -- logs and evaluation ---------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's logs, with the mean of the finite losses, the root mean square of rho, and the steps skipped so far."""
+        """Trainer's logs, with the mean of the finite losses, the root mean square of rho, and the steps skipped."""
         if self._zeroth_order and "loss" in logs and self._logged:
             finite = [record for record in self._logged if not record.skipped]
             logs["loss"] = math.fsum(r.loss for r in finite) / len(finite) if finite else math.nan
@@ -301,13 +298,13 @@ class ZOTrainer(Trainer):
         loss = row_losses(scores, inputs["labels"], self.scorer.objective).mean()
         if prediction_loss_only:
             return loss, None, None
-        dataset = self.callback_handler.eval_dataloader.dataset
-        missing = max(0, max(len(example.choices) for example in dataset) - scores.shape[1])
+        loader: Any = self.callback_handler.eval_dataloader
+        missing = max(0, max(len(example.choices) for example in loader.dataset) - scores.shape[1])
         return loss, nn.functional.pad(scores, (0, missing), value=-math.inf), inputs["labels"]
 
     def predict(self, test_dataset: Any, *args: Any, **others: Any) -> Any:
         """Trainer's; predictions and labels are in the order of the data set."""
-        output = super().predict(test_dataset, *args, **others)
+        output: Any = super().predict(test_dataset, *args, **others)
         if self.scorer is None:
             return output
         place = np.argsort(by_length(test_dataset))
@@ -316,7 +313,7 @@ class ZOTrainer(Trainer):
 
 def accuracy(found: EvalPrediction) -> dict[str, float]:
     """Share of rows whose label has the largest score; a row with a NaN is wrong."""
-    scores = found.predictions
+    scores: Any = found.predictions
     right = (scores.argmax(-1) == found.label_ids) & ~np.isnan(scores).any(-1)
     return {"accuracy": float(right.mean())}
 

@@ -19,7 +19,7 @@ def _option(help_text: str) -> Any:
 
 @dataclass
 class ZOTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with an optimizer of this package; whatever is None keeps that optimizer's default.
+    """`transformers.TrainingArguments` with an optimizer of this package; None keeps that optimizer's default.
 
     `learning_rate=None` (the default) is the optimizer's own, not Trainer's 5e-5; `optim` is not used. With
     `gradient_accumulation_steps` the micro-batches of a window are evaluated at the same two points: a step is that of
@@ -30,18 +30,22 @@ class ZOTrainingArguments(TrainingArguments):
             passes, the first-order baseline.
 
     Raises:
-        ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`), or that the optimizer
-            does not know.
+        ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`), or that the
+            optimizer does not know.
 
     Equivalent to: `TrainingArguments(...)`.
     """
 
-    learning_rate: float | None = _option("length of a step; default: the optimizer's own")
+    learning_rate: float | None = _option(  # type: ignore[assignment]
+        "length of a step; default: the optimizer's own"
+    )
     optim_zo: str = field(default="jaguar-signsgd", metadata={"help": f"optimizer: {', '.join(METHODS)}"})
     tau: float | None = _option("length of the perturbation")
     beta: float | None = _option("momentum factor of the jaguar methods")
     momentum: float | None = _option("momentum factor of zo-sgd, zo-signsgd and fo-sgd")
-    coordinates: Any = _option("perturbed coordinates: an int is a number, a float a fraction")
+    coordinates: Any = _option(  # noqa: RUF009 - the other fields escape by their unions
+        "perturbed coordinates: an int is a number, a float a fraction"
+    )
     layout: str | None = _option("uniform or block")
     signs: str | None = _option("rademacher or ones")
     update: str | None = _option("sampled or all")
@@ -67,17 +71,18 @@ class ZOTrainingArguments(TrainingArguments):
         if not self.first_order:
             self._refuse_what_needs_gradients()
         self._check_options()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
     def _refuse_what_needs_gradients(self) -> None:
         if self.fp16:
             raise ValueError(
-                "fp16=True is mixed precision with a gradient scaler, and there are no gradients here: load the model in "
-                "float16 (dtype=torch.float16), or use bf16=True"
+                "fp16=True is mixed precision with a gradient scaler, and there are no gradients here: load the model "
+                "in float16 (dtype=torch.float16), or use bf16=True"
             )
         if self.deepspeed:
             raise ValueError(
-                "deepspeed shards gradients and optimizer states, which forward-only training does not have; leave it out"
+                "deepspeed shards gradients and optimizer states, which forward-only training does not have; leave "
+                "it out"
             )
         if self.fsdp:
             raise ValueError("fsdp is not supported by ZOTrainer: a sharded model would be scored with stale weights")

@@ -29,7 +29,10 @@ def scores(model, examples, kind, pad_id, side="left", multiple=8):
     ids, mask, where, targets = rows(examples, kind, pad_id, side, multiple)
     logits = model(input_ids=ids, attention_mask=mask).logits
     logprobs = F.log_softmax(logits, -1)
-    means = [logprobs[i, w].gather(1, torch.tensor(t)[:, None]).mean() for i, (w, t) in enumerate(zip(where, targets))]
+    means = [
+        logprobs[i, w].gather(1, torch.tensor(t)[:, None]).mean()
+        for i, (w, t) in enumerate(zip(where, targets, strict=True))
+    ]
     return list(torch.stack(means).split([len(e.choices) for e in examples]))
 
 

@@ -319,10 +319,10 @@ def test_broken_models_are_refused(folder, tmp_path, capsys):
     assert "could not load the model" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(torn)))
     tiny.causal_lm(other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(
-        json.dumps(config | {"architectures": ["BertModel"], "model_type": "bert"})
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"], "model_type": "bert"}))
+    assert "is a BertModel, which has no head" in refused(
+        capsys, *words(folder, tmp_path / "out", "--model", str(other))
     )
-    assert "is a BertModel, which has no head" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(other)))
     assert "is a file" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(weights)))
 
 

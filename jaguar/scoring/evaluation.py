@@ -24,8 +24,8 @@ def evaluate(
 ) -> Scores:
     """Scores every option of every example, dropout off; `progress` is told the rows of each batch.
 
-    The loss of a row does not depend on the rows of its batch: with the objective "answer" it is the mean over the row's
-    own tokens.
+    The loss of a row does not depend on the rows of its batch: with the objective "answer" it is the mean over the
+    row's own tokens.
     """
     order = by_length(examples)
     device = next(scorer.model.parameters()).device

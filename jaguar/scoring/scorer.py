@@ -21,6 +21,8 @@ LAYOUTS = ("auto", "packed", "padded")
 # Attention that takes a mask of one's own, and reads it as (batch, 1, queries, keys).
 _OWN_MASKS = ("sdpa", "eager")
 
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
 # Names under which configurations say how far attention looks back.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
@@ -73,8 +75,8 @@ class Scorer:
             self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             if not isinstance(self.head, nn.Module):
                 raise ValueError(
-                    f"a {type(model).__name__} has no output head for tokens (get_output_embeddings() is None); scoring "
-                    "options needs a causal or masked language model"
+                    f"a {type(model).__name__} has no output head for tokens (get_output_embeddings() is None); "
+                    "scoring options needs a causal or masked language model"
                 )
         self.own_masks = _takes_own_masks(model)
         self.forward_passes = self.tokens = 0
@@ -177,7 +179,7 @@ class Scorer:
 
     def _logits(self, batch: dict[str, Tensor], model: Any) -> Tensor:
         """fp32 (places, vocabulary) for a language model, (rows, classes) for a classifier."""
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
         self.forward_passes += 1
         self.tokens += inputs["input_ids"].numel()
         if inputs.get("attention_mask", inputs["input_ids"]).dim() == 4 and _attention(self.model) == "eager":

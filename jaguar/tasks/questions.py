@@ -108,7 +108,7 @@ class Encoder:
 
     def _encoded(self, question: Question) -> Example:
         if self.kind == "classifier":
-            choices = (Choice(tuple(self.tokenizer(question.prompt).input_ids)),)
+            choices: tuple[Choice, ...] = (Choice(tuple(self.tokenizer(question.prompt).input_ids)),)
         else:
             choices = tuple(
                 (self._after if self.kind == "causal" else self._within)(question, o) for o in question.options

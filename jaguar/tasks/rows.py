@@ -1,4 +1,4 @@
-"""Rows of labelled data: from CSV and JSONL files, with errors that name the line, or from the hub through `datasets`."""
+"""Rows of labelled data: from CSV and JSONL files, with errors that name the line, or from the hub by `datasets`."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def hub_rows(dataset: str, config: str | None, splits: Sequence[str], columns: M
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
-            f"reading {dataset!r} needs the package datasets: pip install 'jaguar-zo[tasks]', or give files of your own "
-            "with --train_file and --test_file"
+            f"reading {dataset!r} needs the package datasets: pip install 'jaguar-zo[tasks]', or give files of your "
+            "own with --train_file and --test_file"
         ) from None
     local = Path(dataset).is_dir()
     try:

@@ -22,7 +22,11 @@ class SST2(Task):
     columns: ClassVar[dict[str, str]] = {"sentence": "sentence", "label": "label"}
     sizes: ClassVar[Sizes] = Sizes(1000, 500, 1000)
     hub: ClassVar[tuple[str, str | None]] = ("nyu-mll/glue", "sst2")
-    classes: ClassVar[tuple[str, ...]] = ("0", "1")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """As GLUE numbers them: negative, positive."""
+        return ("0", "1")
 
     def question(self, row: Row, masked: bool) -> Question:
         """The sentence and what it was."""
@@ -30,7 +34,7 @@ class SST2(Task):
         return Question(
             f"{sentence} It was",
             (" terrible", " great"),
-            index_of(row["label"], ("0", "1"), row.where),
+            index_of(row["label"], self.classes, row.where),
             row.where,
             suffix=" ." if masked else "",
             text=sentence,

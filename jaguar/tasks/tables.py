@@ -99,8 +99,8 @@ def _filled(template: str, text: str, options: Sequence[str], label: int, where:
     before, _, after = template.partition("{mask}")
     if after.strip() and not masked and options:
         raise ValueError(
-            f"the template {template!r} goes on after {{mask}}; a causal language model answers at the end, so {{mask}} "
-            "must be last there, or be left out"
+            f"the template {template!r} goes on after {{mask}}; a causal language model answers at the end, so "
+            "{mask} must be last there, or be left out"
         )
     if "{mask}" in template:  # the options bring their own blank
         before = before.rstrip(" ")

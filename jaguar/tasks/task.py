@@ -30,7 +30,6 @@ class Task:
         columns: field -> column of a data file.
         sizes: the benchmark's sample.
         hub: data set and configuration on the hub, or None; its splits are train and validation.
-        classes: labels in the order of the options, where every row has the same; else empty.
     """
 
     name: ClassVar[str]
@@ -38,7 +37,11 @@ class Task:
     columns: ClassVar[dict[str, str]]
     sizes: ClassVar[Sizes] = Sizes()
     hub: ClassVar[tuple[str, str | None] | None] = None
-    classes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, in the order of the options, where every row has the same."""
+        return ()
 
     def question(self, row: Row, masked: bool) -> Question:
         """The row as text, for a causal or a masked language model.
