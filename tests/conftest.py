@@ -197,3 +197,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for buffer in buffers:
         for band in (buffer[:BAND], buffer[-BAND:]):
             assert bool((band.view(torch.uint8) == 255).all())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _data_sets_leave_no_cache(tmp_path_factory):
+    """`datasets` keeps a copy of everything it reads; the tests' goes with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield

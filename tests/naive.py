@@ -24,10 +24,17 @@ def rows(examples, kind, pad_id, side="left", multiple=8):
     return torch.tensor(ids), torch.tensor(mask), where, [list(c.targets) for c in choices]
 
 
+def _logits(model, ids, mask):
+    # GPT-2 and BERT count positions from the row's start; padding on the left must not move them.
+    if model.config.model_type in ("gpt2", "bert"):
+        return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    return model(input_ids=ids, attention_mask=mask).logits
+
+
 def scores(model, examples, kind, pad_id, side="left", multiple=8):
     """(rows, options): mean log-probability of each option; a list per example where their numbers differ."""
     ids, mask, where, targets = rows(examples, kind, pad_id, side, multiple)
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    logits = _logits(model, ids, mask)
     logprobs = F.log_softmax(logits, -1)
     means = [
         logprobs[i, w].gather(1, torch.tensor(t)[:, None]).mean()
@@ -44,6 +51,6 @@ def loss(model, examples, kind, pad_id, objective, side="left"):
         return torch.stack(each).mean()
     right = [type(e)((e.choices[e.label],), 0) for e in examples]
     ids, mask, where, targets = rows(right, kind, pad_id, side)
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    logits = _logits(model, ids, mask)
     picked = torch.cat([logits[i, w] for i, w in enumerate(where)])
     return F.cross_entropy(picked, torch.tensor([t for target in targets for t in target]))

@@ -77,4 +77,4 @@ def write(path: Path, rows: list[dict]) -> Path:
 def texts() -> list[str]:
     """Everything that is said in any of them, for training tokenizers."""
     said = [str(v) for make in ROWS.values() for row in make(200, 0) for v in row.values()]
-    return [*said, "It was terrible great . so because Review: Sentiment: negative positive"]
+    return [*said, *["a film It was terrible .", "a film It was great ."] * 300]  # one token each, as for real models
