@@ -102,19 +102,19 @@ def _adapter(args: argparse.Namespace) -> Any:
     if len(chosen) > 1:
         raise Refused(f"--{ADAPTERS[chosen[0]]} and --{ADAPTERS[chosen[1]]}: choose one adapter")
     kind = chosen[0] if chosen else "none"
-    options = {name.removeprefix("lora_"): name for name in ("lora_r", "lora_alpha", "lora_target_modules")}
-    if kind == "lora":
-        values = {field: getattr(args, name) for field, name in options.items() if name in args}
-        if "target_modules" in values:
-            values["target_modules"] = tuple(values["target_modules"])
-    else:
-        values = {"num_virtual_tokens": args.num_virtual_tokens} if "num_virtual_tokens" in args else {}
-        lost = [name for name in options.values() if name in args]
-        if lost or (values and kind == "none"):
-            raise Refused(
-                f"--{(lost or ['num_virtual_tokens'])[0]} needs "
-                + ("--lora" if lost else "--prefix_tuning or --prompt_tuning")
-            )
+    values = {}
+    for name, field, kinds in (
+        ("lora_r", "r", ("lora",)),
+        ("lora_alpha", "alpha", ("lora",)),
+        ("lora_target_modules", "target_modules", ("lora",)),
+        ("num_virtual_tokens", "num_virtual_tokens", ("prefix", "prompt")),
+    ):
+        if name not in args:
+            continue
+        if kind not in kinds:
+            raise Refused(f"--{name} needs {' or '.join(f'--{ADAPTERS[k]}' for k in kinds)}")
+        value = getattr(args, name)
+        values[field] = tuple(value) if isinstance(value, list) else value
     return Adapter(kind, **values)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from jaguar.adapters import Adapter
 from jaguar.data import Data
@@ -69,7 +69,7 @@ class Finetuning:
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
         self.folder = Path(run.output_dir)
-        args = self._arguments()
+        args = self.args = self._arguments()
         prepare_folder(self.folder)
         held = [name for name in ("config.json", "adapter_config.json") if (self.folder / name).exists()]
         if held and not run.overwrite_output_dir:
@@ -78,7 +78,8 @@ class Finetuning:
                 "--overwrite_output_dir"
             )
         state = self._load_state(Path(run.resume_from_checkpoint)) if run.resume_from_checkpoint else None
-        rows = run.data.splits(run.model)
+        with console.status("reading rows"):
+            rows = run.data.splits(run.model)
         with console.status(f"loading {run.model}"):
             self.loaded = load(run.model, dtype=run.dtype, use_cpu=args.use_cpu, in_4bit=run.in_4bit)
         self.task = run.data.make_task(run.model, self.loaded, rows.train)
@@ -144,6 +145,7 @@ class Finetuning:
             raise ValueError(f"--train {run.train} is of the model's own parameters; leave it out with an adapter")
         if has_adapter and run.adapter.kind != "none":
             raise ValueError(f"{run.model!r} is an adapter already: it is trained on; leave --lora and the like out")
+        set_seed(int(self.args.seed))  # of LoRA's factors
         self.loaded = replace(self.loaded, model=run.adapter.applied(model, self.loaded.kind))
 
     def _make_trainer(self, args: ZOTrainingArguments) -> ZOTrainer:

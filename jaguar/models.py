@@ -61,9 +61,12 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool
         raise ValueError(f"{adapter} is damaged: it names no base model") from None
     loaded = _load_base(base, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
     with _errors_of_loading(name, is_folder=True):
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        model = PeftModel.from_pretrained(loaded.model, name, is_trainable=True)
+        is_prompt = PeftConfig.from_pretrained(name).is_prompt_learning
+        model = PeftModel.from_pretrained(loaded.model, name, is_trainable=not is_prompt)
+    if is_prompt:  # which PEFT does not load as trainable
+        model.prompt_encoder.requires_grad_(True)
     return replace(loaded, model=model.eval())
 
 

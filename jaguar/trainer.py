@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from jaguar.adapters import adds_tokens, load_prompt
 from jaguar.optimizers import JaguarMuon, param_groups
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.record import Record
@@ -261,6 +262,13 @@ class ZOTrainer(Trainer):
         return counted // 3 * self._passes if self._zeroth_order else counted
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        if adds_tokens(model):  # Trainer asks PEFT for a trainable prompt, which PEFT refuses to load
+            load_prompt(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self.args.should_save:

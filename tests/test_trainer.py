@@ -476,6 +476,7 @@ RESUMED = {
     "fo-sgd": {"optim_zo": "fo-sgd", "momentum": 0.9, "coordinates": None, "tau": None},
     "bf16": {},
     "lora": {},
+    "prefix": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4},
 }
 
 
@@ -485,7 +486,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, case):
         model = tiny.architecture("opt")
         model = model.to(torch.bfloat16) if case == "bf16" else model
         torch.manual_seed(5)  # of LoRA's factors
-        model = Adapter("lora").applied(model, "causal") if case == "lora" else model
+        model = Adapter(case).applied(model, "causal") if case in ("lora", "prefix") else model
         more = {"save_strategy": "steps", "save_steps": 4, "tau": 5e-2 if case == "bf16" else 1e-2} | RESUMED[case]
         return scored(tmp_path / folder, model=model, steps=8, **more)
 

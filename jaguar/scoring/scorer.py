@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jaguar.adapters import adds_tokens
 from jaguar.scoring import layout as layouts
 from jaguar.scoring.figures import row_losses
 from jaguar.scoring.layout import Layout
@@ -276,10 +277,9 @@ def _attention(model: Any) -> str | None:
 
 def _takes_own_masks(model: Any) -> bool:
     """Whether the model's attention and forward are known to take masks and positions; `verify` tries it."""
-    peft = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
-    if peft is not None and peft.is_prompt_learning:
+    if adds_tokens(model):
         return False  # PEFT lengthens two-dimensional masks only
-    inner = model.get_base_model() if peft is not None else model
+    inner = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     return _attention(model) in _OWN_MASKS and "position_ids" in inspect.signature(inner.forward).parameters
 
 
