@@ -102,7 +102,7 @@ def _adapter(args: argparse.Namespace) -> Any:
     if len(chosen) > 1:
         raise Refused(f"--{ADAPTERS[chosen[0]]} and --{ADAPTERS[chosen[1]]}: choose one adapter")
     kind = chosen[0] if chosen else "none"
-    values = {}
+    values: dict[str, Any] = {}
     for name, field, kinds in (
         ("lora_r", "r", ("lora",)),
         ("lora_alpha", "alpha", ("lora",)),

@@ -1,0 +1,69 @@
+"""Two processes: every rank takes the same step, of the losses averaged over both, without DDP."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_trainer import arguments, classifier, labelled
+
+from jaguar import ZOTrainer
+
+SCRIPT = """
+import hashlib, json, logging, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_trainer import arguments, classifier, labelled
+from jaguar import ZOTrainer
+logging.disable(logging.WARNING)
+
+def digest(model):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+out = sys.argv[1]
+args = arguments(out + "/run", 4, per_device_train_batch_size=4)
+model = classifier()
+if args.process_index == 1:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)  # nobody but the trainer makes the ranks begin alike
+trainer = ZOTrainer(model, args, train_dataset=labelled())
+trainer.train()
+record = trainer.zeroth_order.last_record
+wrapped = type(trainer.model_wrapped).__name__
+first = trainer.state.log_history[0]["loss"]
+with open(f"{{out}}/{{args.process_index}}.json", "w") as file:
+    json.dump([digest(model), wrapped, record.losses, first, trainer.zeroth_order.steps_done], file)
+"""
+
+
+def run(folder, world):
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, str(script), str(folder)]
+        processes.append(subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    one, other = run(tmp_path, 2)
+    assert one[:3] == other[:3]  # bit for bit the same model, and the same record
+    assert one[1] == "BertForSequenceClassification" and one[4] == 4
+    args = arguments(tmp_path / "alone", 4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    alone = ZOTrainer(classifier(), args, train_dataset=labelled())
+    alone.train()
+    # The same rows in one process, as two micro-batches: the order of the sums differs.
+    assert alone.state.log_history[0]["loss"] == pytest.approx(one[3], rel=1e-5)
