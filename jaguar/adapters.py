@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 _TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
 
@@ -27,8 +30,14 @@ class Adapter:
     target_modules: tuple[str, ...] = ()
     num_virtual_tokens: int = 5
 
-    def applied(self, model: Any, model_kind: str) -> Any:
+    def applied(self, model: Any, model_kind: str, prompt_ids: Sequence[int] = ()) -> Any:
         """The model with the adapter; the rest is frozen.
+
+        Args:
+            model: a causal LM, masked LM or sequence classifier.
+            model_kind: which of them: "causal", "masked" or "classifier".
+            prompt_ids: tokens of a real prompt, whose activations a prefix or prompt begins with (random ones would
+                undo what the model knows); empty: PEFT's random ones.
 
         Raises:
             ValueError: PEFT is not installed, or the adapter does not fit the model; the message says why.
@@ -64,7 +73,23 @@ class Adapter:
                 if self.kind == "lora"
                 else f"--{_FLAGS[self.kind]} does not fit a {type(model).__name__}: {reason}"
             ) from error
-        return adapted.eval()
+        adapted.eval()
+        if self.kind != "lora" and prompt_ids:
+            self._begin_with(adapted, prompt_ids)
+        return adapted
+
+    def _begin_with(self, model: Any, prompt_ids: Sequence[int]) -> None:
+        import peft
+
+        count = self.num_virtual_tokens
+        ids = torch.tensor([(list(prompt_ids) * count)[:count]], device=model.device)
+        with torch.no_grad(), model.disable_adapter():
+            if self.kind == "prefix":
+                cache = model(input_ids=ids, use_cache=True).past_key_values
+                peft.initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+            else:
+                words = model.get_input_embeddings()(ids)[0]
+                model.prompt_encoder[model.active_adapter].embedding.weight.copy_(words)
 
 
 def adds_tokens(model: Any) -> bool:

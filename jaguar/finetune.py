@@ -26,6 +26,7 @@ from jaguar.progress import Bar, Losses, Stop
 from jaguar.report import Points, draw_curves, row_bar, say, score_table
 from jaguar.saving import check_space, prepare_folder, save_files, write_model
 from jaguar.scoring import Scores, evaluate, paired_se
+from jaguar.tasks.rows import Row
 from jaguar.trainer import ZOTrainer
 from jaguar.training_args import ZOTrainingArguments
 
@@ -83,7 +84,7 @@ class Finetuning:
         with console.status(f"loading {run.model}"):
             self.loaded = load(run.model, dtype=run.dtype, use_cpu=args.use_cpu, in_4bit=run.in_4bit)
         self.task = run.data.make_task(run.model, self.loaded, rows.train)
-        self._set_trainable()
+        self._set_trainable(rows.train[0])
         if self.loaded.kind == "classifier":
             self.loaded.model.config.id2label = dict(enumerate(self.task.classes))
             self.loaded.model.config.label2id = {label: i for i, label in enumerate(self.task.classes)}
@@ -133,7 +134,7 @@ class Finetuning:
             raise ValueError("--lr_scheduler_type constant has no warm-up; choose constant_with_warmup")
         return args
 
-    def _set_trainable(self) -> None:
+    def _set_trainable(self, row: Row) -> None:
         run, model = self.run, self.loaded.model
         has_adapter = hasattr(model, "peft_config")
         if run.adapter.kind == "none" and not has_adapter:
@@ -146,7 +147,8 @@ class Finetuning:
         if has_adapter and run.adapter.kind != "none":
             raise ValueError(f"{run.model!r} is an adapter already: it is trained on; leave --lora and the like out")
         set_seed(int(self.args.seed))  # of LoRA's factors
-        self.loaded = replace(self.loaded, model=run.adapter.applied(model, self.loaded.kind))
+        prompt = self.loaded.tokenizer(self.task.question(row, self.loaded.kind == "masked").prompt).input_ids
+        self.loaded = replace(self.loaded, model=run.adapter.applied(model, self.loaded.kind, prompt))
 
     def _make_trainer(self, args: ZOTrainingArguments) -> ZOTrainer:
         eval_set = (self.dev_set or self.test_set) if args.eval_strategy != "no" else None

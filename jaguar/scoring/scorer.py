@@ -121,7 +121,9 @@ class Scorer:
             pack = layouts.packed_trees
         else:
             padded, pack = layouts.masked(groups), layouts.packed_masked
-        if not free or self.layout == "padded" or self.kind == "classifier":
+        # Eager attention holds heads x queries x keys scores: packing would cost more memory than it saves.
+        may_pack = self.layout == "packed" or (self.layout == "auto" and _attention(self.model) == "sdpa")
+        if not free or not may_pack or self.kind == "classifier":
             return padded
         packed = pack(groups)
         width = self.model.config.get_text_config().hidden_size
@@ -206,34 +208,42 @@ class Scorer:
         """
         if self.kind == "classifier":
             return
-        few = list(examples[:4])
-        device = next(self.model.parameters()).device
-        counted = self.forward_passes, self.tokens
-        was_training = self.model.training
+        counted, was_training = (self.forward_passes, self.tokens), self.model.training
         self.model.eval()
-        with torch.no_grad():
-            plain = torch.cat([self._plainly(choice, device) for e in few for choice in e.choices])
-            for _ in range(2):
-                try:
-                    batch = {key: value.to(device) for key, value in self.collate(few).items()}
-                    lean = self.scores(batch)
-                    lean = lean[lean.isfinite()] if plain.isfinite().all() else plain
-                    far = (lean - plain).abs().max().item()
-                except (RuntimeError, TypeError, ValueError, IndexError):
-                    if not self.own_masks:
-                        raise
-                    far = math.inf
-                close = far < (1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.15)
-                if close or not self.own_masks:
-                    break
-                self.own_masks = False
-        self.model.train(was_training)
-        self.forward_passes, self.tokens = counted
-        if not close:
+        try:
+            with torch.no_grad():
+                far = self._farthest(examples[:4])
+        finally:
+            self.model.train(was_training)
+            self.forward_passes, self.tokens = counted
+        if far > self._tolerance:
             raise ValueError(
                 f"scoring only the options' positions of a {type(self.model).__name__} differs from its whole forward "
                 f"by {far:.2g}; this model cannot be scored by jaguar"
             )
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.15
+
+    def _farthest(self, examples: Sequence[Example]) -> float:
+        """The largest difference from one-by-one scores, by masks of one's own if they can be trusted, else without."""
+        device = next(self.model.parameters()).device
+        plain = torch.cat([self._plainly(choice, device) for e in examples for choice in e.choices])
+        if not plain.isfinite().all():  # a broken model says so itself, in every loss
+            return 0.0
+        far = math.inf
+        for own_masks in (True, False)[not self.own_masks :]:
+            self.own_masks = own_masks
+            try:
+                batch = {key: value.to(device) for key, value in self.collate(examples).items()}
+                far = (self.scores(batch)[batch["lengths"] > 0] - plain).abs().max().item()
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                if not own_masks:
+                    raise
+            if far <= self._tolerance:
+                break
+        return far
 
     def _plainly(self, choice: Choice, device: torch.device) -> Tensor:
         logits = self.model(torch.tensor([choice.ids], device=device)).logits
