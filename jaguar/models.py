@@ -122,7 +122,11 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded
         )
     if kind == "classifier" and model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id  # decoder classifiers look for the last token that is not padding
-    if not in_4bit:
+    if in_4bit:
+        for module in model.modules():  # a fast layout for CPUs, from which a state_dict does not come back whole
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
         model = model.to("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
     return Loaded(model, tokenizer, kind, pad_id, _longest(model, tokenizer))
 

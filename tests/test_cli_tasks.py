@@ -107,6 +107,29 @@ def test_virtual_tokens_from_the_command_line(folder, tmp_path, flag):
     assert one.keys() == other.keys() and any(not torch.equal(one[key], other[key]) for key in one)
 
 
+def test_lora_beside_four_bit_weights(folder, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="4 bits are bitsandbytes'")
+    out = tmp_path / "out"
+    more = ["--lora", "--load_in_4bit", "--use_cpu", "--save_steps", "2"]
+    assert cli.main(words(folder, out, "copa", "llama", *more)) == 0
+    saved = load_file(out / "adapter_model.safetensors")
+    assert saved and {t.dtype for t in saved.values()} == {torch.float32}
+    after = json.loads((out / "metrics.json").read_text())["after"]
+    again = cli.main(
+        ["eval", "--model", str(out), "--test_file", str(folder / "copa-test.csv"), "--load_in_4bit", "--use_cpu"]
+    )
+    assert again == 0
+    from jaguar.data import Data
+    from jaguar.models import load
+
+    data, loaded = Data(test_file=str(folder / "copa-test.csv")), load(str(out), use_cpu=True, in_4bit=True)
+    rows = data.test_rows(str(out))
+    examples = data.examples(data.make_task(str(out), loaded, rows), rows, loaded)
+    scores = evaluate(Scorer(loaded.model, loaded.pad_id, "causal", "answer"), examples, 32)
+    # The frozen base is the same after checkpoints were saved as when it is loaded anew.
+    assert scores.figures()["loss"] == pytest.approx(after["loss"], rel=1e-6)
+
+
 def test_k_shot_and_a_dev_file(folder, tmp_path, capsys):
     line = words(folder, tmp_path / "shots", "sst2", "roberta", "--num_k_shot", "8", "--eval_steps", "4")
     assert cli.main(line) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaguar.flags import make_parser
+from jaguar.flags import parse
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,14 +16,18 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.S)
 
 
-def test_the_ten_lines_of_python_run(capsys):
+def test_the_python_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.warn", lambda *a, **k: None)  # torch's, on machines without a GPU to pin memory for
     first, *more = blocks("python")
     assert len(first.strip().splitlines()) <= 12
     names: dict = {}
     exec(compile(first, "README.md", "exec"), names)
     assert "Record(step=499" in capsys.readouterr().out
+    assert len(more) == 2
     for code in more:
         exec(compile(code, "README.md", "exec"), names)
+    assert "eval_loss" in capsys.readouterr().out and type(names["trainer"]).__name__ == "ZOTrainer"
     assert type(names["optimizer"]).__name__ == "JaguarMuon"
 
 
@@ -32,11 +36,14 @@ def test_linked_files_exist(path):
     assert (ROOT / path).exists()
 
 
-def test_the_commands_parse():
+def test_the_commands_parse(tmp_path, monkeypatch):
     commands = re.findall(r"^jaguar (.*?[^\\])$", "\n".join(blocks("sh")), flags=re.S | re.M)
-    assert len(commands) == 2
+    assert len(commands) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: m\noutput_dir: o\n")
     for command in commands:
-        make_parser().parse_args(shlex.split(command.replace("\\\n", " ")))
+        _, rest = parse(shlex.split(command.replace("\\\n", " ")))
+        assert not rest
 
 
 def test_the_make_targets_exist():
