@@ -9,14 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import jaguar
 from jaguar.flag_groups import ADAPTERS, EVAL_BATCH
-from jaguar.flags import Parser, make_parser, parse
+from jaguar.flags import parse, trainer_flags
 
 
 class Refused(Exception):
@@ -37,8 +37,7 @@ def _refusals() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args, rest = parse(argv)
-    if args.command == "finetune" and (rest or "help_all" in args):
-        args.trainer = _trainer_flags(args, rest)
+    args.trainer = trainer_flags(rest) if rest else {}
     command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console = Console()
@@ -62,30 +61,6 @@ def _quiet_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _trainer_flags(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
-    """The given fields of TrainingArguments that have no flag of ours."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parser: Any = HfArgumentParser(
-        cast(Any, TrainingArguments), add_help=False, prog="jaguar finetune", allow_abbrev=False
-    )
-    parser.error = Parser.error.__get__(parser)  # one line
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    if "help_all" in args:
-        own = make_parser()
-        with contextlib.suppress(SystemExit):
-            own.parse_args(["finetune", "--help"])
-        print("\nEvery flag of transformers.TrainingArguments\n")
-        print(parser.format_help().split("\n\n", 1)[1])
-        raise SystemExit(0)
-    found, unknown = parser.parse_known_args(list(words))
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    given: dict[str, Any] = vars(found)
-    return given
 
 
 def _split(args: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -134,7 +109,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         output_dir=args.output_dir,
         data=Data(**_split(args, Data)),
         adapter=_adapter(args),
-        arguments=arguments | getattr(args, "trainer", {}),
+        arguments=arguments | args.trainer,
         train=getattr(args, "train", "all"),
         dtype=getattr(args, "dtype", "auto"),
         in_4bit="load_in_4bit" in args,

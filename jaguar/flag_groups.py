@@ -277,8 +277,6 @@ _OPTIMIZER = (
     ],
 )
 
-_HELP = ("more help", None, [_switch("--help_all", "this, and every flag of transformers.TrainingArguments")])
-
-FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER, _HELP)
+FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER)
 EVAL = (_MODEL, _DATA)
 INFO = (("model", None, [_flag("--model", metavar="DIR", help="folder in Hugging Face form, or a name on the hub")]),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from rich.markup import escape
 from rich_argparse import RawDescriptionRichHelpFormatter
@@ -57,6 +57,39 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+class _HelpAll(argparse.Action):
+    """Like --help, and then what TrainingArguments has."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *others: Any) -> NoReturn:
+        parser.print_help()
+        print("\nEvery flag of transformers.TrainingArguments\n")
+        print(_trainer_parser().format_help().split("\n\n", 1)[1])
+        parser.exit()
+
+
+def _trainer_parser() -> Any:
+    """The fields of TrainingArguments as flags without defaults: what is not given is not there."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser: Any = HfArgumentParser(
+        cast(Any, TrainingArguments), add_help=False, prog="jaguar finetune", allow_abbrev=False
+    )
+    parser.error = Parser.error.__get__(parser)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return parser
+
+
+def trainer_flags(words: Sequence[str]) -> dict[str, Any]:
+    """The given fields of TrainingArguments that have no flag of ours; anything else ends the program."""
+    parser = _trainer_parser()
+    found, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given: dict[str, Any] = vars(found)
+    return given
+
+
 def make_parser() -> Parser:
     """The parser; the chosen command's name is in `args.command`, and what was not given is not in `args`."""
     parser = Parser(
@@ -91,6 +124,9 @@ def make_parser() -> Parser:
             section = sub.add_argument_group(title, note)
             for names, options in flags:
                 section.add_argument(*names, **options)
+        if name == "finetune":
+            text = "this, and every flag of transformers.TrainingArguments"
+            sub.add_argument("--help_all", action=_HelpAll, nargs=0, help=text)
     return parser
 
 
