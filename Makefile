@@ -8,6 +8,7 @@ SEED ?= 0
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
+	@echo "make demo ADAPTER=lora the same with LoRA, or ADAPTER=prefix; TensorBoard logs in runs/"
 	@echo "make compare [SEED=n]  the same, and ZO-SGD with as many forward passes"
 	@echo "make test              the default test suite, without a GPU and without a network"
 	@echo "make test-full         all tests that need no GPU"
@@ -41,7 +42,7 @@ comma := ,
 comma_dev := test$(comma)dev
 
 demo: $(VENV)/.demo
-	@$(BIN)/python demo/demo.py --seed $(SEED)
+	@$(BIN)/python demo/demo.py --seed $(SEED) $(if $(ADAPTER),--adapter $(ADAPTER))
 
 compare: $(VENV)/.demo
 	@$(BIN)/python demo/demo.py --seed $(SEED) --compare

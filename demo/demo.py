@@ -20,11 +20,18 @@ SETTINGS = {
     "--lr_scheduler_type linear --max_steps 80",
     "zo-sgd": "--tau 1e-2 --learning_rate 3e-4 --lr_scheduler_type constant --max_steps 200",
 }
+# JAGUAR SignSGD on an adapter, by PEFT, instead of the normalisation weights.
+_EVERY = "--coordinates 1.0 --estimator one-sided --n_directions 4 --max_steps 80 --report_to tensorboard"
+ADAPTERS = {
+    "lora": f"--lora --tau 1e-2 --learning_rate 4e-3 {_EVERY}",
+    "prefix": f"--prefix_tuning --tau 1e-2 --learning_rate 8e-3 {_EVERY}",
+}
 RUNS = Path("runs")
 
 
-def command(method: str, seed: int) -> list[str]:
+def command(method: str, seed: int, adapter: str | None = None) -> list[str]:
     """The `jaguar finetune` command line of one run."""
+    what = ADAPTERS[adapter] if adapter else f"--train norm {SETTINGS[method]}"
     return [
         "finetune",
         "--method",
@@ -36,27 +43,25 @@ def command(method: str, seed: int) -> list[str]:
         "--test_file",
         str(prepare.TEST),
         "--output_dir",
-        str(_folder(method, seed)),
+        str(_folder(adapter or method, seed)),
         "--overwrite_output_dir",
         "--template",
         r"Review: {text}\nSentiment:",
         "--verbalizers",
         " negative",
         " positive",
-        "--train",
-        "norm",
-        *SETTINGS[method].split(),
+        *what.split(),
         "--seed",
         str(seed),
     ]
 
 
-def _folder(method: str, seed: int) -> Path:
-    return RUNS / f"demo-{method}-{seed}"
+def _folder(name: str, seed: int) -> Path:
+    return RUNS / f"demo-{name}-{seed}"
 
 
-def _run(method: str, seed: int) -> int:
-    words = command(method, seed)
+def _run(method: str, seed: int, adapter: str | None = None) -> int:
+    words = command(method, seed, adapter)
     print(f"$ jaguar {shlex.join(words)}", flush=True)
     child = subprocess.Popen([sys.executable, "-m", "jaguar", *words])
     while True:
@@ -99,9 +104,10 @@ def main() -> int:
         help="of directions and batch order (default: 0); the test set is the same for all",
     )
     parser.add_argument("--compare", action="store_true", help="run ZO-SGD too and print both")
+    parser.add_argument("--adapter", choices=tuple(ADAPTERS), help="train this instead of the normalisation weights")
     args = parser.parse_args()
     prepare.prepare()
-    return compare(args.seed) if args.compare else _run("jaguar-signsgd", args.seed)
+    return compare(args.seed) if args.compare else _run("jaguar-signsgd", args.seed, args.adapter)
 
 
 if __name__ == "__main__":

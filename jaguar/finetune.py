@@ -324,6 +324,7 @@ class Finetuning:
 
     def _draw(self, path: Path, metrics: dict[str, Any]) -> None:
         run, first, last = self.run, metrics["before"], metrics["after"]
+        what = metrics["method"] + ("" if run.adapter.kind == "none" else f" ({run.adapter.kind})")
         found = metrics["evaluations"]
         kept = metrics["best_step"] if metrics["best_step"] is not None else metrics["steps"]
         ends = Points(
@@ -339,7 +340,7 @@ class Finetuning:
             path,
             losses=self.losses.values,
             points=[ends, way] if found else [ends],
-            title=f"{metrics['method']} on {Path(run.model).name}, {self.task.name}, seed {metrics['seed']}: held-out "
+            title=f"{what} on {Path(run.model).name}, {self.task.name}, seed {metrics['seed']}: held-out "
             f"accuracy {first['accuracy']:.1%} to {last['accuracy']:.1%}",
         )
 

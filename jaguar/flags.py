@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -136,8 +137,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     Settings come from the preset of the chosen model, task, method and adapter, then from the file of --config, then
     from the command line; later ones win.
     """
-    import sys
-
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if words[:1] == ["finetune"]:
