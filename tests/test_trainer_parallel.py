@@ -1,5 +1,6 @@
 """Two processes: every rank takes the same step, of the losses averaged over both, without DDP."""
 
+import hashlib
 import json
 import os
 import socket
@@ -7,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from test_trainer import arguments, classifier, labelled
 
 from jaguar import ZOTrainer
@@ -34,9 +34,8 @@ trainer = ZOTrainer(model, args, train_dataset=labelled())
 trainer.train()
 record = trainer.zeroth_order.last_record
 wrapped = type(trainer.model_wrapped).__name__
-first = trainer.state.log_history[0]["loss"]
 with open(f"{{out}}/{{args.process_index}}.json", "w") as file:
-    json.dump([digest(model), wrapped, record.losses, first, trainer.zeroth_order.steps_done], file)
+    json.dump([digest(model), wrapped, record.losses, trainer.zeroth_order.steps_done], file)
 """
 
 
@@ -61,9 +60,11 @@ def run(folder, world):
 def test_two_processes_take_the_steps_of_one(tmp_path):
     one, other = run(tmp_path, 2)
     assert one[:3] == other[:3]  # bit for bit the same model, and the same record
-    assert one[1] == "BertForSequenceClassification" and one[4] == 4
+    assert one[1] == "BertForSequenceClassification" and one[3] == 4
     args = arguments(tmp_path / "alone", 4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     alone = ZOTrainer(classifier(), args, train_dataset=labelled())
     alone.train()
-    # The same rows in one process, as two micro-batches: the order of the sums differs.
-    assert alone.state.log_history[0]["loss"] == pytest.approx(one[3], rel=1e-5)
+    # One process equals two bit for bit when it sums the same two micro-batches in the order of the ranks (rule 29).
+    assert list(alone.zeroth_order.last_record.losses) == one[2]
+    data = b"".join(p.detach().numpy().tobytes() for p in alone.model.parameters())
+    assert hashlib.sha256(data).hexdigest() == one[0]
