@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from jaguar.choices import ADAPTERS
+
 _TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
 
 
@@ -47,10 +49,11 @@ class Adapter:
         try:
             import peft
         except ImportError:
-            raise ValueError(f"--{_FLAGS[self.kind]} needs PEFT: pip install 'jaguar-zo[peft]'") from None
+            raise ValueError(f"--{ADAPTERS[self.kind]} needs PEFT: pip install 'jaguar-zo[peft]'") from None
         if self.kind != "lora" and model_kind != "causal":
             raise ValueError(
-                f"--{_FLAGS[self.kind]} adds tokens before the prompt, which PEFT does for causal LMs only; use --lora"
+                f"--{ADAPTERS[self.kind]} adds tokens before the prompt, which PEFT does for causal LMs only; use "
+                "--lora"
             )
         task_type = _TASK_TYPES.get(model_kind)
         if self.kind == "lora":
@@ -68,10 +71,10 @@ class Adapter:
         except ValueError as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"--{_FLAGS[self.kind]} does not fit a {type(model).__name__}: {reason} (name modules with "
+                f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {reason} (name modules with "
                 "--lora_target_modules)"
                 if self.kind == "lora"
-                else f"--{_FLAGS[self.kind]} does not fit a {type(model).__name__}: {reason}"
+                else f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {reason}"
             ) from error
         adapted.eval()
         if self.kind != "lora" and prompt_ids:
@@ -103,6 +106,3 @@ def load_prompt(model: Any, folder: str) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
-
-
-_FLAGS = {"lora": "lora", "prefix": "prefix_tuning", "prompt": "prompt_tuning"}

@@ -12,5 +12,10 @@ METHODS: dict[str, str | None] = {
     FIRST_ORDER: None,
 }
 
+METHOD = "jaguar-signsgd"  # the default
+
+# Kind of adapter -> flag.
+ADAPTERS = {"lora": "lora", "prefix": "prefix_tuning", "prompt": "prompt_tuning"}
+
 # What --train takes: everything, weights and biases of the normalisation layers, or all biases.
 TRAINABLE = ("all", "norm", "bias")

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaguar
-from jaguar.flag_groups import ADAPTERS, EVAL_BATCH
+from jaguar.choices import ADAPTERS
+from jaguar.flag_groups import EVAL_BATCH
 from jaguar.flags import parse, trainer_flags
 
 
@@ -30,7 +31,7 @@ def _refusals() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, Unavailable) as error:
+    except (ValueError, Unavailable, ImportError, RuntimeError) as error:  # libraries raise the last two for what lacks
         raise Refused(str(error)) from error
 
 

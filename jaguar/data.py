@@ -9,6 +9,7 @@ from jaguar.models import Loaded, load_task
 from jaguar.tasks import TASKS, Encoder, Example, MultipleChoice, Sizes, Task, TextClassification
 from jaguar.tasks.rows import Row, hub_rows, read_rows
 from jaguar.tasks.sampling import drawn, k_shot, train_and_dev
+from jaguar.tasks.tables import choice_fields
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Data:
     dev_file: str | None = None
     test_file: str | None = None
     dataset: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    choice_columns: tuple[str, ...] = ("choice1", "choice2")
+    text_column: str | None = None
+    label_column: str | None = None
+    choice_columns: tuple[str, ...] | None = None
     template: str | None = None
     verbalizers: tuple[str, ...] | None = None
     max_length: int | None = None
@@ -61,11 +62,33 @@ class Data:
 
     def _columns(self, name: str) -> dict[str, str]:
         if name == TextClassification.name:
-            return {"text": self.text_column, "label": self.label_column}
+            return self._own_columns
         if name == MultipleChoice.name:
-            choices = {column: column for column in self.choice_columns}
-            return {"text": self.text_column, **choices, "label": self.label_column}
+            return self._own_columns | choice_fields(self._choices)
         return TASKS[name].columns
+
+    @property
+    def _own_columns(self) -> dict[str, str]:
+        return {"text": self.text_column or "text", "label": self.label_column or "label"}
+
+    @property
+    def _choices(self) -> tuple[str, ...]:
+        return self.choice_columns or ("choice1", "choice2")
+
+    def _refuse_unread(self, name: str) -> None:
+        """What was given and would not be looked at."""
+        tables = (TextClassification.name, MultipleChoice.name)
+        for flag, value, readers in (
+            ("text_column", self.text_column, tables),
+            ("label_column", self.label_column, tables),
+            ("choice_columns", self.choice_columns, tables[1:]),
+        ):
+            if value is not None and name not in readers:
+                raise ValueError(f"--{flag} is for --task {' and '.join(readers)}; --task {name} has its own columns")
+        if self.dataset and (self.train_file or self.test_file):
+            raise ValueError("--dataset and files of your own: give one or the other")
+        if self.num_k_shot and (self.num_train is not None or self.num_dev is not None):
+            raise ValueError("--num_k_shot says how many rows to take: leave --num_train and --num_dev out")
 
     def _read(self, name: str, path: str) -> list[Row]:
         columns = self._columns(name)
@@ -82,6 +105,7 @@ class Data:
             ValueError: there are none, or they are malformed.
         """
         name = self.named(source)
+        self._refuse_unread(name)
         if self.test_file:
             rows = self._read(name, self.test_file)
         else:
@@ -95,6 +119,7 @@ class Data:
             ValueError: files are missing or malformed, or too small for what was asked.
         """
         name, seed = self.named(source), self.train_set_seed
+        self._refuse_unread(name)
         sizes = self._sizes(name)
         if bool(self.train_file) != bool(self.test_file):
             missing = "--test_file" if self.train_file else "--train_file"
@@ -107,10 +132,8 @@ class Data:
             )
         test = drawn(held_out, sizes.test, seed)
         if self.num_k_shot:
-            labels = self._columns(name).keys() & {"label", "answer"}
-            field = labels.pop()
-            order = {label: i for i, label in enumerate(sorted({row[field] for row in pool}))}
-            train, dev = k_shot(pool, lambda row: order[row[field]], self.num_k_shot, seed)
+            field = TASKS[name].label_field
+            train, dev = k_shot(pool, lambda row: row[field], self.num_k_shot, seed)
         else:
             train, dev = train_and_dev(pool, sizes.train, sizes.dev if not self.dev_file else 0, seed)
         if self.dev_file:
@@ -150,7 +173,7 @@ class Data:
         if name == MultipleChoice.name:
             if isinstance(saved, MultipleChoice) and self.template is None:
                 return saved
-            return MultipleChoice(self.template or "{text}", self.choice_columns)
+            return MultipleChoice(self.template or "{text}", self._choices)
         if self.template:
             raise ValueError(f"--task {name} has a prompt of its own; --template is for data of your own")
         return TASKS[name]()
@@ -171,17 +194,14 @@ class Data:
         verbalizers = self.verbalizers or (saved.verbalizers if saved else tuple(f" {label}" for label in labels))
         return TextClassification(template, labels, verbalizers)
 
-    def encoder(self, loaded: Loaded) -> Encoder:
-        """What turns questions into tokens for this model."""
-        return Encoder(loaded.tokenizer, loaded.kind, loaded.max_length, self.max_length)
-
     def examples(self, task: Task, rows: Sequence[Row], loaded: Loaded) -> list[Example]:
-        """The rows as tokens.
+        """The rows as tokens; texts are cut at `max_length`, or where they were when the model was tuned.
 
         Raises:
             ValueError: a row does not fit the task or the model; file and line are named.
         """
-        return self.encoder(loaded)([task.question(row, loaded.kind == "masked") for row in rows])
+        encoder = Encoder(loaded.tokenizer, loaded.kind, loaded.max_length, self.max_length or loaded.cut)
+        return encoder([task.question(row, loaded.kind == "masked") for row in rows])
 
 
 def class_names(rows: Sequence[Row]) -> list[str]:

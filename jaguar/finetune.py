@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from jaguar.adapters import Adapter
 from jaguar.data import Data
@@ -27,7 +28,7 @@ from jaguar.report import Points, draw_curves, row_bar, say, score_table
 from jaguar.saving import check_space, prepare_folder, save_files, write_model
 from jaguar.scoring import Scores, evaluate, paired_se
 from jaguar.tasks.rows import Row
-from jaguar.trainer import ZOTrainer
+from jaguar.trainer import ZOTrainer, bare
 from jaguar.training_args import ZOTrainingArguments
 
 _STATE = "jaguar_run.pt"
@@ -105,6 +106,11 @@ class Finetuning:
             self._restore(state)
 
     @property
+    def cut(self) -> int | None:
+        """Tokens at which long texts are cut, if they are."""
+        return self.run.data.max_length or self.loaded.cut
+
+    @property
     def model(self) -> Any:
         """The model, with its adapter."""
         return self.scorer.model
@@ -115,13 +121,22 @@ class Finetuning:
         given = dict(run.arguments)
         defaults: dict[str, Any] = dict(DEFAULTS) | {"per_device_eval_batch_size": EVAL_BATCH, "report_to": "none"}
         if "num_train_epochs" in given:
+            if "max_steps" in given:
+                raise ValueError("--max_steps and --num_train_epochs: give one of them")
             del defaults["max_steps"]
+        if "optim" in given:
+            raise ValueError("--optim is of Trainer's own optimizers; choose one of jaguar's with --method")
+        metric = str(given.get("metric_for_best_model", "loss")).removeprefix("eval_")
+        if metric not in ("loss", "accuracy"):
+            raise ValueError(f"--metric_for_best_model {metric}: there is loss and accuracy")
         eval_steps, save_steps = given.pop("eval_steps", 0), given.pop("save_steps", 0)
         has_dev = run.data.has_dev(run.model)
         if eval_steps:
             defaults |= {"eval_strategy": "steps", "eval_steps": eval_steps}
             if has_dev:
                 defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+        if given.get("load_best_model_at_end") and not (eval_steps and has_dev):
+            raise ValueError("--load_best_model_at_end needs dev rows (--num_dev, --dev_file) and --eval_steps")
         defaults["save_strategy"] = "steps" if save_steps else "best" if eval_steps and has_dev else "no"
         if save_steps:
             defaults |= {"save_steps": save_steps}
@@ -151,7 +166,7 @@ class Finetuning:
         self.loaded = replace(self.loaded, model=run.adapter.applied(model, self.loaded.kind, prompt))
 
     def _make_trainer(self, args: ZOTrainingArguments) -> ZOTrainer:
-        eval_set = (self.dev_set or self.test_set) if args.eval_strategy != "no" else None
+        eval_set = self.dev_set or self.test_set
         trainer = ZOTrainer(
             self.model,
             args,
@@ -216,7 +231,7 @@ class Finetuning:
             raise Interrupted(f"stopped at once after step {trainer.state.global_step}; {self._last_saved()}") from None
         finally:
             self.bar.close()
-        if self.stop.asked:
+        if self.stop.asked and trainer.state.global_step < trainer.state.max_steps:
             step, folder = trainer.state.global_step, self._checkpoint()
             raise Interrupted(
                 f"stopped after step {step} of {trainer.state.max_steps}; saved in {folder}\n{self._go_on(folder)}"
@@ -262,14 +277,14 @@ class Finetuning:
 
         def write(folder: Path) -> None:
             write_model(folder, self.model, self.loaded.tokenizer)
-            save_task(self.task, folder)
+            save_task(self.task, folder, self.cut)
 
-        with HeldInterrupts():
-            save_files(self.folder, write)
         try:
+            with HeldInterrupts():
+                save_files(self.folder, write)
             after = self.test("tuned")
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped while scoring; the tuned model is in {self.folder}") from None
+            raise Interrupted(f"stopped before it was scored; the tuned model is in {self.folder}") from None
         assert self.before is not None
         metrics = self._metrics(self.before, after)
 
@@ -287,8 +302,7 @@ class Finetuning:
         run, trainer, args = self.run, self.trainer, self.trainer.args
         first, last = before.figures(), after.figures()
         steps = trainer.state.global_step
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # out of accelerate's wrapper
-        record = getattr(optimizer, "last_record", None)
+        optimizer = bare(trainer.optimizer)
         dev = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         best = trainer.state.best_metric if args.load_best_model_at_end else None
         return {
@@ -311,12 +325,11 @@ class Finetuning:
                 {key.removeprefix("eval_"): entry.get(key) for key in ("step", "eval_loss", "eval_accuracy")}
                 for entry in dev
             ],
-            "best_dev_loss": best,
+            "best_metric": str(args.metric_for_best_model).removeprefix("eval_") if best is not None else None,
+            "best_value": best,
             "best_step": trainer.state.best_global_step if best is not None else None,
             "training_seconds": self.result.metrics["train_runtime"],
-            "training_forward_passes": steps
-            * args.gradient_accumulation_steps
-            * (len(record.losses) if record is not None else 1),
+            "training_forward_passes": trainer.forward_passes,
             "peak_memory_bytes": peak_memory(args.device),
             "command": shlex.join(["jaguar", *sys.argv[1:]]),
             "versions": versions(),
@@ -356,7 +369,8 @@ class Finetuning:
         columns = {"zero-shot": before, "tuned": after}
         self.console.print(score_table(f"{metrics['method']}, {len(self.test_set)} held-out rows", columns, change))
         if metrics["best_step"] is not None:
-            self._say(f"the model is that of step {metrics['best_step']}, dev loss {metrics['best_dev_loss']:.4f}")
+            value = f"dev {metrics['best_metric']} {metrics['best_value']:.4f}"
+            self._say(f"the model is that of step {metrics['best_step']}, {value}")
         memory = metrics["peak_memory_bytes"] / 2**30
         self._say(
             f"{metrics['steps']} steps in {metrics['training_seconds']:.0f} s, {metrics['training_forward_passes']} "
@@ -369,8 +383,9 @@ class Finetuning:
     def _keep(self, folder: Path) -> None:
         assert self.before is not None
         before = {"logits": self.before.logits, "labels": self.before.labels, "losses": self.before.losses}
-        torch.save({"run": self.run.comparable(), "losses": self.losses.values, "before": before}, folder / _STATE)
-        save_task(self.task, folder)
+        so_far = {"losses": self.losses.values, "passes": self.trainer.forward_passes, "before": before}
+        torch.save({"run": self.run.comparable(), **so_far}, folder / _STATE)
+        save_task(self.task, folder, self.cut)
 
     def _load_state(self, folder: Path) -> dict[str, Any]:
         path = folder / _STATE
@@ -380,6 +395,12 @@ class Finetuning:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # torch.load has no exception of its own for a damaged file
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        progress = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        if progress["global_step"] >= progress["max_steps"]:
+            raise ValueError(
+                f"{str(folder)!r} is of the last step, so nothing is left to train; score it with jaguar eval --model "
+                f"{folder}"
+            )
         if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
             raise ValueError(f"{path} was not written by jaguar finetune")
         own = self.run.comparable()
@@ -397,7 +418,7 @@ class Finetuning:
             raise ValueError(
                 f"the checkpoint was made with {len(before.labels)} held-out rows, there are {len(self.test_set)} now"
             )
-        self.before, self.losses.values = before, list(state["losses"])
+        self.before, self.losses.values, self.trainer.forward_passes = before, list(state["losses"]), state["passes"]
 
 
 def _finite(value: Any) -> Any:

@@ -6,13 +6,9 @@ import argparse
 import contextlib
 from typing import Any
 
-from jaguar.choices import METHODS, TRAINABLE
+from jaguar.choices import METHOD, METHODS, TRAINABLE
 
 TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
-METHOD = "jaguar-signsgd"
-
-# Kind of adapter -> flag.
-ADAPTERS = {"lora": "lora", "prefix": "prefix_tuning", "prompt": "prompt_tuning"}
 
 # What a run takes where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
 DEFAULTS = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 import jaguar
 from jaguar import flag_groups as groups
+from jaguar.choices import ADAPTERS, METHOD
 
 FINETUNE = """\
 Fine-tunes a language model with forward passes only: SST-2, COPA, WinoGrande, or labelled text of your own.
@@ -145,6 +147,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         preset = _preset(given)
         if preset is not None:
             fixed = groups.RELEASED_FIXES if "released" in given else set()
+            if any(word.startswith("--num_train_epochs") for word in words):
+                fixed = fixed | {"max_steps"}
             settings = {key: value for key, value in preset.settings.items() if key not in fixed}
             words = ["finetune", *_words(settings), *words[1:]]
         args, rest = parser.parse_known_args(words)
@@ -175,14 +179,17 @@ def _from_file(parser: Parser, words: list[str]) -> list[str]:
 
 
 def _words(settings: dict[str, Any]) -> list[str]:
+    switches = {names[0] for _, _, flags in groups.FINETUNE for names, options in flags if "action" in options}
     words = []
     for key, value in settings.items():
         flag = f"--{key}"
         if isinstance(value, list):
             words += [flag, *map(str, value)]
-        elif value is True:
-            words.append(flag)
-        elif value is not False and value is not None:
+        elif isinstance(value, dict):
+            words.append(f"{flag}={json.dumps(value)}")
+        elif isinstance(value, bool) and flag in switches:
+            words += [flag] * value
+        elif value is not None:
             words.append(f"{flag}={value}")
     return words
 
@@ -193,7 +200,7 @@ def _preset(given: argparse.Namespace) -> Any:
     values = vars(given)
     if values.get("no_preset") or "task" not in values:
         return None
-    adapter = next((kind for kind, flag in groups.ADAPTERS.items() if values.get(flag)), "none")
+    adapter = next((kind for kind, flag in ADAPTERS.items() if values.get(flag)), "none")
     if "train" in values:
         return None  # published settings are of all parameters, or of an adapter
-    return presets.find(values["model"], values["task"], values.get("optim_zo", groups.METHOD), adapter)
+    return presets.find(values["model"], values["task"], values.get("optim_zo", METHOD), adapter)

@@ -37,6 +37,7 @@ class Loaded:
     kind: str
     pad_id: int
     max_length: int
+    cut: int | None = None  # tokens at which texts were cut when it was tuned
 
 
 def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool = False) -> Loaded:
@@ -54,7 +55,8 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool
     _check_folder(name)
     adapter = Path(name) / _ADAPTER_FILE
     if not adapter.is_file():
-        return _load_base(name, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+        loaded = _load_base(name, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+        return replace(loaded, cut=(_saved(name) or {}).get("max_length"))
     try:
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError):
@@ -67,7 +69,7 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool
         model = PeftModel.from_pretrained(loaded.model, name, is_trainable=not is_prompt)
     if is_prompt:  # which PEFT does not load as trainable
         model.prompt_encoder.requires_grad_(True)
-    return replace(loaded, model=model.eval())
+    return replace(loaded, model=model.eval(), cut=(_saved(name) or {}).get("max_length"))
 
 
 def _check_folder(name: str) -> None:
@@ -193,18 +195,32 @@ def select_trainable(model: nn.Module, which: str) -> None:
         )
 
 
-def save_task(task: Task, folder: Path) -> None:
+def save_task(task: Task, folder: Path, max_length: int | None) -> None:
     """Writes the prompt beside the model, so that `jaguar eval` asks as the training did."""
-    text = json.dumps(task.description(), indent=2, ensure_ascii=False)
+    text = json.dumps(task.description() | {"max_length": max_length}, indent=2, ensure_ascii=False)
     (folder / _TASK_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_task(name: str) -> Task | None:
     """The task that lies beside a model, or None."""
+    saved = _saved(name)
+    if saved is None:
+        return None
+    try:
+        return tasks.described({key: value for key, value in saved.items() if key != "max_length"})
+    except (ValueError, TypeError):
+        raise _damaged(name) from None
+
+
+def _saved(name: str) -> dict[str, Any] | None:
     path = Path(name) / _TASK_FILE
     if not path.is_file():
         return None
     try:
-        return tasks.described(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged; delete it and say what to do with --task or --template") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise _damaged(name) from None
+
+
+def _damaged(name: str) -> ValueError:
+    return ValueError(f"{Path(name) / _TASK_FILE} is damaged; delete it and say what to do with --task or --template")

@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from jaguar.report import StepBar, say
+from jaguar.trainer import bare
 
 
 class Losses(TrainerCallback):
@@ -20,7 +21,7 @@ class Losses(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Remembers the step's loss."""
-        record = getattr(getattr(others["optimizer"], "optimizer", others["optimizer"]), "last_record", None)
+        record = getattr(bare(others["optimizer"]), "last_record", None)
         if record is not None:
             self.values.append(record.loss)
 
@@ -83,6 +84,9 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Saves and stops; a step whose evaluation is due lets it come first, else the continued run would lack it."""
-        if self.asked and not (control.should_evaluate and args.eval_steps != 1):
+        if not self.asked or state.global_step >= state.max_steps:
+            return  # after the last step there is nothing to go on with
+        if not (control.should_evaluate and args.eval_steps != 1):
+            args.save_total_limit = 2  # at 1, Trainer ends by removing what is not the best checkpoint
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -7,6 +7,7 @@ record; so schedules, callbacks, evaluation, checkpoints, resuming and logging a
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from jaguar.adapters import adds_tokens, load_prompt
@@ -27,7 +29,7 @@ from jaguar.record import Record
 from jaguar.saving import replacing
 from jaguar.scoring import Scorer
 from jaguar.scoring.evaluation import by_length
-from jaguar.scoring.figures import row_losses
+from jaguar.scoring.figures import Scores, row_losses
 from jaguar.training_args import ZOTrainingArguments
 
 
@@ -45,7 +47,7 @@ class ZOTrainer(Trainer):
         args: `ZOTrainingArguments`.
         scorer: a `jaguar.Scorer` for data sets of `jaguar.tasks` examples; None: the loss is the model's own.
         optimizers: a zeroth-order optimizer and a scheduler of your own, in place of what `args` say.
-        **others: as of `transformers.Trainer`.
+        *more, **others: as of `transformers.Trainer`.
 
     Raises:
         TypeError: `args` or the optimizer are of another kind.
@@ -58,8 +60,14 @@ class ZOTrainer(Trainer):
     args: ZOTrainingArguments
 
     def __init__(
-        self, model: Any = None, args: ZOTrainingArguments | None = None, *, scorer: Scorer | None = None, **others: Any
+        self,
+        model: Any = None,
+        args: ZOTrainingArguments | None = None,
+        *more: Any,
+        scorer: Scorer | None = None,
+        **others: Any,
     ) -> None:
+        others = dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], more, strict=False)) | others
         args = ZOTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, ZOTrainingArguments):
             raise TypeError(
@@ -72,9 +80,13 @@ class ZOTrainer(Trainer):
         self._window: list[Any] = []
         self._logged: list[Record] = []
         self._passes = 2  # forward passes of a step
+        self.forward_passes = 0  # of all steps, evaluations aside
+        self._widths: dict[int, int] = {}
         if scorer is not None:
             if args.torch_compile:
                 raise ValueError("torch_compile=True does not see the scorer's hook on the output head; leave one out")
+            if args.label_smoothing_factor or others.get("compute_loss_func"):
+                raise ValueError("the scorer has its own loss: leave label_smoothing_factor and compute_loss_func out")
             others = {"data_collator": scorer.collate, "compute_metrics": accuracy} | others
             args.remove_unused_columns = False
         given = (others.get("optimizers") or (None, None))[0], (others.get("optimizer_cls_and_kwargs") or (None,))[0]
@@ -88,8 +100,9 @@ class ZOTrainer(Trainer):
         if self._zeroth_order:
             self._settle(args)
         super().__init__(model, args, **others)
-        if not self._loss_shifts_labels:
-            # Heads that take **kwargs without heeding num_items_in_batch would be summed over micro-batches.
+        if scorer is not None or not self._loss_shifts_labels:
+            # Losses that do not heed num_items_in_batch (many heads take it as **kwargs) would be summed over
+            # micro-batches.
             self.model_accepts_loss_kwargs = False
 
     @staticmethod
@@ -109,9 +122,7 @@ class ZOTrainer(Trainer):
         Raises:
             TypeError: there is none yet, or it is the first-order baseline.
         """
-        inner: Any = self.optimizer
-        while not isinstance(inner, ZerothOrder) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
+        inner = bare(self.optimizer)
         if not isinstance(inner, ZerothOrder):
             raise TypeError(f"the optimizer is a {type(inner).__name__}; create_optimizer() comes first")
         return inner
@@ -180,6 +191,15 @@ class ZOTrainer(Trainer):
         finally:
             self.data_collator = usual
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.scorer is None or self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [example.length for example in dataset]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        generator = torch.Generator().manual_seed(seed)
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         if self.scorer is None:
             return super()._get_eval_sampler(eval_dataset)
@@ -190,6 +210,8 @@ class ZOTrainer(Trainer):
     def train(self, *args: Any, **others: Any) -> Any:
         """Trainer's."""
         self._window, self._logged = [], []
+        if self.scorer is not None and not self.scorer.verified and isinstance(self.train_dataset, Sequence):
+            self.scorer.verify(self.train_dataset)
         return super().train(*args, **others)
 
     def training_step(
@@ -201,6 +223,7 @@ class ZOTrainer(Trainer):
             Mean of the measured losses, or 0 for the micro-batches before the last.
         """
         if not self._zeroth_order:
+            self.forward_passes += 1
             return super().training_step(model, inputs, num_items_in_batch)
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
@@ -210,6 +233,7 @@ class ZOTrainer(Trainer):
         record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)
         self._passes = len(record.losses)
+        self.forward_passes += len(window) * self._passes
         return torch.tensor(record.loss, device=self.args.device)
 
     def compute_loss(
@@ -219,9 +243,9 @@ class ZOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The scorer's loss of a batch, or Trainer's; the batch keeps its labels."""
+        """The scorer's loss of a batch, or Trainer's."""
         if self.scorer is None:
-            return super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total, weight = self.scorer.loss(inputs, model)
         return (total / weight, None) if return_outputs else total / weight
 
@@ -232,7 +256,7 @@ class ZOTrainer(Trainer):
             if self.scorer is not None:
                 loss, part = self.scorer.loss(batch, model)
             else:
-                loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+                loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
                 part = torch.tensor(1.0 / len(window) if self._is_scaled(num_items_in_batch) else _rows(batch))
                 # A loss that was divided by the items of all micro-batches is a share of the whole.
                 loss = loss.double() * (1.0 if self._is_scaled(num_items_in_batch) else part)
@@ -306,9 +330,15 @@ class ZOTrainer(Trainer):
         loss = row_losses(scores, inputs["labels"], self.scorer.objective).mean()
         if prediction_loss_only:
             return loss, None, None
-        loader: Any = self.callback_handler.eval_dataloader
-        missing = max(0, max(len(example.choices) for example in loader.dataset) - scores.shape[1])
+        missing = max(0, self._widest(self.callback_handler.eval_dataloader) - scores.shape[1])
         return loss, nn.functional.pad(scores, (0, missing), value=-math.inf), inputs["labels"]
+
+    def _widest(self, loader: Any) -> int:
+        """The largest number of options in a data set; batches of fewer are filled up to it."""
+        key = id(loader.dataset)
+        if key not in self._widths:
+            self._widths[key] = max(len(example.choices) for example in loader.dataset)
+        return self._widths[key]
 
     def predict(self, test_dataset: Any, *args: Any, **others: Any) -> Any:
         """Trainer's; predictions and labels are in the order of the data set."""
@@ -319,11 +349,17 @@ class ZOTrainer(Trainer):
         return output._replace(predictions=output.predictions[place], label_ids=output.label_ids[place])
 
 
+def bare(optimizer: Any) -> Any:
+    """The optimizer out of accelerate's wrapper, which hides its methods."""
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def accuracy(found: EvalPrediction) -> dict[str, float]:
     """Share of rows whose label has the largest score; a row with a NaN is wrong."""
-    scores: Any = found.predictions
-    right = (scores.argmax(-1) == found.label_ids) & ~np.isnan(scores).any(-1)
-    return {"accuracy": float(right.mean())}
+    scores, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+    return {"accuracy": Scores(scores, labels, torch.empty(0)).correct.mean().item()}
 
 
 def _rows(batch: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 import jaguar
-from jaguar.choices import FIRST_ORDER, METHODS
+from jaguar.choices import FIRST_ORDER, METHOD, METHODS
 
 
 def _option(help_text: str) -> Any:
@@ -39,13 +39,11 @@ class ZOTrainingArguments(TrainingArguments):
     learning_rate: float | None = _option(  # type: ignore[assignment]
         "length of a step; default: the optimizer's own"
     )
-    optim_zo: str = field(default="jaguar-signsgd", metadata={"help": f"optimizer: {', '.join(METHODS)}"})
+    optim_zo: str = field(default=METHOD, metadata={"help": f"optimizer: {', '.join(METHODS)}"})
     tau: float | None = _option("length of the perturbation")
     beta: float | None = _option("momentum factor of the jaguar methods")
     momentum: float | None = _option("momentum factor of zo-sgd, zo-signsgd and fo-sgd")
-    coordinates: Any = _option(  # noqa: RUF009 - the other fields escape by their unions
-        "perturbed coordinates: an int is a number, a float a fraction"
-    )
+    coordinates: float | str | None = _option("perturbed coordinates: 100 is a number, 0.01 a fraction")
     layout: str | None = _option("uniform or block")
     signs: str | None = _option("rademacher or ones")
     update: str | None = _option("sampled or all")
@@ -55,7 +53,7 @@ class ZOTrainingArguments(TrainingArguments):
     ns_period: int | None = _option("orthogonalise 1/R of the matrices in each step")
     vector_lr: float | None = _option("step of what Newton-Schulz does not move")
     adjust_lr: str | None = _option("original or match_rms_adamw")
-    released: bool | None = _option("what the authors' released code computes")
+    released: bool = field(default=False, metadata={"help": "what the authors' released code computes"})
     distribution: str | None = _option("gaussian or rademacher direction of zo-sgd and zo-signsgd")
     restore: str | None = _option("how dense directions get back: copy, module or walk")
     n_directions: int | None = _option("directions per step")
@@ -70,6 +68,8 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(f"optim_zo={self.optim_zo!r}: choose one of {', '.join(METHODS)}")
         if not self.first_order:
             self._refuse_what_needs_gradients()
+        if isinstance(self.coordinates, str):  # from a command line: 1 is one coordinate, 1.0 is all of them
+            self.coordinates = int(self.coordinates) if self.coordinates.isdecimal() else float(self.coordinates)
         self._check_options()
         super().__post_init__()  # type: ignore[no-untyped-call]
 
@@ -100,7 +100,8 @@ class ZOTrainingArguments(TrainingArguments):
 
     def optimizer_options(self) -> dict[str, Any]:
         """The arguments of the optimizer that were given, besides weight decay: what is left out keeps its default."""
-        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in OPTIONS}
+        given = {name: value for name, value in values.items() if value is not None and value is not False}
         for name in ("ns_dtype", "momentum_dtype"):
             if name in given:
                 given[name] = _dtype(name, given[name])

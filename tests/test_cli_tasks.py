@@ -1,7 +1,10 @@
 """The paper's tasks from the command line: local files, three kinds of models, full and adapter training, resuming."""
 
 import json
+import signal
+import sys
 
+import naive
 import pytest
 import synthetic
 import tiny
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 
 from jaguar import cli, flags
 from jaguar.scoring import Scorer, evaluate
+from jaguar.trainer import ZOTrainer
 
 MODELS = ("opt", "llama", "roberta")
 STEPS = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--tau", "1e-2"]
@@ -63,22 +67,68 @@ def test_a_task_runs_end_to_end_and_resumes_to_the_same_bits(folder, tmp_path, c
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert ((whole / "model.safetensors").exists(), (whole / "adapter_config.json").exists()) == (not lora, bool(lora))
     figures = [json.loads((out / "metrics.json").read_text()) for out in (whole, again)]
-    for key in ("before", "after", "paired_se", "evaluations", "best_dev_loss", "best_step"):
+    for key in ("before", "after", "paired_se", "evaluations", "best_value", "best_step"):
         assert figures[0][key] == figures[1][key]
     assert figures[0]["dev_rows"] == 12 and figures[0]["train_rows"] == 32 and figures[0]["test_rows"] == 15
     losses = {entry["step"]: entry["loss"] for entry in figures[0]["evaluations"]}
-    assert figures[0]["best_dev_loss"] == min(losses.values()) and losses[figures[0]["best_step"]] == min(
-        losses.values()
-    )
+    assert figures[0]["best_value"] == min(losses.values()) and losses[figures[0]["best_step"]] == min(losses.values())
     capsys.readouterr()
     # With the task that was saved beside it; no flag names it.
     assert cli.main(["eval", "--model", str(whole), "--test_file", str(folder / f"{task}-test.csv")]) == 0
     assert f"{figures[0]['after']['accuracy']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("moment", ["step 3", "evaluation", "last step"])
+def test_ctrl_c_with_dev_rows_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, capsys, moment):
+    """Trainer ends by removing checkpoints that are not the best one; the one to go on from is not."""
+    more = ["--eval_steps", "2", "--max_steps", "6"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(words(folder, whole, "copa", "opt", *more)) == 0
+    steps = []
+
+    def press(original, when):
+        def pressed(self, *args, **others):
+            steps.append(len(steps))
+            if len(steps) == when:
+                signal.raise_signal(signal.SIGINT)
+            return original(self, *args, **others)
+
+        return pressed
+
+    line = words(folder, parts, "copa", "opt", *more)
+    monkeypatch.setattr(sys, "argv", ["jaguar", *line])
+    with monkeypatch.context() as patch:
+        name, when = {"step 3": ("training_step", 3), "evaluation": ("evaluate", 1), "last step": ("training_step", 6)}[
+            moment
+        ]
+        patch.setattr(ZOTrainer, name, press(getattr(ZOTrainer, name), when))
+        code = cli.main(line)
+    printed = capsys.readouterr().out
+    if moment == "last step":
+        assert code == 0  # nothing is left to go on with
+    else:
+        step = 3
+        assert code == 130 and f"stopped after step {step} of 6" in printed
+        assert cli.main([*line, "--resume_from_checkpoint", str(parts / f"checkpoint-{step}")]) == 0
+    one, other = (load_file(out / "model.safetensors") for out in (whole, parts))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    figures = [json.loads((out / "metrics.json").read_text()) for out in (whole, parts)]
+    for key in ("before", "after", "evaluations", "best_step", "training_forward_passes"):
+        assert figures[0][key] == figures[1][key]
+
+
+def test_a_checkpoint_of_the_last_step_is_not_trained_on(folder, tmp_path, capsys):
+    line = words(folder, tmp_path / "out", "sst2", "opt", "--save_steps", "4")
+    assert cli.main(line) == 0
+    last = str(tmp_path / "out" / "checkpoint-4")
+    more = words(folder, tmp_path / "more", "sst2", "opt", "--save_steps", "4", "--resume_from_checkpoint", last)
+    assert "is of the last step, so nothing is left to train" in refused(capsys, *more)
+    assert cli.main(["eval", "--model", last, "--test_file", str(folder / "sst2-test.csv")]) == 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("task", synthetic.ROWS)
-def test_evaluation_in_batches_is_that_of_single_rows(folder, task, name, monkeypatch):
+def test_evaluation_in_batches_is_that_of_single_rows(folder, task, name):
     from jaguar.data import Data
     from jaguar.models import load
 
@@ -88,10 +138,11 @@ def test_evaluation_in_batches_is_that_of_single_rows(folder, task, name, monkey
     made = data.make_task(str(folder / name), loaded, rows)
     examples = data.examples(made, rows, loaded)
     scorer = Scorer(loaded.model, loaded.pad_id, loaded.kind, made.objective)
-    one, many = evaluate(scorer, examples, 1), evaluate(scorer, examples, 16)
-    torch.testing.assert_close(one.logits, many.logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(one.correct, many.correct)
-    assert one.figures()["loss"] == pytest.approx(many.figures()["loss"], rel=1e-5)
+    with torch.no_grad():  # one row of one option at a time, as the benchmark evaluates
+        alone = [naive.scores(loaded.model, [e], loaded.kind, loaded.pad_id, multiple=1)[0] for e in examples]
+    many = evaluate(scorer, examples, 16)
+    torch.testing.assert_close(torch.stack(alone), many.logits, rtol=1e-5, atol=1e-5)
+    assert torch.stack(alone).argmax(1).tolist() == many.logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("flag", ["--prefix_tuning", "--prompt_tuning"])
@@ -132,6 +183,7 @@ def test_lora_beside_four_bit_weights(folder, tmp_path):
 
 def test_k_shot_and_a_dev_file(folder, tmp_path, capsys):
     line = words(folder, tmp_path / "shots", "sst2", "roberta", "--num_k_shot", "8", "--eval_steps", "4")
+    del line[line.index("--num_dev") : line.index("--num_dev") + 2]
     assert cli.main(line) == 0
     metrics = json.loads((tmp_path / "shots" / "metrics.json").read_text())
     assert metrics["train_rows"] == metrics["dev_rows"] == 16
@@ -177,6 +229,9 @@ def test_a_file_of_settings_is_the_command_line(folder, tmp_path, suffix, capsys
     assert one.read_bytes() == other.read_bytes()
     assert cli.main(["finetune", "--config", str(path), "--seed", "1", "--overwrite_output_dir"]) == 0  # flags win
     assert one.read_bytes() != other.read_bytes()
+    path.write_text(json.dumps({"output_dir": "o", "model": "m", "bf16": False, "lora": False, "optim_args": {"a": 1}}))
+    args, rest = flags.parse(["finetune", "--config", str(path)])
+    assert flags.trainer_flags(rest)["bf16"] is False and rest[1] == '--optim_args={"a": 1}' and "lora" not in args
     path.write_text("learning_rat: 1e-4\nmodel: m\noutput_dir: o\n")
     assert "unrecognized arguments: --learning_rat=1e-4" in refused(capsys, "finetune", "--config", str(path))
     path.write_text("just words")
@@ -193,6 +248,8 @@ def test_published_settings_are_taken_and_flags_win():
         cut = [word for word in line if word != "--lora"] if more[0] != "--no_preset" else line
         args, _ = flags.parse([*cut, *more])
         assert args.preset_found is None and "learning_rate" not in args
+    args, rest = flags.parse([*line, "--num_train_epochs", "3"])
+    assert "max_steps" not in args and flags.trainer_flags(rest) == {"num_train_epochs": 3.0}
     args, _ = flags.parse([*line, "--released"])
     assert args.preset_found is not None and "beta" not in args  # the released step takes none
 
@@ -222,7 +279,7 @@ def test_fields_of_training_arguments_are_flags(folder, tmp_path, capsys):
     [
         ("sst2", "opt", ("--task", "copa"), "sst2.jsonl, line 1: no column 'premise'"),
         ("sst2", "opt", ("--num_dev", "44"), "--num_dev 44 leaves nothing to train on: there are 44"),
-        ("sst2", "opt", ("--num_k_shot", "30"), "--num_k_shot 30 needs 60 training rows of every label"),
+        ("sst2", "opt", ("--num_k_shot", "30"), "leave --num_train and --num_dev out"),
         ("sst2", "opt", ("--template", "{text}"), "--task sst2 has a prompt of its own"),
         ("copa", "opt", ("--max_length", "5"), "the prompt has 18 tokens, the model takes 5"),
         ("sst2", "opt", ("--lora", "--prefix_tuning"), "--lora and --prefix_tuning: choose one adapter"),
@@ -233,6 +290,11 @@ def test_fields_of_training_arguments_are_flags(folder, tmp_path, capsys):
         ("sst2", "roberta", ("--prefix_tuning",), "which PEFT does for causal LMs only; use --lora"),
         ("sst2", "opt", ("--load_in_4bit",), "bitsandbytes|train an adapter beside them, with --lora"),
         ("sst2", "opt", ("--eval_steps", "3", "--save_steps", "2"), "multiple"),
+        ("sst2", "opt", ("--num_train_epochs", "2"), "--max_steps and --num_train_epochs: give one of them"),
+        ("sst2", "opt", ("--optim", "sgd"), "choose one of jaguar's with --method"),
+        ("sst2", "opt", ("--eval_steps", "2", "--metric_for_best_model", "f1"), "there is loss and accuracy"),
+        ("sst2", "opt", ("--load_best_model_at_end",), "needs dev rows (--num_dev, --dev_file) and --eval_steps"),
+        ("sst2", "opt", ("--report_to", "clearml"), "ClearML"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

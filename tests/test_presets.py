@@ -20,8 +20,8 @@ ALL = presets()
 ADAPTERS = {"none": set(), "lora": {"lora_r", "lora_alpha"}, "prefix": {"num_virtual_tokens"}}
 ADAPTERS["prompt"] = ADAPTERS["prefix"]
 OF_THE_TRAINER = {f.name for f in fields(ZOTrainingArguments)}
-BESIDE_THE_TRAINER = {"num_k_shot", "max_length"}.union(*ADAPTERS.values())
-KINDS = {str: {"lr_scheduler_type", "ns_coefficients"}}
+BESIDE_THE_TRAINER = {"num_k_shot", "max_length", "dtype"}.union(*ADAPTERS.values())
+KINDS = {str: {"lr_scheduler_type", "ns_coefficients", "dtype"}}
 KINDS[float] = {"learning_rate", "tau", "beta", "momentum", "weight_decay"}
 
 

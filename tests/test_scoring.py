@@ -234,7 +234,11 @@ def test_verify_finds_a_model_that_ignores_masks_and_one_that_cannot_be_scored()
     scorer = scorer_of(model, "llama", "copa")
     assert scorer.own_masks
     scorer.verify(data)
-    assert not scorer.own_masks and scorer.forward_passes == 0
+    assert not scorer.own_masks and scorer.forward_passes == 0 and scorer.layout == "auto"
+    # Also from questions that would need no mask in padded rows: what training packs later is tried too.
+    other = scorer_of(model, "llama")
+    other.verify([Example((choice([i, 6, 7, 8], 1), choice([i, 6, 7, 20], 1)), 0) for i in range(9, 13)])
+    assert not other.own_masks
     with torch.no_grad():
         expected = torch.stack(naive.scores(tiny.architecture("llama"), data, "causal", 1))
         torch.testing.assert_close(scorer.scores(scorer.collate(data)), expected, **CLOSE)
@@ -248,6 +252,23 @@ def test_verify_finds_a_model_that_ignores_masks_and_one_that_cannot_be_scored()
             parameter.mul_(4.0)
     with pytest.raises(ValueError, match="RobertaForCausalLM differs from its whole forward"):
         Scorer(both_ways, 1, "causal", "answer").verify(examples("copa", "opt", 4))
+
+
+def test_a_head_that_is_not_called_as_a_module_is_noticed():
+    model = tiny.architecture("llama")
+
+    class Inline(type(model)):
+        def forward(self, *args, **kwargs):
+            out = self.model(*args, **kwargs)
+            out.logits = out.last_hidden_state @ self.lm_head.weight.T
+            return out
+
+    model.__class__ = Inline
+    scorer = scorer_of(model, "llama", "copa")
+    with pytest.raises(RuntimeError, match="Inline is not called as a module"):
+        scorer.scores(scorer.collate(examples("copa", "llama", 4)))
+    with pytest.raises(RuntimeError, match="not called as a module"):
+        scorer.verify(examples("copa", "llama", 4))
 
 
 def test_a_sliding_window_shorter_than_the_prompt_rules_out_trees():

@@ -122,12 +122,12 @@ def test_the_benchmarks_sample():
 
 def test_k_shot_takes_k_of_each_label_for_train_and_for_dev():
     rows = [(i, i % 3 == 0) for i in range(90)]
-    train, dev = k_shot(rows, lambda r: int(r[1]), 10, seed=13)
+    train, dev = k_shot(rows, lambda r: str(r[1]), 10, seed=13)
     for part in (train, dev):
         assert sum(label for _, label in part) == 10 and len(part) == 20
-    assert not set(train) & set(dev) and k_shot(rows, lambda r: int(r[1]), 10, seed=21)[0] != train
-    with pytest.raises(ValueError, match=r"--num_k_shot 16 needs 32 training rows of every label .* label 1 has 30"):
-        k_shot(rows, lambda r: int(r[1]), 16, seed=0)
+    assert not set(train) & set(dev) and k_shot(rows, lambda r: str(r[1]), 10, seed=21)[0] != train
+    with pytest.raises(ValueError, match=r"--num_k_shot 16 needs 32 training rows of every label .* label True has 30"):
+        k_shot(rows, lambda r: str(r[1]), 16, seed=0)
 
 
 def test_sizes_are_the_benchmarks_unless_others_are_given(tmp_path):
@@ -174,9 +174,32 @@ def test_prompts_of_ones_own():
     with pytest.raises(ValueError, match=r"goes on after \{mask\}; a causal language model answers at the end"):
         task.question(row(text="fine", label="p"), masked=False)
     task = MultipleChoice("{text} Answer:", ("a", "b", "c"))
-    asked = task.question(row(text="2 + 2?", a="3", b="four", c="five", label="1"), masked=False)
+    choices = {"choice 0": "3", "choice 1": "four", "choice 2": "five"}
+    asked = task.question(row(text="2 + 2?", **choices, label="1"), masked=False)
     assert (asked.prompt, asked.options, asked.label) == ("2 + 2? Answer:", (" 3", " four", " five"), 1)
-    assert task.question(row(text="2 + 2?", a="3", b="four", c="five", label="five"), False).label == 2
+    assert task.question(row(text="2 + 2?", **choices, label="five"), False).label == 2
+
+
+def test_columns_of_choices_may_be_called_like_other_fields(tmp_path):
+    path = synthetic.write(tmp_path / "a.csv", [{"q": "2 + 2?", "text": "3", "label": "4", "gold": "1"}] * 3)
+    files = {"train_file": str(path), "test_file": str(path)}
+    data = Data(task="multiple-choice", text_column="q", choice_columns=("text", "label"), label_column="gold", **files)
+    asked = MultipleChoice("{text}", data.choice_columns).question(data.splits("m").train[0], masked=False)
+    assert (asked.prompt, asked.options, asked.label) == ("2 + 2?", (" 3", " 4"), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "sst2", "text_column": "t"}, "--text_column is for --task text-classification and multiple-choice"),
+        ({"choice_columns": ("a", "b")}, "--choice_columns is for --task multiple-choice; --task text-class"),
+        ({"task": "sst2", "dataset": "d", "train_file": "a.csv"}, "--dataset and files of your own"),
+        ({"task": "sst2", "num_k_shot": 4, "num_dev": 3}, "leave --num_train and --num_dev out"),
+    ],
+)
+def test_what_would_not_be_looked_at_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Data(**given).splits("m")
 
 
 def test_a_task_comes_back_from_its_description():
@@ -201,6 +224,13 @@ def test_tokens_of_an_option_are_counted_as_the_benchmark_does():
         full = tokenizer("a film It was" + option).input_ids
         assert list(choice.ids) == full[:-1] and list(choice.targets) == full[len(prompt) :]
         assert [choice.ids[p] for p in choice.positions[1:]] == list(choice.targets[:-1])
+
+
+def test_what_closes_a_sequence_is_not_scored():
+    """A tokenizer that ends every text with </s> would have it asked for after any option."""
+    closing = tiny.tokenizer_of("roberta")
+    (example,) = Encoder(closing, "causal", 128)([Question("a film It was", (" great", " terrible"), 0, "r")])
+    assert [closing.decode(choice.targets) for choice in example.choices] == [" great", " terrible"]
 
 
 def test_a_masked_lm_sees_as_many_masks_as_the_option_has_tokens():
@@ -240,7 +270,7 @@ def test_a_long_text_loses_its_end_and_keeps_the_question():
         (WinoGrande(), {"sentence": "a _", "option1": "b", "option2": "c", "answer": "0"}, "line 7: .*'0' is not one"),
         (
             MultipleChoice("{text}", ("a", "b")),
-            {"text": "t", "a": "x", "b": "y", "label": "2"},
+            {"text": "t", "choice 0": "x", "choice 1": "y", "label": "2"},
             "line 7: the label '2'",
         ),
     ],

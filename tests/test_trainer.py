@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import (
     BertForSequenceClassification,
     EarlyStoppingCallback,
+    HfArgumentParser,
     RobertaForSequenceClassification,
     Trainer,
     TrainerCallback,
@@ -126,6 +127,48 @@ def test_the_first_order_baseline_is_trainers_own_sgd(tmp_path):
     assert "grad_norm" in ours.state.log_history[0]
 
 
+def test_a_script_that_pops_its_labels_and_one_with_positional_arguments(tmp_path):
+    class Mine(ZOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = F.cross_entropy(outputs.logits, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    mine = Mine(classifier(), arguments(tmp_path, 2), None, labelled(), labelled(10, 1))
+    plain = ZOTrainer(classifier(), arguments(tmp_path, 2), train_dataset=labelled())
+    for trainer in (mine, plain):
+        trainer.train()
+    assert mine.zeroth_order.last_record.losses == pytest.approx(plain.zeroth_order.last_record.losses, rel=1e-6)
+    assert mine.evaluate()["eval_loss"] > 0
+
+
+def test_arguments_can_be_parsed_by_transformers(tmp_path):
+    (args,) = HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim_zo", "jaguar-signsgd", "--coordinates", "0.5", "--use_cpu"]
+    )
+    assert args.optimizer_options() == {"coordinates": 0.5, "seed": 42}
+    for text, value in (("3", 3), ("1.0", 1.0)):
+        made = arguments(tmp_path, coordinates=text).optimizer_options()["coordinates"]
+        assert made == value and type(made) is type(value)
+    assert arguments(tmp_path, coordinates=None, released=True, rho_clip=0.0).optimizer_options()["rho_clip"] == 0.0
+
+
+@pytest.mark.parametrize("task", [SST2, COPA])
+def test_the_first_order_baselines_step_does_not_grow_with_its_micro_batches(tmp_path, task):
+    moved = []
+    for i, (size, micro) in enumerate([(8, 1), (4, 2), (2, 4)]):
+        more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro, "optim_zo": "fo-sgd"}
+        model = tiny.architecture("opt", dropout=0.0)
+        more |= {"tau": None, "coordinates": None, "max_grad_norm": 0.0}
+        trainer = scored(tmp_path / str(i), task, model, 1, **more)
+        before = bits(trainer.model)
+        trainer.train()
+        moved.append(sum((t - before[n]).pow(2).sum() for n, t in bits(trainer.model).items()).sqrt().item())
+    # COPA: a mean of means over micro-batches of unequal numbers of tokens.
+    assert moved[1:] == pytest.approx([moved[0]] * 2, rel=1e-3 if task is SST2 else 0.2)
+
+
 def test_the_first_order_baseline_trains_on_a_task(tmp_path):
     trainer = scored(tmp_path, optim_zo="fo-sgd", steps=30, learning_rate=0.05, tau=None, coordinates=None)
     before = trainer.evaluate()["eval_loss"]
@@ -205,6 +248,7 @@ def test_micro_batches_make_the_step_of_one_large_batch(tmp_path, kind):
         more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro}
         if kind == "scorer":
             trainer = scored(tmp_path / str(i), COPA, steps=4, **more)
+            trainer.scorer.verify(trainer.train_dataset)
         else:
             made = {"classifier": BertForSequenceClassification, "roberta": RobertaForSequenceClassification}
             model = tiny.architecture("opt") if kind == "language model" else classifier(made[kind])
@@ -255,7 +299,7 @@ def test_bf16(tmp_path, autocast):
     trainer.train()
     assert {p.dtype for p in model.parameters()} == {torch.float32 if autocast else torch.bfloat16}
     losses = trainer.zeroth_order.last_record.losses
-    assert losses[0] != losses[1] and trainer.zeroth_order.n_skipped == 0  # no stale low-precision copy of the weights
+    assert losses[0] != losses[1] and trainer.zeroth_order.n_skipped == 0
 
 
 # -- losses that are no numbers ----------------------------------------------------------------------------------------
@@ -411,6 +455,8 @@ def test_wrong_objects_are_refused(tmp_path):
     adam = torch.optim.Adam(model.parameters())
     with pytest.raises(TypeError, match="a Adam needs gradients"):
         ZOTrainer(model, arguments(tmp_path), train_dataset=rows, optimizers=(adam, None))
+    with pytest.raises(ValueError, match="the scorer has its own loss"):
+        scored(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="torch_compile=True does not see the scorer's hook"):
         scored(tmp_path, torch_compile=True)
     frozen = ZOTrainer(classifier().requires_grad_(False), arguments(tmp_path), train_dataset=rows)
@@ -436,6 +482,17 @@ def test_evaluation_and_prediction_are_the_scorers(tmp_path, task):
     output = trainer.predict(trainer.eval_dataset)  # in the order of the data set
     torch.testing.assert_close(torch.tensor(output.predictions), expected.logits, rtol=1e-5, atol=1e-5)
     assert output.label_ids.tolist() == expected.labels.tolist()
+
+
+def test_batches_of_similar_length(tmp_path):
+    trainer = scored(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=4)
+    lengths = [e.length for e in trainer.train_dataset]
+    order = list(trainer._get_train_sampler())
+    batches = [[lengths[i] for i in order[k : k + 4]] for k in range(0, 24, 4)]
+    assert sorted(order) == list(range(24))
+    spread = sum(max(b) - min(b) for b in batches) / 6
+    assert spread < (max(lengths) - min(lengths)) / 2
+    trainer.train()
 
 
 def test_callbacks_best_model_and_tensorboard(tmp_path):

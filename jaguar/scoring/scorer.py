@@ -80,7 +80,7 @@ class Scorer:
                     "scoring options needs a causal or masked language model"
                 )
         self.own_masks = _takes_own_masks(model)
-        self.forward_passes = self.tokens = 0
+        self.forward_passes, self.verified = 0, False
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,6 @@ class Scorer:
         """fp32 (places, vocabulary) for a language model, (rows, classes) for a classifier."""
         inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
         self.forward_passes += 1
-        self.tokens += inputs["input_ids"].numel()
         if inputs.get("attention_mask", inputs["input_ids"]).dim() == 4 and _attention(self.model) == "eager":
             inputs["attention_mask"] = _additive(inputs["attention_mask"], self.model.dtype)
         if self.kind == "causal":
@@ -193,12 +192,17 @@ class Scorer:
             return _full(model(**inputs).logits)
         with _narrowed(self.head, batch["read"], inputs["input_ids"].shape[1]):
             logits = model(**inputs).logits
+        if logits.shape[:-1].numel() != len(batch["read"]):
+            raise RuntimeError(
+                f"the output head of a {type(self.model).__name__} is not called as a module, so it cannot be narrowed "
+                "to the options; this model cannot be scored by jaguar"
+            )
         return _full(logits.reshape(-1, logits.shape[-1]))
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def verify(self, examples: Sequence[Example]) -> None:
-        """Compares the lean scores of a few examples with one-by-one scoring by the model's whole forward.
+        """Compares the lean scores of a few examples, short and long, with those of the model's whole forward.
 
         A model that does not heed masks and positions of one's own (linear biases, recurrences) is scored in padded
         rows from here on.
@@ -208,14 +212,15 @@ class Scorer:
         """
         if self.kind == "classifier":
             return
-        counted, was_training = (self.forward_passes, self.tokens), self.model.training
+        counted, was_training = self.forward_passes, self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                far = self._farthest(examples[:4])
+                by_length = sorted(examples, key=lambda example: example.length)
+                far = self._farthest([*by_length[:2], *by_length[-2:]])
         finally:
             self.model.train(was_training)
-            self.forward_passes, self.tokens = counted
+            self.forward_passes, self.verified = counted, True
         if far > self._tolerance:
             raise ValueError(
                 f"scoring only the options' positions of a {type(self.model).__name__} differs from its whole forward "
@@ -231,18 +236,26 @@ class Scorer:
         device = next(self.model.parameters()).device
         plain = torch.cat([self._plainly(choice, device) for e in examples for choice in e.choices])
         if not plain.isfinite().all():  # a broken model says so itself, in every loss
+            self.own_masks = False
             return 0.0
-        far = math.inf
-        for own_masks in (True, False)[not self.own_masks :]:
-            self.own_masks = own_masks
-            try:
-                batch = {key: value.to(device) for key, value in self.collate(examples).items()}
-                far = (self.scores(batch)[batch["lengths"] > 0] - plain).abs().max().item()
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                if not own_masks:
-                    raise
-            if far <= self._tolerance:
-                break
+        asked, trusted, far = self.layout, self.own_masks, math.inf
+        try:
+            for own_masks in (True, False) if trusted else (False,):
+                self.own_masks, far = own_masks, 0.0
+                for layout in ("padded", "packed") if own_masks else ("padded",):
+                    self.layout = layout
+                    try:
+                        batch = {key: value.to(device) for key, value in self.collate(examples).items()}
+                        found = self.scores(batch)[batch["lengths"] > 0]
+                        far = max(far, (found - plain).abs().max().item())
+                    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
+                        if not own_masks:
+                            raise
+                        far = math.inf
+                if far <= self._tolerance:
+                    break
+        finally:
+            self.layout = asked
         return far
 
     def _plainly(self, choice: Choice, device: torch.device) -> Tensor:

@@ -120,10 +120,7 @@ class Encoder:
         return Example(choices, question.label, question.where)
 
     def _after(self, question: Question, option: str) -> Choice:
-        prompt, full = (
-            tuple(self.tokenizer(text).input_ids)
-            for text in (question.prompt, question.prompt + option + question.suffix)
-        )
+        prompt, full = (self._open(text) for text in (question.prompt, question.prompt + option + question.suffix))
         count = len(full) - len(
             prompt
         )  # as the benchmark counts them: a tokenizer may join prompt and option otherwise
@@ -133,6 +130,12 @@ class Encoder:
             raise ValueError(f"{question.where}: the prompt is no token, so nothing predicts the option")
         first = len(full) - count
         return Choice(full[:-1], tuple(range(first - 1, len(full) - 1)), full[first:])
+
+    def _open(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text that goes on: without what a tokenizer closes a sequence with."""
+        ids = tuple(self.tokenizer(text).input_ids)
+        closing = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
+        return ids[:-1] if len(ids) > 1 and ids[-1] in closing else ids
 
     def _within(self, question: Question, option: str) -> Choice:
         targets = tuple(self._ids(option))

@@ -87,7 +87,7 @@ def _row(entry: Mapping[str, Any], columns: Mapping[str, str], where: str, hint:
 
 def _value(entry: Mapping[str, Any], column: str, field: str, where: str, hint: str) -> str:
     if column not in entry:
-        raise ValueError(f"{where}: no column {column!r} (there is: {', '.join(map(str, entry))}); {hint}")
+        raise ValueError(f"{where}: no column {column!r} (there is: {', '.join(map(str, entry))}){hint and '; '}{hint}")
     value = entry[column]
     if value is None or isinstance(value, (list, dict)):
         kind = "nothing" if value is None else f"a {type(value).__name__}"

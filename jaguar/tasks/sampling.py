@@ -34,13 +34,13 @@ def train_and_dev(rows: Sequence[T], num_train: int | None, num_dev: int, seed: 
     return taken[:-num_dev], taken[-num_dev:]
 
 
-def k_shot(rows: Sequence[T], label: Callable[[T], int], k: int, seed: int) -> tuple[list[T], list[T]]:
+def k_shot(rows: Sequence[T], label: Callable[[T], str], k: int, seed: int) -> tuple[list[T], list[T]]:
     """`k` rows of each label to train on and `k` others of each label as dev rows (MeZO, Gao et al. 2021).
 
     Raises:
         ValueError: a label has fewer than 2 k rows.
     """
-    by_label: dict[int, list[T]] = {}
+    by_label: dict[str, list[T]] = {}
     for row in drawn(rows, len(rows), seed):
         by_label.setdefault(label(row), []).append(row)
     for name, found in sorted(by_label.items()):

@@ -77,15 +77,20 @@ class MultipleChoice(Task):
     @property
     def columns(self) -> dict[str, str]:  # type: ignore[override]
         """Text, choices and label."""
-        return {"text": "text", **{name: name for name in self.choice_columns}, "label": "label"}
+        return {"text": "text", **choice_fields(self.choice_columns), "label": "label"}
 
     def question(self, row: Row, masked: bool) -> Question:
         """The template with the text in its place, and the choices."""
-        choices = tuple(row[name] for name in self.choice_columns)
+        choices = tuple(row[field] for field in choice_fields(self.choice_columns))
         numbers = tuple(map(str, range(len(choices))))
         known = numbers if row["label"] in numbers else choices
         label = index_of(row["label"], known, row.where)
         return _filled(self.template, row["text"], [f" {choice}" for choice in choices], label, row.where, masked)
+
+
+def choice_fields(columns: Sequence[str]) -> dict[str, str]:
+    """Fields of the choices -> their columns; a column may be called like another field."""
+    return {f"choice {i}": column for i, column in enumerate(columns)}
 
 
 def _check(template: str) -> None:

@@ -28,6 +28,7 @@ class Task:
         objective: "classification": cross-entropy over the options' mean log-probabilities; "answer": cross-entropy
             of the right option's tokens.
         columns: field -> column of a data file.
+        label_field: the field that says which option is right.
         sizes: the benchmark's sample.
         hub: data set and configuration on the hub, or None; its splits are train and validation.
     """
@@ -35,6 +36,7 @@ class Task:
     name: ClassVar[str]
     objective: ClassVar[str]
     columns: ClassVar[dict[str, str]]
+    label_field: ClassVar[str] = "label"
     sizes: ClassVar[Sizes] = Sizes()
     hub: ClassVar[tuple[str, str | None] | None] = None
 

@@ -22,6 +22,7 @@ class WinoGrande(Task):
     name: ClassVar[str] = "winogrande"
     objective: ClassVar[str] = "answer"
     columns: ClassVar[dict[str, str]] = {name: name for name in ("sentence", "option1", "option2", "answer")}
+    label_field: ClassVar[str] = "answer"
     sizes: ClassVar[Sizes] = Sizes(1000, 100, 1000)
     hub: ClassVar[tuple[str, str | None]] = ("allenai/winogrande", "winogrande_m")
 
