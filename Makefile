@@ -47,11 +47,12 @@ demo: $(VENV)/.demo
 compare: $(VENV)/.demo
 	@$(BIN)/python demo/demo.py --seed $(SEED) --compare
 
+# Two processes, a file of tests each: fixtures that compile are made once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -96,9 +96,10 @@ def _adapter(args: argparse.Namespace) -> Any:
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:
     from jaguar.data import Data
-    from jaguar.finetune import Finetuning, Interrupted, Run
+    from jaguar.finetune import Finetuning, Interrupted
     from jaguar.optimizers.base import NonFiniteLoss
     from jaguar.report import say
+    from jaguar.run import Run
     from jaguar.training_args import ZOTrainingArguments
 
     _quiet_transformers()

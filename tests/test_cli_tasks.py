@@ -12,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from jaguar import cli, flags
+from jaguar import cli, flag_groups, flags
 from jaguar.scoring import Scorer, evaluate
+from jaguar.tasks import TASKS
 from jaguar.trainer import ZOTrainer
 
 MODELS = ("opt", "llama", "roberta")
@@ -237,6 +238,10 @@ def test_a_file_of_settings_is_the_command_line(folder, tmp_path, suffix, capsys
     path.write_text("just words")
     assert "has lines like 'learning_rate: 1e-4'" in refused(capsys, "finetune", "--config", str(path))
     assert "none.yaml" in refused(capsys, "finetune", "--config", "none.yaml")
+
+
+def test_the_tasks_of_the_command_line_are_the_registered_ones():
+    assert tuple(TASKS) == flag_groups.TASKS
 
 
 def test_published_settings_are_taken_and_flags_win():
