@@ -53,6 +53,14 @@ class ZOTrainer(Trainer):
         TypeError: `args` or the optimizer are of another kind.
         ValueError: the launcher's settings ask for gradients (DeepSpeed, FSDP, fp16 mixed precision).
 
+    Example, for a data set of `jaguar.tasks`:
+
+        task, encode = jaguar.tasks.SST2(), jaguar.tasks.Encoder(tokenizer, "causal", limit=2048)
+        rows = jaguar.tasks.rows.read_rows("train.csv", task.columns)
+        examples = encode([task.question(row, masked=False) for row in rows])
+        scorer = jaguar.Scorer(model, tokenizer.pad_token_id, "causal", task.objective)
+        jaguar.ZOTrainer(model, args, scorer=scorer, train_dataset=examples).train()
+
     Source: step protocol of this package; MeZO (arXiv 2305.17333) for evaluation mode and accumulation-free steps.
     Equivalent to: `Trainer` with `loss = optimizer.step(lambda: compute_loss(model, batch))`.
     """
