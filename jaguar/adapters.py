@@ -70,11 +70,9 @@ class Adapter:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             reason = (str(error).splitlines() or [""])[0]
+            advice = " (name modules with --lora_target_modules)" if self.kind == "lora" else ""
             raise ValueError(
-                f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {reason} (name modules with "
-                "--lora_target_modules)"
-                if self.kind == "lora"
-                else f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {reason}"
+                f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {reason}{advice}"
             ) from error
         adapted.eval()
         if self.kind != "lora" and prompt_ids:

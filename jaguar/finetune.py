@@ -110,7 +110,7 @@ class Finetuning:
             processing_class=self.loaded.tokenizer,
         )
         trainer.pop_callback(PrinterCallback)
-        self.stop, self.bar = Stop(self.console), Bar(self.console, self.losses)
+        self.stop, self.bar = Stop(), Bar(self.console, self.losses)
         for callback in (self.losses, self.bar, self.stop):
             trainer.add_callback(callback)
         trainer.beside = self._keep

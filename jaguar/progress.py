@@ -64,8 +64,8 @@ class Bar(TrainerCallback):
 class Stop(TrainerCallback):
     """Ctrl-C: ends the run after the current step, with a checkpoint; a second one interrupts at once."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self.asked = console, False
+    def __init__(self) -> None:
+        self.asked = False
 
     def __enter__(self) -> Stop:
         self._here = threading.current_thread() is threading.main_thread()

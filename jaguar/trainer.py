@@ -28,7 +28,7 @@ from jaguar.optimizers.base import ZerothOrder
 from jaguar.record import Record
 from jaguar.saving import replacing
 from jaguar.scoring import Scorer
-from jaguar.scoring.evaluation import by_length
+from jaguar.scoring.evaluation import by_length, filled, widest
 from jaguar.scoring.figures import Scores, row_losses
 from jaguar.training_args import ZOTrainingArguments
 
@@ -260,14 +260,15 @@ class ZOTrainer(Trainer):
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
         """The loss over the micro-batches of a step, and over all processes, as of one large batch."""
         total = weight = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        scaled = self._is_scaled(num_items_in_batch)
         for batch in window:
             if self.scorer is not None:
                 loss, part = self.scorer.loss(batch, model)
             else:
                 loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
-                part = torch.tensor(1.0 / len(window) if self._is_scaled(num_items_in_batch) else _rows(batch))
-                # A loss that was divided by the items of all micro-batches is a share of the whole.
-                loss = loss.double() * (1.0 if self._is_scaled(num_items_in_batch) else part)
+                part = torch.tensor(1.0 / len(window) if scaled else _rows(batch))
+                # A loss that was divided by the items of all micro-batches is a share of the whole already.
+                loss = loss if scaled else loss.double() * part
             total, weight = total + loss.double(), weight + part.to(weight)
         if self.args.world_size > 1:
             both = torch.stack([total, weight])
@@ -338,15 +339,10 @@ class ZOTrainer(Trainer):
         loss = row_losses(scores, inputs["labels"], self.scorer.objective).mean()
         if prediction_loss_only:
             return loss, None, None
-        missing = max(0, self._widest(self.callback_handler.eval_dataloader) - scores.shape[1])
-        return loss, nn.functional.pad(scores, (0, missing), value=-math.inf), inputs["labels"]
-
-    def _widest(self, loader: Any) -> int:
-        """The largest number of options in a data set; batches of fewer are filled up to it."""
-        key = id(loader.dataset)
-        if key not in self._widths:
-            self._widths[key] = max(len(example.choices) for example in loader.dataset)
-        return self._widths[key]
+        loader: Any = self.callback_handler.eval_dataloader
+        if id(loader.dataset) not in self._widths:
+            self._widths[id(loader.dataset)] = widest(loader.dataset)
+        return loss, filled(scores, self._widths[id(loader.dataset)]), inputs["labels"]
 
     def predict(self, test_dataset: Any, *args: Any, **others: Any) -> Any:
         """Trainer's; predictions and labels are in the order of the data set."""

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tiny import refused
 from transformers import AutoModelForCausalLM
 
 from jaguar import cli
@@ -62,17 +63,6 @@ def words(folder, out, *more, model="lm"):
         *prompt,
         *more,
     ]
-
-
-def refused(capsys, *argv):
-    """Runs a command that must be refused, and returns its one line."""
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
-    return error
 
 
 def test_finetune_then_eval(folder, tmp_path, capsys):

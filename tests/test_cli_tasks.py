@@ -11,6 +11,7 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import refused
 
 from jaguar import cli, flag_groups, flags
 from jaguar.scoring import Scorer, evaluate
@@ -43,16 +44,6 @@ def words(folder, out, task, name, *more):
     files = ["--train_file", str(folder / f"{task}.jsonl"), "--test_file", str(folder / f"{task}-test.csv")]
     model = ["--model", str(folder / name), "--task", task, "--num_dev", "12", "--output_dir", str(out)]
     return ["finetune", *model, *files, *STEPS, "--coordinates", "0.5", *more]
-
-
-def refused(capsys, *argv):
-    try:
-        code = cli.main(list(argv))
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
-    return error
 
 
 @pytest.mark.parametrize(("task", "name", "lora"), CASES)

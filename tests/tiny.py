@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from jaguar import cli
+
 TEMPLATE = r"Review: {text}\nSentiment:"
 
 
@@ -87,6 +89,17 @@ def classifier(folder: Path) -> Path:
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def refused(capsys, *argv):
+    """Runs a command line that must be refused, and returns its one line."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+    return error
 
 
 # -- one tiny model of each architecture ------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ faster than it ever is in use.
 
 from __future__ import annotations
 
-import gc
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from gpu import ns_cases, ns_peers
 from gpu.clock import CpuClock
+from gpu.memory import no_room, release
 from gpu.ns_cases import Case
 from gpu.ns_peers import NotHere
 from jaguar import ops, reference
@@ -81,7 +81,7 @@ def run(
             except Exception as error:  # the others are still worth measuring
                 traceback.print_exc(limit=-8)
                 yield _row("failure", name, "all", reason=_words(error))
-            _release(clock.device)
+            release(clock.device)
 
 
 def _row(kind: str, case: str, competitor: str, **more: Any) -> Row:
@@ -163,7 +163,7 @@ def _best(ms: dict[str, dict[str, float]], names: Sequence[str]) -> float | None
 def _case_rows(
     case: Case, backends: Sequence[str], compiled: ns_peers.Compiled, clock: CpuClock, left: Callable[[], float]
 ) -> Iterator[Row]:
-    if reason := _no_room(case.bytes, clock.device):
+    if reason := no_room(case.bytes + 2**31, clock.device):
         yield _row("dropped", case.name, "all", reason=reason)
         return
     scheme = SCHEMES[case.scheme]
@@ -301,15 +301,3 @@ def _worst(exact: Tensor, outs: Sequence[Tensor] | Tensor) -> float:
     """The largest error of a batch whose inputs repeat those of `exact`; NaN where one is."""
     errors = [_relative(out, exact[k % len(exact)]) for k, out in enumerate(outs)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-def _no_room(need: int, device: torch.device) -> str | None:
-    if device.type == "cuda" and (need := need + 2**31) > (free := torch.cuda.mem_get_info(device)[0]):
-        return f"needs {need / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free"
-    return None
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

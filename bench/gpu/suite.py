@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jaguar
 from gpu import parity, peers, shapes, traffic
 from gpu.clock import CpuClock, nothing
 from gpu.compiled import CompiledSign, TooSlow
+from gpu.memory import no_room, release
 from gpu.shapes import Named, ParameterList
 from jaguar.fused import coordinate, dense
 
@@ -194,7 +194,7 @@ def run(
         left: () -> seconds that may still be spent.
     """
     for entry, jobs in work:
-        reason = _no_room(entry, clock.device) if left() > _LEAST else "no time was left"
+        reason = no_room(_MEMORY * entry.count + 2**32, clock.device) if left() > _LEAST else "no time was left"
         if reason:
             yield from ({"kind": "dropped", "list": entry.name, "method": job.name, "reason": reason} for job in jobs)
             continue
@@ -205,9 +205,9 @@ def run(
         for job in jobs:
             for row in _guarded(named, job, clock, copy["gb_s"], left, timed):
                 yield {"list": entry.name, **row}
-            _release(clock.device)
+            release(clock.device)
         del named
-        _release(clock.device)
+        release(clock.device)
 
 
 # Seconds without which nothing more is begun.
@@ -235,16 +235,3 @@ def _guarded(
         traceback.print_exc(limit=-8)
         text = " ".join(str(error).split())[:200]
         yield {"kind": "failure", "method": job.name, "reason": f"{type(error).__name__}: {text}"}
-
-
-def _no_room(entry: ParameterList, device: torch.device) -> str | None:
-    if device.type == "cuda" and (need := _MEMORY * entry.count + 2**32) > (free := torch.cuda.mem_get_info(device)[0]):
-        return f"needs {need / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free"
-    return None
-
-
-def _release(device: torch.device) -> None:
-    """Gives the memory of the last job back, so that the next one does not meet it in pieces."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

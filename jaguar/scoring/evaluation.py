@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from jaguar.scoring.figures import Scores, row_losses
 from jaguar.scoring.scorer import Scorer
@@ -14,6 +17,16 @@ from jaguar.tasks.questions import Example
 def by_length(examples: Sequence[Example]) -> list[int]:
     """The order in which batches have rows of similar length."""
     return sorted(range(len(examples)), key=lambda i: examples[i].length)
+
+
+def widest(examples: Iterable[Example]) -> int:
+    """The largest number of options."""
+    return max(len(example.choices) for example in examples)
+
+
+def filled(scores: Tensor, width: int) -> Tensor:
+    """The scores with -inf for the options up to `width` that are not there; a classifier has one score a class."""
+    return F.pad(scores, (0, max(0, width - scores.shape[1])), value=-math.inf)
 
 
 def evaluate(
@@ -29,7 +42,7 @@ def evaluate(
     """
     order = by_length(examples)
     device = next(scorer.model.parameters()).device
-    width = max(len(example.choices) for example in examples)
+    width = widest(examples)
     parts = []
     was_training = scorer.model.training
     scorer.model.eval()
@@ -38,9 +51,7 @@ def evaluate(
             for first in range(0, len(order), batch_size):
                 batch = scorer.collate([examples[i] for i in order[first : first + batch_size]])
                 found = scorer.scores({key: value.to(device) for key, value in batch.items()}).cpu()
-                # A classifier has as many scores as classes; the rows of other models as many as options.
-                missing = max(0, width - found.shape[1])
-                parts.append(torch.nn.functional.pad(found, (0, missing), value=-torch.inf))
+                parts.append(filled(found, width))
                 progress(len(found))
     finally:
         scorer.model.train(was_training)

@@ -131,18 +131,6 @@ def masked(groups: Sequence[Sequence[Choice]]) -> Layout:
     return Layout(lines, places)
 
 
-def packed(layout: Layout) -> Layout:
-    """The same lines one after another in a single one, without padding."""
-    whole, starts = Line(), []
-    for line in layout.lines:
-        start = len(whole.ids)
-        starts.append(start)
-        whole.ids += line.ids
-        whole.depths += line.depths
-        whole.links += line.links
-    return Layout([whole], [[(0, starts[row] + column) for row, column in place] for place in layout.places])
-
-
 def packed_trees(groups: Sequence[Sequence[Choice]]) -> Layout:
     """One line for the whole batch: a beginning that all prompts share, an instruction say, is processed once."""
     return trees([[choice for choices in groups for choice in choices]])
@@ -150,10 +138,13 @@ def packed_trees(groups: Sequence[Sequence[Choice]]) -> Layout:
 
 def packed_masked(groups: Sequence[Sequence[Choice]]) -> Layout:
     """One line for the whole batch of a masked LM: its sequences one after another."""
-    layout = masked(groups)
+    layout, whole, starts = masked(groups), Line(), []
     for number, line in enumerate(layout.lines):
-        line.links = [number] * len(line.ids)
-    return packed(layout)
+        starts.append(len(whole.ids))
+        whole.ids += line.ids
+        whole.depths += line.depths
+        whole.links += [number] * len(line.ids)
+    return Layout([whole], [[(0, starts[row] + column) for row, column in place] for place in layout.places])
 
 
 def padded_ids(lines: Iterable[Line], fill: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -29,9 +29,7 @@ class Question:
 
     def without_end(self, text: str) -> Question:
         """The same question with a shorter text."""
-        return Question(
-            self.prompt.replace(self.text, text, 1), self.options, self.label, self.where, self.suffix, text
-        )
+        return replace(self, prompt=self.prompt.replace(self.text, text, 1), text=text)
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,8 @@ class Encoder:
 
     def _after(self, question: Question, option: str) -> Choice:
         prompt, full = (self._open(text) for text in (question.prompt, question.prompt + option + question.suffix))
-        count = len(full) - len(
-            prompt
-        )  # as the benchmark counts them: a tokenizer may join prompt and option otherwise
+        # As the benchmark counts them: a tokenizer may join prompt and option otherwise.
+        count = len(full) - len(prompt)
         if count < 1:
             raise ValueError(f"{question.where}: the option {option!r} adds no token to the prompt")
         if not prompt:
