@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("jaguar", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in")
+SOURCES = ("jaguar", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE")
 # As setup.py, but a toolkit in its usual place on this machine is not seen.
 DRIVER = """
 import importlib.util, pathlib, sys
@@ -233,6 +233,11 @@ def test_pip_installs_without_compilers_and_without_pybind11(project: Project, t
     assert done.returncode == 0, done.stderr
     assert "not built" in (target / "jaguar" / "_cuda_build.txt").read_text()
     assert (target / "jaguar" / "triton_kernels" / "launch.py").exists() and not list(target.glob("jaguar/_cuda.*"))
+    (metadata,) = target.glob("jaguar_zo-*.dist-info")
+    assert {"License-Expression: Apache-2.0", "Author: The jaguar authors"} <= set(
+        (metadata / "METADATA").read_text().splitlines()
+    )
+    assert (metadata / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_source_archive_has_the_kernels(project: Project) -> None:
@@ -241,7 +246,7 @@ def test_the_source_archive_has_the_kernels(project: Project) -> None:
     (archive,) = project.root.glob("dist/*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.split("/", 1)[-1] for name in file.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"csrc/a.cu", "setup.py"} <= names
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"csrc/a.cu", "setup.py", "LICENSE"} <= names
 
 
 # -- what is found where -------------------------------------------------------------------------------------------
