@@ -19,6 +19,7 @@ from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_g
 from jaguar.optimizers.guards import LossGuard, warn_of_lost
 from jaguar.optimizers.options import checked_seed, common_options
 from jaguar.optimizers.roster import Kind, Roster
+from jaguar.optimizers.shown import shown
 from jaguar.params import Slot, build_slots
 from jaguar.record import Record
 from jaguar.rng import Draw
@@ -199,6 +200,10 @@ class ZerothOrder(torch.optim.Optimizer):
             with HeldInterrupts(), torch.no_grad():
                 self._moved.abort()
             self._moved = None
+
+    def watch_dtype(self, dtype: torch.dtype) -> None:
+        """Says once what a loss loses that was computed in `dtype`; for closures that widen it before they return."""
+        self._guard.watch_dtype(dtype)
 
     @property
     def last_record(self) -> Record | None:
@@ -423,16 +428,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks") and key != "step"}
 
     def __repr__(self) -> str:
-        count = sum(slot.count for slot in self._slots)
-        backend = ops.summary(self._backend, self._slots, self._direction, self._n_directions)
-        frozen = f", {self._n_frozen} frozen tensors left out" if self._n_frozen else ""
-        lines = [f"parameters: {len(self._slots)} tensors, {count:,} elements{frozen}", *self._describe()]
-        lines += [f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"]
-        for i, group in enumerate(self.param_groups):
-            values = [f"{key}={group[key]:g}" for key in self.group_keys]
-            values += [f"{key}={group[key]}" for key in self.group_flags if key in group]
-            lines.append(f"group {i}: {len(group['params'])} tensors, {', '.join(values)}")
-        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+        return shown(self)
 
     def _describe(self) -> list[str]:
         return [", ".join(f"{key}={value}" for key, value in self._options.items())]

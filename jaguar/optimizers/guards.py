@@ -50,14 +50,18 @@ class LossGuard:
                 "the closure's loss carries a graph: something inside enables gradients, which costs memory "
                 "for nothing",
             )
-        if loss.dtype in (torch.bfloat16, torch.float16):
-            grain = "1.95 in bfloat16" if loss.dtype == torch.bfloat16 else "0.24 in float16"
+        self.watch_dtype(loss.dtype)
+        return float(loss.detach().to(torch.float64 if double else torch.float32))
+
+    def watch_dtype(self, dtype: torch.dtype) -> None:
+        """Warns of a loss that was computed in half precision."""
+        if dtype in (torch.bfloat16, torch.float16):
+            grain = "1.95 in bfloat16" if dtype == torch.bfloat16 else "0.24 in float16"
             self._tell(
                 "half",
-                f"the closure's loss is {loss.dtype}; at tau 1e-3 the derivative then comes in steps of {grain}. "
+                f"the closure's loss is {dtype}; at tau 1e-3 the derivative then comes in steps of {grain}. "
                 "Compute the loss in float32: cross_entropy(logits.float(), labels)",
             )
-        return float(loss.detach().to(torch.float64 if double else torch.float32))
 
     def watch(self, losses: Sequence[float], n_perturbed: int) -> None:
         """Counts steps whose losses are all equal, or all exactly zero, and warns at ten in a row."""
