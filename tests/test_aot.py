@@ -37,7 +37,7 @@ def clean() -> dict[str, str]:
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
     out = tmp_path_factory.mktemp("aot") / "table.json"
     words = [sys.executable, "bench/aot.py", "--json", out, "--only", *CASES]
-    done = subprocess.run(words, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=600)
     assert out.exists(), done.stderr
     return {(r["name"], r["sm"]): r for r in json.loads(out.read_text())}
 
@@ -82,6 +82,6 @@ for key in good:
     assert aot.faults(case, good | {key: {"stack": 8, "local": 1, "loads16": 1, "stores16": 0}[key]}, right), key
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,14 +133,24 @@ def test_competitors_take_turns_with_a_head_start_for_each(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     monkeypatch.setattr(clock, "_FLUSH", 64)
     order: list[str] = []
-    calls = [lambda: order.append("a"), lambda: (time.sleep(0.002), order.append("b"))]
+    now = [0.0]
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))  # the machine may be busy
+
+    def slow() -> None:
+        now[0] += 0.002
+        order.append("b")
+
+    calls = [lambda: order.append("a"), slow]
     timer = clock.CudaClock(torch.device("cpu"), 0.0, least=3, warm_up=2)
     assert timer.side_by_side_ms(calls) == 2 * [{"median": 1.0, "q1": 1.0, "q3": 1.0, "n": 3}]
     assert "".join(order) == "aabb" + 3 * "ab"
     # What takes the host 2 ms gets 2.4 ms of 2.5 GHz; what takes no time gets what a kernel gets.
     assert set(slept[::2]) == {400_000} and min(slept[1::2]) > 5_900_000
+    assert max(slept) < 6_100_000
     found = clock.CpuClock(torch.device("cpu"), 0.0, least=3, warm_up=1).side_by_side_ms(calls)
-    assert found[1]["median"] >= 2.0 and found[0]["n"] == found[1]["n"] == 3
+    assert (
+        found[1]["median"] == pytest.approx(2.0) and found[0]["median"] == 0.0 and found[0]["n"] == found[1]["n"] == 3
+    )
 
 
 # -- report --------------------------------------------------------------------------------------------------------
@@ -265,9 +276,12 @@ def test_how_a_test_stage_ends(
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    assert stages.run(["sh", "-c", "echo begun; sleep 60"], 1.0, tmp_path / "log") is None
-    assert time.monotonic() - begin < 10 and (tmp_path / "log").read_text() == "begun\n"
+    begin, log = time.monotonic(), tmp_path / "log"
+    for limit in (1.0, 10.0, 100.0):  # on a busy machine the shell takes its time to begin
+        assert stages.run(["sh", "-c", "echo begun; sleep 3600"], limit, log) is None
+        if log.read_text():
+            break
+    assert time.monotonic() - begin < 1800 and log.read_text() == "begun\n"
 
 
 @pytest.fixture
@@ -327,6 +341,7 @@ def test_make_gpu_runs_all_stages_in_time(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(stages, "BUILD", tmp_path)
     monkeypatch.setattr(stages, "build", lambda seconds: stages.Stage("build", "passed", 1.0, "built"))
     monkeypatch.setattr(bench_gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # main takes it out, and it comes back
     assert bench_gpu.main(["--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
@@ -351,13 +366,13 @@ def test_stages_at_the_same_time_end_with_the_run(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     def sleeping() -> stages.Stage:
-        code = stages.run(["sleep", "60"], 60.0, tmp_path / "log")
+        code = stages.run(["sleep", "3600"], 3600.0, tmp_path / "log")
         return stages.Stage("sleep", "failed", 0.0, str(code))
 
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         stages.together(interrupted, sleeping)
-    assert time.monotonic() - begin < 10 and not stages._running
+    assert time.monotonic() - begin < 1800 and not stages._running
     ends = stages.together(*(partial(stages.Stage, name, "passed", 0.0, "") for name in "ab"))
     assert [stage.name for stage in ends] == ["a", "b"]
 
@@ -399,7 +414,7 @@ def trial() -> list[list[dict[str, Any]]]:
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert sorted((ROOT / "bench" / "results").iterdir()) == before
@@ -627,7 +642,7 @@ def test_a_compiler_that_fails_is_reported_and_not_fatal(ns_suite: Any, monkeypa
 def test_a_compiler_that_takes_too_long_is_stopped(ns_suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu import ns_peers
 
-    monkeypatch.setattr(ns_peers.torch, "compile", lambda function, **_: lambda *_: time.sleep(30))
+    monkeypatch.setattr(ns_peers.torch, "compile", lambda function, **_: lambda *_: time.sleep(3600))
     compiled = ns_peers.Compiled()
     for _ in range(2):
         with pytest.raises(ns_peers.NotHere, match="failed: compilation took more than 1 s"):

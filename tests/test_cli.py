@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -218,7 +217,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
         if text.startswith("step 3/"):
             process.send_signal(signal.SIGINT)
             break
-    rest, error = process.communicate(timeout=60)
+    rest, error = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in error
     assert "stopped after step" in rest and "--resume_from_checkpoint" in rest
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
@@ -230,7 +229,8 @@ def test_the_demo_waits_for_a_child_that_is_saving(tmp_path):
     child = """
 import time
 try:
-    time.sleep(30)
+    print("working", flush=True)
+    time.sleep(600)
 except KeyboardInterrupt:
     time.sleep(1)
     print("saved")
@@ -239,18 +239,24 @@ except KeyboardInterrupt:
     code = f"""
 import sys; sys.path.insert(0, {str(DEMO)!r})
 import demo, subprocess
-popen = subprocess.Popen
-subprocess.Popen = lambda words: popen([sys.executable, "-c", {child!r}])
+class Child(subprocess.Popen):
+    def __init__(self, words):
+        super().__init__([sys.executable, "-c", {child!r}])
+    def wait(self, *more):
+        print("waiting", flush=True)
+        return super().wait(*more)
+subprocess.Popen = Child
 print("started", flush=True)
 sys.exit(demo._run("jaguar-signsgd", 0))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    told = set()
     for line in process.stdout:
-        if line.startswith("$"):
-            time.sleep(1.0)
+        told.add(line)
+        if told >= {"working\n", "waiting\n"}:
             os.killpg(process.pid, signal.SIGINT)
             break
-    rest, _ = process.communicate(timeout=30)
+    rest, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "saved" in rest
 
 

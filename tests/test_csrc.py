@@ -367,7 +367,7 @@ def compile_with_nvcc(source: Path, folder: Path) -> str:
         "-c",
         str(source),
     ]
-    done = subprocess.run([*words, "-o", str(folder / f"{source.stem}.o")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*words, "-o", str(folder / f"{source.stem}.o")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -383,7 +383,7 @@ def test_nvcc_compiles_without_spills(tmp_path: Path) -> None:
     assert not any(spills)
     assert not any("warning" in log.lower() or "C7510" in log for log in logs)
     words = ["nvcc", "-shared", "-cudart", "static", "-o", str(tmp_path / "libjaguar.so")]
-    subprocess.run([*words, *map(str, tmp_path.glob("*.o"))], check=True, timeout=300)
+    subprocess.run([*words, *map(str, tmp_path.glob("*.o"))], check=True, timeout=600)
     linked = ctypes.CDLL(str(tmp_path / "libjaguar.so"))
     assert linked.jaguar_abi_version() == 1
     for name in ("product", "prepare", "small", "error"):

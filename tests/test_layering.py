@@ -145,13 +145,13 @@ LIGHT = [
 @pytest.mark.parametrize("statement", LIGHT)
 def test_reading_a_record_needs_no_torch(statement: str) -> None:
     code = f"import sys; {statement}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=600).returncode == 0
 
 
 def test_importing_the_engine_loads_no_leaf() -> None:
     leaves = "'transformers', 'jaguar.cli', 'jaguar.scoring'"
     code = f"import sys, jaguar.optimizers; sys.exit(any(m in sys.modules for m in ({leaves})))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=600).returncode == 0
 
 
 def test_public_names() -> None:

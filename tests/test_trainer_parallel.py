@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from test_trainer import arguments, classifier, labelled
 from jaguar import ZOTrainer
 
 SCRIPT = """
-import hashlib, json, logging, sys
+import hashlib, json, logging, os, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_trainer import arguments, classifier, labelled
@@ -23,7 +22,9 @@ logging.disable(logging.WARNING)
 def digest(model):
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 
-out = sys.argv[1]
+out, rank, world = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# A file and not a port: another process may take a port that is free now.
+torch.distributed.init_process_group("gloo", init_method=f"file://{{out}}/store", rank=rank, world_size=world)
 args = arguments(out + "/run", 4, per_device_train_batch_size=4)
 model = classifier()
 if args.process_index == 1:
@@ -42,17 +43,14 @@ with open(f"{{out}}/{{args.process_index}}.json", "w") as file:
 def run(folder, world):
     script = folder / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes = []
     for rank in range(world):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         line = [sys.executable, str(script), str(folder)]
         processes.append(subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True))
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
