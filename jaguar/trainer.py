@@ -118,8 +118,6 @@ class ZOTrainer(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would copy the perturbed weights to every GPU in every evaluation
             warnings.warn("one process uses one GPU; for several, start one process each with torchrun", stacklevel=4)
-        if getattr(args, "gradient_checkpointing", False) or getattr(args, "activation_checkpointing", False):
-            warnings.warn("activation checkpointing does nothing without a backward pass", stacklevel=4)
 
     # -- setting up ------------------------------------------------------------------------------------------------
 

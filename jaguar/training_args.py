@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +14,36 @@ import jaguar
 from jaguar.choices import FIRST_ORDER, METHOD, METHODS
 
 
+_NO_GRADIENTS = "forward-only training has no gradients"
+_NO_BACKWARD = "there is no backward pass whose memory it could save"
+_NO_DDP = "the model is not wrapped in DistributedDataParallel"
+_NAMED = "the optimizer is the one that optim_zo names, or one that is handed over with optimizers="
+
+# Fields of transformers.TrainingArguments that the baseline with backward passes does not use either -> why.
+_WITHOUT_EFFECT_ANYWHERE = {
+    "optim": _NAMED,
+    "optim_args": _NAMED,
+    "optim_target_modules": _NAMED,
+    "adam_beta1": _NAMED,
+    "adam_beta2": _NAMED,
+    "adam_epsilon": _NAMED,
+}
+
+# Fields that do nothing in forward-only training -> why. Those that it cannot have are refused, all others work.
+WITHOUT_EFFECT = _WITHOUT_EFFECT_ANYWHERE | {
+    "max_grad_norm": f"{_NO_GRADIENTS} to clip; rho_clip bounds the directional derivative",
+    "neftune_noise_alpha": "the model is in evaluation mode while it is measured, and NEFTune's noise is off there",
+    "activation_checkpointing": _NO_BACKWARD,
+    "activation_checkpointing_kwargs": _NO_BACKWARD,
+    "gradient_checkpointing": _NO_BACKWARD,
+    "gradient_checkpointing_kwargs": _NO_BACKWARD,
+    "ddp_find_unused_parameters": _NO_DDP,
+    "ddp_bucket_cap_mb": _NO_DDP,
+    "ddp_broadcast_buffers": _NO_DDP,
+    "ddp_static_graph": _NO_DDP,
+}
+
+
 def _option(help_text: str) -> Any:
     return field(default=None, metadata={"help": help_text})
 
@@ -21,8 +52,8 @@ def _option(help_text: str) -> Any:
 class ZOTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with an optimizer of this package; None keeps that optimizer's default.
 
-    `learning_rate=None` (the default) is the optimizer's own, not Trainer's 5e-5; `optim` is not used. With
-    `gradient_accumulation_steps` the micro-batches of a window are evaluated at the same two points: a step is that of
+    `learning_rate=None` (the default) is the optimizer's own, not Trainer's 5e-5. What does nothing here says so
+    (`WITHOUT_EFFECT`). With `gradient_accumulation_steps` the micro-batches of a window are evaluated at the same two points: a step is that of
     one large batch. Directions are something else: `n_directions`.
 
     Args:
@@ -30,14 +61,17 @@ class ZOTrainingArguments(TrainingArguments):
             passes, the first-order baseline.
 
     Raises:
-        ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`), or that the
-            optimizer does not know.
+        ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`,
+            `parallelism_config`), or that the optimizer does not know.
 
     Equivalent to: `TrainingArguments(...)`.
     """
 
     learning_rate: float | None = _option(  # type: ignore[assignment]
         "length of a step; default: the optimizer's own"
+    )
+    max_grad_norm: float | None = _option(  # type: ignore[assignment]
+        "bound on the norm of the gradients of fo-sgd; default: 1.0"
     )
     optim_zo: str = field(default=METHOD, metadata={"help": f"optimizer: {', '.join(METHODS)}"})
     tau: float | None = _option("length of the perturbation")
@@ -71,7 +105,16 @@ class ZOTrainingArguments(TrainingArguments):
         if isinstance(self.coordinates, str):  # from a command line: 1 is one coordinate, 1.0 is all of them
             self.coordinates = int(self.coordinates) if self.coordinates.isdecimal() else float(self.coordinates)
         self._check_options()
+        self._say_what_does_nothing()
+        if self.max_grad_norm is None:  # unlike a default of 1.0, it tells whether the user gave one
+            self.max_grad_norm = TrainingArguments.max_grad_norm
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _say_what_does_nothing(self) -> None:
+        for name, reason in (_WITHOUT_EFFECT_ANYWHERE if self.first_order else WITHOUT_EFFECT).items():
+            value = getattr(self, name)
+            if value and value != type(self).__dataclass_fields__[name].default:
+                warnings.warn(f"{name} has no effect: {reason}", stacklevel=4)
 
     def _refuse_what_needs_gradients(self) -> None:
         if self.fp16:
@@ -86,6 +129,11 @@ class ZOTrainingArguments(TrainingArguments):
             )
         if self.fsdp:
             raise ValueError("fsdp is not supported by ZOTrainer: a sharded model would be scored with stale weights")
+        if self.parallelism_config is not None:
+            raise ValueError(
+                "parallelism_config is not supported by ZOTrainer: it shards the model or its rows; for several "
+                "processes with a whole model each, leave it out"
+            )
 
     @property
     def first_order(self) -> bool:

@@ -464,9 +464,6 @@ def test_wrong_objects_are_refused(tmp_path):
         frozen.train()
     with pytest.raises(TypeError, match=r"create_optimizer\(\) comes first"):
         _ = scored(tmp_path).zeroth_order
-    args = arguments(tmp_path, activation_checkpointing=True)
-    with pytest.warns(UserWarning, match="checkpointing does nothing without a backward pass"):
-        ZOTrainer(model, args, train_dataset=rows)
 
 
 # -- evaluation, logging, best model -----------------------------------------------------------------------------------
