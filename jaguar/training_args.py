@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 import jaguar
 from jaguar.choices import FIRST_ORDER, METHOD, METHODS
 
-
 _NO_GRADIENTS = "forward-only training has no gradients"
 _NO_BACKWARD = "there is no backward pass whose memory it could save"
 _NO_DDP = "the model is not wrapped in DistributedDataParallel"
@@ -53,8 +52,8 @@ class ZOTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with an optimizer of this package; None keeps that optimizer's default.
 
     `learning_rate=None` (the default) is the optimizer's own, not Trainer's 5e-5. What does nothing here says so
-    (`WITHOUT_EFFECT`). With `gradient_accumulation_steps` the micro-batches of a window are evaluated at the same two points: a step is that of
-    one large batch. Directions are something else: `n_directions`.
+    (`WITHOUT_EFFECT`). With `gradient_accumulation_steps` the micro-batches of a window are evaluated at the same two
+    points: a step is that of one large batch. Directions are something else: `n_directions`.
 
     Args:
         optim_zo: "jaguar-signsgd", "jaguar-muon", "zo-sgd", "zo-signsgd", or "fo-sgd": torch.optim.SGD with backward
