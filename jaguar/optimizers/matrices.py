@@ -8,24 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from jaguar.directions import matrix_shape
+from jaguar.optimizers.roles import Role, is_factor, roles_of
 from jaguar.params import Slot, identity
 
 # How a group's tensors with two or more dimensions are read.
 NS = (True, False, "flatten")
-_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\b")
 
 
 def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
     """The parameter groups of JAGUAR Muon: hidden matrices for Newton-Schulz, everything else for the sign rule.
 
-    Newton-Schulz (`ns=True`) gets what has two dimensions (three: a batch of matrices), LoRA factors included;
-    convolutions (`ns="flatten"`) are read as (first, rest). The sign rule (`ns=False`) gets embeddings, what is tied to
-    one, the output head (`get_output_embeddings()`, and modules outside a transformers model's `base_model`), vectors
-    (adapters' rows and columns of scales too) and scalars. As usual, weight decay spares vectors and
-    scalars.
+    A matrix is what its module multiplies by (`jaguar.optimizers.roles` has the rule): weights of linear layers,
+    experts' weights in three dimensions (a batch of matrices), LoRA factors (`ns=True`); convolutions, but for
+    depthwise ones, and attention's (hidden, heads, width), read as (first, rest) (`ns="flatten"`). The sign rule
+    (`ns=False`) gets embeddings, what is tied to one, the output head (`get_output_embeddings()`, and modules outside
+    a transformers model's `base_model`), vectors, scalars, and what only has the dimensions of a matrix: stacked
+    biases, token rows, position and bias tables, scales per channel or head. Weight decay spares what is no matrix,
+    but for the weights of embeddings and heads.
 
     Args:
         model: any module; frozen parameters may be among its own.
@@ -43,26 +44,18 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a torch.nn.Module, got {type(model).__name__}")
     outside = _outside(model)
-    apart, flat = set(outside), set()
-    seen: dict[Any, Any] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if "Embedding" in type(module).__name__ or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                apart.add(_key(parameter))
-            if isinstance(module, _ConvNd):
-                flat.add(_key(parameter))
-            if isinstance(module, nn.ParameterDict) and parameter.dim() == 2 and min(parameter.shape) == 1:
-                apart.add(_key(parameter))  # adapters' vectors that are stored as rows or columns
+    roles: dict[Any, Role] = {}
+    for name, parameter, role in roles_of(model):
+        # A tie has one role, whatever its names: that of an embedding, if it is one.
+        if role is Role.LOOKUP or _key(parameter) not in roles:
+            roles[_key(parameter)] = role
     groups: dict[tuple[Any, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        key = _key(parameter)
-        is_factor = bool(_FACTOR.search(name))
-        ns: Any = parameter.dim() >= 2 and (is_factor or key not in apart)
-        if ns and (key in flat or parameter.dim() > 3):
-            ns = "flatten"
-        # A tie has one path, whatever its names: that of an embedding, if it is one.
-        ns = seen.setdefault(key, ns)
-        groups.setdefault((ns, parameter.dim() >= 2), []).append((name, parameter))
+        role = roles[_key(parameter)]
+        ns: Any = {Role.MATRIX: True, Role.FLATTEN: "flatten"}.get(role, False)
+        if _key(parameter) in outside and not is_factor(name):
+            ns = False
+        groups.setdefault((ns, role is not Role.TABLE), []).append((name, parameter))
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [
         {"params": entries, "ns": ns} | (decay if decays else {"weight_decay": 0.0})
