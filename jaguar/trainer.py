@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -95,6 +96,13 @@ class ZOTrainer(Trainer):
                 raise ValueError("torch_compile=True does not see the scorer's hook on the output head; leave one out")
             if args.label_smoothing_factor or others.get("compute_loss_func"):
                 raise ValueError("the scorer has its own loss: leave label_smoothing_factor and compute_loss_func out")
+            settings: Any = args.accelerator_config
+            if settings.dispatch_batches:
+                raise ValueError(
+                    "dispatch_batches=True cuts collated batches by rows, which the scorer's are not made of; leave it "
+                    "out, every process then reads its own rows"
+                )
+            settings.dispatch_batches = False  # accelerate's choice for streams would be True
             others = {"data_collator": scorer.collate, "compute_metrics": accuracy} | others
             args.remove_unused_columns = False
         given = (others.get("optimizers") or (None, None))[0], (others.get("optimizer_cls_and_kwargs") or (None,))[0]
@@ -197,11 +205,16 @@ class ZOTrainer(Trainer):
         finally:
             self.data_collator = usual
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **others: Any) -> Any:
+        if self.scorer is not None and not isinstance(dataset, IterableDataset):
+            self.scorer.trust([dataset[i] for i in range(len(dataset))])  # workers cannot
+        return super()._get_dataloader(dataset, *args, **others)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.scorer is None or self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [example.length for example in dataset]
+        lengths = [dataset[i].length for i in range(len(dataset))]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         generator = torch.Generator().manual_seed(seed)
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
@@ -216,8 +229,6 @@ class ZOTrainer(Trainer):
     def train(self, *args: Any, **others: Any) -> Any:
         """Trainer's."""
         self._window, self._logged = [], []
-        if self.scorer is not None and not self.scorer.verified and isinstance(self.train_dataset, Sequence):
-            self.scorer.verify(self.train_dataset)
         return super().train(*args, **others)
 
     def training_step(
@@ -339,13 +350,20 @@ class ZOTrainer(Trainer):
             return loss, None, None
         loader: Any = self.callback_handler.eval_dataloader
         if id(loader.dataset) not in self._widths:
-            self._widths[id(loader.dataset)] = widest(loader.dataset)
-        return loss, filled(scores, self._widths[id(loader.dataset)]), inputs["labels"]
+            is_stream = isinstance(loader.dataset, IterableDataset)  # which is read once
+            self._widths[id(loader.dataset)] = scores.shape[1] if is_stream else widest(loader.dataset)
+        width = self._widths[id(loader.dataset)]
+        if scores.shape[1] > width:
+            raise ValueError(
+                f"a row of a streaming data set has {scores.shape[1]} options, the first ones had {width} at most; "
+                "evaluate questions of unequal numbers of options from a data set with a length"
+            )
+        return loss, filled(scores, width), inputs["labels"]
 
     def predict(self, test_dataset: Any, *args: Any, **others: Any) -> Any:
         """Trainer's; predictions and labels are in the order of the data set."""
         output: Any = super().predict(test_dataset, *args, **others)
-        if self.scorer is None:
+        if self.scorer is None or isinstance(test_dataset, IterableDataset):
             return output
         place = np.argsort(by_length(test_dataset))
         return output._replace(predictions=output.predictions[place], label_ids=output.label_ids[place])

@@ -74,7 +74,7 @@ def test_lean_equals_naive(name, task, side):
 def test_options_of_any_length_and_number(name, own_masks):
     model, data = tiny.architecture(name), odd_options(name)
     scorer = scorer_of(model, name)
-    scorer.own_masks = own_masks
+    scorer.readings = [reading for reading in scorer.readings if own_masks or not reading.own_masks]
     with torch.no_grad():
         expected = naive.scores(model, data, kind_of(name), 1)
         found = scorer.scores(scorer.collate(data))
@@ -88,7 +88,7 @@ def test_eager_attention_takes_the_same_masks(name):
     model = tiny.architecture(name, attn_implementation="eager")
     data = odd_options(name)
     scorer = scorer_of(model, name, layout="packed")
-    assert scorer.own_masks
+    assert scorer.reading.own_masks
     with torch.no_grad():
         found = scorer.scores(scorer.collate(data))
         for one, other in zip(found, naive.scores(model, data, kind_of(name), 1), strict=True):
@@ -133,12 +133,13 @@ def test_evaluation_leaves_the_models_mode():
 
 
 def test_only_option_positions_reach_the_head_and_no_cache_is_kept():
-    model = tiny.architecture("llama")
+    model, data = tiny.architecture("llama"), examples("sst2", "llama")
+    scorer = scorer_of(model, "llama")
+    scorer.verify(data)
     seen, outputs = [], []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     model.register_forward_hook(lambda module, args, out: outputs.append(out))
-    scorer = scorer_of(model, "llama")
-    scorer.scores(scorer.collate(examples("sst2", "llama")))
+    scorer.scores(scorer.collate(data))
     assert seen == [(1, 16, 400)] and outputs[0].past_key_values is None
     assert not model.lm_head._forward_pre_hooks  # the model is as it was
 
@@ -215,7 +216,7 @@ def test_a_model_without_positions_of_ones_own_is_scored_in_chains():
     model = BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4)).eval()
     data = examples("copa", "opt", 4)
     scorer = Scorer(model, 1, "causal", "answer")
-    assert not scorer.own_masks
+    assert not scorer.reading.own_masks
     scorer.verify(data)
     with torch.no_grad():
         expected = torch.stack(naive.scores(model, data, "causal", 1, "right"))
@@ -232,13 +233,18 @@ def test_verify_finds_a_model_that_ignores_masks_and_one_that_cannot_be_scored()
     model.__class__ = Deaf
     data = examples("copa", "llama", 4)
     scorer = scorer_of(model, "llama", "copa")
-    assert scorer.own_masks
+    assert scorer.reading.own_masks
     scorer.verify(data)
-    assert not scorer.own_masks and scorer.forward_passes == 0 and scorer.layout == "auto"
+    assert (
+        not scorer.reading.own_masks
+        and scorer.reading.together == "padded"
+        and scorer.forward_passes == 0
+        and scorer.layout == "auto"
+    )
     # Also from questions that would need no mask in padded rows: what training packs later is tried too.
     other = scorer_of(model, "llama")
     other.verify([Example((choice([i, 6, 7, 8], 1), choice([i, 6, 7, 20], 1)), 0) for i in range(9, 13)])
-    assert not other.own_masks
+    assert not other.reading.own_masks
     with torch.no_grad():
         expected = torch.stack(naive.scores(tiny.architecture("llama"), data, "causal", 1))
         torch.testing.assert_close(scorer.scores(scorer.collate(data)), expected, **CLOSE)
@@ -250,7 +256,7 @@ def test_verify_finds_a_model_that_ignores_masks_and_one_that_cannot_be_scored()
     with torch.no_grad():
         for parameter in both_ways.parameters():
             parameter.mul_(4.0)
-    with pytest.raises(ValueError, match="RobertaForCausalLM differs from its whole forward"):
+    with pytest.raises(ValueError, match="RobertaForCausalLM differs from its whole forward by"):
         Scorer(both_ways, 1, "causal", "answer").verify(examples("copa", "opt", 4))
 
 
@@ -265,9 +271,9 @@ def test_a_head_that_is_not_called_as_a_module_is_noticed():
 
     model.__class__ = Inline
     scorer = scorer_of(model, "llama", "copa")
-    with pytest.raises(RuntimeError, match="Inline is not called as a module"):
-        scorer.scores(scorer.collate(examples("copa", "llama", 4)))
-    with pytest.raises(RuntimeError, match="not called as a module"):
+    with pytest.raises(ValueError, match="scoring a Inline fails: its output head is not called as a module"):
+        scorer.collate(examples("copa", "llama", 4))
+    with pytest.raises(ValueError, match="not called as a module"):
         scorer.verify(examples("copa", "llama", 4))
 
 

@@ -193,6 +193,7 @@ def test_a_run_is_the_optimizers_own_steps(tmp_path):
     batches = list(trainer.get_train_dataloader())
     trainer.train()
     scorer = Scorer(model, 1)
+    scorer.verify(trainer.train_dataset)
     named = [(n, p) for n, p in model.named_parameters()]
     optimizer = JaguarSignSGD([{"params": named, "weight_decay": 0.0}], lr=1e-2, tau=1e-2, coordinates=0.5, seed=42)
     from transformers import get_scheduler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ def by_length(examples: Sequence[Example]) -> list[int]:
     return sorted(range(len(examples)), key=lambda i: examples[i].length)
 
 
-def widest(examples: Iterable[Example]) -> int:
+def widest(examples: Sequence[Example]) -> int:
     """The largest number of options."""
-    return max(len(example.choices) for example in examples)
+    return max(len(examples[i].choices) for i in range(len(examples)))
 
 
 def filled(scores: Tensor, width: int) -> Tensor:
@@ -39,7 +39,11 @@ def evaluate(
 
     The loss of a row does not depend on the rows of its batch: with the objective "answer" it is the mean over the
     row's own tokens.
+
+    Raises:
+        ValueError: the model cannot be scored; see `Scorer.verify`.
     """
+    scorer.trust(examples)  # once, not at every batch of longer rows
     order = by_length(examples)
     device = next(scorer.model.parameters()).device
     width = widest(examples)

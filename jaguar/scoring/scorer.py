@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from jaguar.adapters import adds_tokens
 from jaguar.scoring import layout as layouts
 from jaguar.scoring.figures import row_losses
 from jaguar.scoring.layout import Layout
+from jaguar.scoring.verification import Reading, first_right, full, picked, readings
 from jaguar.tasks.questions import Choice, Example
 
 LAYOUTS = ("auto", "packed", "padded")
@@ -36,7 +38,8 @@ class Scorer:
 
     What the scores do not need is not computed: no KV cache; options share the tokens of their prompt; only the hidden
     states that predict an option's tokens reach the output head. The model is not changed: its own forward runs, and
-    a hook narrows what its head sees.
+    a hook narrows what its head sees. Nothing is scored before that was compared with the whole forward of rows alone:
+    `collate` and `evaluate` do it with the first examples they see, and again when longer ones come.
 
     Args:
         model: a causal LM, a masked LM or a sequence classifier (also a PEFT model of one).
@@ -70,7 +73,7 @@ class Scorer:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
         if kind == "classifier" and objective == "answer":
             raise ValueError("a sequence classifier has classes, not answers; this task needs a language model")
-        self.model, self.pad_id, self.kind, self.objective, self.layout = model, pad_id, kind, objective, layout
+        self.model, self.kind, self.objective, self.layout = model, kind, objective, layout
         self.head: nn.Module | None = None
         if kind != "classifier":
             self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -79,24 +82,46 @@ class Scorer:
                     f"a {type(model).__name__} has no output head for tokens (get_output_embeddings() is None); "
                     "scoring options needs a causal or masked language model"
                 )
-        self.own_masks = _takes_own_masks(model)
-        self.forward_passes, self.verified = 0, False
+        self.readings = readings(model, kind, pad_id, _takes_own_masks(model))
+        self.forward_passes = 0
+        # Tokens of the longest row that was compared; 0: nothing was.
+        self.verified_length: float = 0
+
+    @property
+    def reading(self) -> Reading:
+        """How batches are put to the model: the first way that was not found wrong."""
+        return self.readings[0]
+
+    @property
+    def verified(self) -> bool:
+        """Whether scores were compared with those of the model's whole forward."""
+        return self.verified_length > 0
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
-    def collate(self, examples: Sequence[Example], *, answers_only: bool = False) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], *, answers_only: bool = False) -> dict[str, Any]:
         """A batch as tensors on the CPU; what `scores` and `loss` take.
+
+        In a worker of a data loader, which has no model to compare with, examples that are longer than all that were
+        compared are left to `scores`.
 
         Args:
             examples: questions; their numbers of options may differ.
             answers_only: take the right option of each alone, which is all that the loss of "answer" needs.
+
+        Raises:
+            ValueError: of `verify`.
         """
+        if get_worker_info() is not None and self._is_new(examples):
+            labels = [0 if answers_only else e.label for e in examples]
+            return {"labels": torch.tensor(labels), "examples": list(examples), "answers_only": answers_only}
+        self.trust(examples)
         groups: list[tuple[Choice, ...]] = [e.choices for e in examples]
         labels = [e.label for e in examples]
         if answers_only:
             groups, labels = [(e.choices[e.label],) for e in examples], [0] * len(examples)
         chosen = self._arranged(groups)
-        batch = {"labels": torch.tensor(labels), "input_ids": layouts.padded_ids(chosen.lines, self.pad_id)}
+        batch = {"labels": torch.tensor(labels), "input_ids": layouts.padded_ids(chosen.lines, self.reading.pad_id)}
         batch |= self._masks(chosen, batch["input_ids"].shape[1])
         if self.kind == "classifier":
             return batch
@@ -115,7 +140,7 @@ class Scorer:
     def _arranged(self, groups: Sequence[Sequence[Choice]]) -> Layout:
         """The layout of a batch: what was asked for, as far as the model can take it."""
         deepest = max(len(choice.ids) for group in groups for choice in group)
-        free = self.own_masks and deepest <= _window(self.model)
+        free = self.reading.own_masks and deepest <= _window(self.model)
         if self.kind == "causal":
             padded = layouts.trees(groups) if free else layouts.chains(groups)
             pack = layouts.packed_trees
@@ -136,7 +161,7 @@ class Scorer:
         if causal and not any(line.branches for line in lines):
             # Padding on the right is never seen by what stands before it. Adapters that add virtual tokens lengthen
             # the mask, so they are given one.
-            return {} if self.own_masks else {"attention_mask": _upto(lengths, longest)}
+            return {} if self.reading.own_masks else {"attention_mask": _upto(lengths, longest)}
         if not causal and all(link == 0 for line in lines for link in line.links):
             return {"attention_mask": _upto(lengths, longest)}
         seen = torch.eye(longest, dtype=torch.bool).repeat(len(lines), 1, 1)  # padding sees itself: no empty softmax
@@ -149,16 +174,19 @@ class Scorer:
 
     # -- the forward pass ------------------------------------------------------------------------------------------
 
-    def scores(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
+    def scores(self, batch: Mapping[str, Any], model: Any = None) -> Tensor:
         """fp32 (rows, options): the options' scores; -inf where a row has fewer options.
 
         Args:
             batch: of `collate`, on the model's device.
             model: the model as a trainer has wrapped it; None: the scorer's own.
+
+        Raises:
+            RuntimeError: nothing was compared yet (see `verify`), so the scores might be wrong.
         """
         return self._outcome(batch, model)[0]
 
-    def loss(self, batch: dict[str, Tensor], model: Any = None) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Mapping[str, Any], model: Any = None) -> tuple[Tensor, Tensor]:
         """The sum of the losses of a batch and what to divide it by: rows ("classification") or tokens ("answer").
 
         Both are 0-dim tensors; sums over several batches divided by their weights are the loss of one large batch.
@@ -170,7 +198,15 @@ class Scorer:
         tokens = lengths.gather(1, batch["labels"][:, None])[:, 0].to(losses.dtype)
         return (losses * tokens).sum(), tokens.sum()
 
-    def _outcome(self, batch: dict[str, Tensor], model: Any) -> tuple[Tensor, Tensor]:
+    def _outcome(self, batch: Mapping[str, Any], model: Any) -> tuple[Tensor, Tensor]:
+        if "examples" in batch:
+            made = self.collate(batch["examples"], answers_only=batch["answers_only"])
+            batch = {key: value.to(batch["labels"].device) for key, value in made.items()}
+        if not self.verified:
+            raise RuntimeError(
+                f"whether jaguar scores a {type(self.model).__name__} right was not looked at yet: collate with this "
+                "scorer, or call its verify(examples) first"
+            )
         logits = self._logits(batch, self.model if model is None else model)
         if self.kind == "classifier":
             return logits, torch.ones_like(logits)
@@ -180,89 +216,76 @@ class Scorer:
         sums = logprobs.masked_fill(~there, 0.0).sum(1).view(lengths.shape)
         return (sums / lengths.clamp(min=1)).masked_fill(lengths == 0, -math.inf), lengths
 
-    def _logits(self, batch: dict[str, Tensor], model: Any) -> Tensor:
+    def _logits(self, batch: Mapping[str, Tensor], model: Any) -> Tensor:
         """fp32 (places, vocabulary) for a language model, (rows, classes) for a classifier."""
         inputs: dict[str, Any] = {key: batch[key] for key in _INPUTS if key in batch}
+        mask, read = inputs.get("attention_mask"), batch.get("read")
+        if self.reading.together == "padded" or mask is None or mask.dim() == 4:
+            return self._forward(inputs, read, model)
+        found, places = [], []
+        for length, rows in _parts(mask.sum(1).tolist(), self.reading.together):
+            index = torch.tensor(rows, device=mask.device)
+            part, chosen = None, index
+            if read is not None:
+                chosen = torch.isin(read[:, 0], index).nonzero()[:, 0]
+                part = torch.stack([torch.searchsorted(index, read[chosen, 0]), read[chosen, 1]], 1)
+            found.append(self._forward({"input_ids": inputs["input_ids"][index, :length]}, part, model))
+            places.append(chosen)
+        return torch.cat(found)[torch.cat(places).argsort()]
+
+    def _forward(self, inputs: dict[str, Any], read: Tensor | None, model: Any) -> Tensor:
         self.forward_passes += 1
         if inputs.get("attention_mask", inputs["input_ids"]).dim() == 4 and _attention(self.model) == "eager":
             inputs["attention_mask"] = _additive(inputs["attention_mask"], self.model.dtype)
         if self.kind == "causal":
             inputs["use_cache"] = False
-        if self.head is None:
-            return _full(model(**inputs).logits)
-        with _narrowed(self.head, batch["read"], inputs["input_ids"].shape[1]):
+        if self.head is None or read is None:
+            return full(model(**inputs).logits)
+        with _narrowed(self.head, read, inputs["input_ids"].shape[1]):
             logits = model(**inputs).logits
-        if logits.shape[:-1].numel() != len(batch["read"]):
-            raise RuntimeError(
-                f"the output head of a {type(self.model).__name__} is not called as a module, so it cannot be narrowed "
-                "to the options; this model cannot be scored by jaguar"
-            )
-        return _full(logits.reshape(-1, logits.shape[-1]))
+        if logits.shape[:-1].numel() != len(read):
+            raise RuntimeError("its output head is not called as a module, so it cannot be narrowed to the options")
+        return full(logits.reshape(-1, logits.shape[-1]))
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
-    def verify(self, examples: Sequence[Example]) -> None:
-        """Compares the lean scores of a few examples, short and long, with those of the model's whole forward.
+    def _is_new(self, examples: Iterable[Example]) -> bool:
+        return max(example.length for example in examples) > self.verified_length
 
-        A model that does not heed masks and positions of one's own (linear biases, recurrences) is scored in padded
-        rows from here on.
+    def trust(self, examples: Sequence[Example]) -> None:
+        """`verify`, if one of the examples is longer than all that were compared before.
 
         Raises:
-            ValueError: even those differ; training on such scores would be silently wrong.
+            ValueError: of `verify`.
         """
-        if self.kind == "classifier":
-            return
-        counted, was_training = self.forward_passes, self.model.training
+        if self._is_new(examples):
+            self.verify(examples)
+
+    def verify(self, examples: Sequence[Example]) -> None:
+        """Compares the lean scores of a few examples, short and long, with the model's whole forward of each alone.
+
+        A model that does not heed masks and positions of one's own (linear biases, recurrences) is scored in padded
+        rows from here on, and one that does not heed the padding in rows of equal length, or one by one.
+
+        Raises:
+            ValueError: even those differ, or two equal passes do; training on such scores would be silently wrong.
+        """
+        few, was_training = picked(examples), self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
-                by_length = sorted(examples, key=lambda example: example.length)
-                far = self._farthest([*by_length[:2], *by_length[-2:]])
+            self.readings = self.readings[first_right(self, few) :]
         finally:
             self.model.train(was_training)
-            self.forward_passes, self.verified = counted, True
-        if far > self._tolerance:
-            raise ValueError(
-                f"scoring only the options' positions of a {type(self.model).__name__} differs from its whole forward "
-                f"by {far:.2g}; this model cannot be scored by jaguar"
-            )
+        self.verified_length = max(self.verified_length, few[-1].length)
 
-    @property
-    def _tolerance(self) -> float:
-        return 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.15
 
-    def _farthest(self, examples: Sequence[Example]) -> float:
-        """The largest difference from one-by-one scores, by masks of one's own if they can be trusted, else without."""
-        device = next(self.model.parameters()).device
-        plain = torch.cat([self._plainly(choice, device) for e in examples for choice in e.choices])
-        if not plain.isfinite().all():  # a broken model says so itself, in every loss
-            self.own_masks = False
-            return 0.0
-        asked, trusted, far = self.layout, self.own_masks, math.inf
-        try:
-            for own_masks in (True, False) if trusted else (False,):
-                self.own_masks, far = own_masks, 0.0
-                for layout in ("padded", "packed") if own_masks else ("padded",):
-                    self.layout = layout
-                    try:
-                        batch = {key: value.to(device) for key, value in self.collate(examples).items()}
-                        found = self.scores(batch)[batch["lengths"] > 0]
-                        far = max(far, (found - plain).abs().max().item())
-                    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
-                        if not own_masks:
-                            raise
-                        far = math.inf
-                if far <= self._tolerance:
-                    break
-        finally:
-            self.layout = asked
-        return far
-
-    def _plainly(self, choice: Choice, device: torch.device) -> Tensor:
-        logits = self.model(torch.tensor([choice.ids], device=device)).logits
-        # Virtual tokens of an adapter stand before the prompt; some models answer for them too.
-        logits = _full(logits[0, -len(choice.ids) :][torch.tensor(choice.positions, device=device)])
-        return logits.log_softmax(1).gather(1, torch.tensor(choice.targets, device=device)[:, None]).mean()[None]
+def _parts(lengths: Sequence[int], together: str) -> Iterator[tuple[int, list[int]]]:
+    """Length and numbers of the rows that share a forward pass."""
+    if together == "one":
+        yield from ((length, [row]) for row, length in enumerate(lengths))
+        return
+    for length in sorted(set(lengths)):
+        yield length, [row for row, other in enumerate(lengths) if other == length]
 
 
 @contextmanager
@@ -279,10 +302,6 @@ def _narrowed(head: nn.Module, read: Tensor, length: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _full(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _upto(lengths: Tensor, longest: int) -> Tensor:
