@@ -14,27 +14,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from jaguar.adapters import adds_tokens, load_prompt
+from jaguar.attempts import Attempt
+from jaguar.micro_batches import Grain, MicroBatches
+from jaguar.model_card import card_arguments
 from jaguar.optimizers import JaguarMuon, param_groups
-from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.base import NonFiniteLoss, ZerothOrder
 from jaguar.record import Record
 from jaguar.saving import replacing
+from jaguar.scored_trainer import ScoredTrainer, settled
 from jaguar.scoring import Scorer
-from jaguar.scoring.evaluation import by_length, filled, widest
-from jaguar.scoring.figures import Scores, row_losses
 from jaguar.training_args import ZOTrainingArguments
 
 
-class ZOTrainer(Trainer):
+class ZOTrainer(ScoredTrainer):
     """Trains with two (or `n_directions + 1`, ...) forward passes a step and no backward pass; otherwise a Trainer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   f: the loss over all micro-batches of the step
@@ -86,34 +86,23 @@ class ZOTrainer(Trainer):
         self.scorer = scorer
         # Writes more files into the folder of every checkpoint.
         self.beside: Callable[[Path], None] | None = None
+        self._attempt: Attempt | None = None
         self._window: list[Any] = []
         self._logged: list[Record] = []
+        self._measured = self._skipped = 0  # steps of this call of `train`
         self._passes = 2  # forward passes of a step
         self.forward_passes = 0  # of all steps, evaluations aside
-        self._widths: dict[int, int] = {}
         if scorer is not None:
-            if args.torch_compile:
-                raise ValueError("torch_compile=True does not see the scorer's hook on the output head; leave one out")
-            if args.label_smoothing_factor or others.get("compute_loss_func"):
-                raise ValueError("the scorer has its own loss: leave label_smoothing_factor and compute_loss_func out")
-            settings: Any = args.accelerator_config
-            if settings.dispatch_batches:
-                raise ValueError(
-                    "dispatch_batches=True cuts collated batches by rows, which the scorer's are not made of; leave it "
-                    "out, every process then reads its own rows"
-                )
-            settings.dispatch_batches = False  # accelerate's choice for streams would be True
-            others = {"data_collator": scorer.collate, "compute_metrics": accuracy} | others
-            args.remove_unused_columns = False
+            others = settled(scorer, args, others)
         given = (others.get("optimizers") or (None, None))[0], (others.get("optimizer_cls_and_kwargs") or (None,))[0]
-        self._zeroth_order = not args.first_order or any(given)
-        for optimizer in given:
-            kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-            if optimizer is not None and not issubclass(kind, ZerothOrder):
-                raise TypeError(
-                    f"a {kind.__name__} needs gradients; ZOTrainer takes optimizers of jaguar, or optim_zo='fo-sgd'"
-                )
-        if self._zeroth_order:
+        kinds = [kind if isinstance(kind, type) else type(kind) for kind in given if kind is not None]
+        self._has_own = any(issubclass(kind, ZerothOrder) for kind in kinds)
+        if kinds and not self._has_own and not args.first_order:
+            raise TypeError(
+                f"a {kinds[0].__name__} needs gradients; ZOTrainer takes optimizers of jaguar, and any other with "
+                "optim_zo='fo-sgd'"
+            )
+        if self._has_own or not args.first_order:
             self._settle(args)
         super().__init__(model, args, **others)
         if scorer is not None or not self._loss_shifts_labels:
@@ -128,6 +117,10 @@ class ZOTrainer(Trainer):
             warnings.warn("one process uses one GPU; for several, start one process each with torchrun", stacklevel=4)
 
     # -- setting up ------------------------------------------------------------------------------------------------
+
+    @property
+    def _zeroth_order(self) -> bool:
+        return self._has_own or not self.args.first_order  # a hyperparameter search may change the latter
 
     @property
     def zeroth_order(self) -> ZerothOrder:
@@ -145,12 +138,23 @@ class ZOTrainer(Trainer):
         """The optimizer that `args.optim_zo` names; JAGUAR Muon gets its groups from `jaguar.param_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            chosen = self.args.optimizer_class, self.args.optimizer_options()
-            kind, options = self.optimizer_cls_and_kwargs or chosen
+            if self.optimizer_cls_and_kwargs and not self._zeroth_order:
+                return super().create_optimizer(model)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             is_muon = issubclass(kind, JaguarMuon)
             groups = param_groups(model, self.args.weight_decay) if is_muon else self._decay_groups(model)
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: ZOTrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+        """The class that `args.optim_zo` names and its options.
+
+        Raises:
+            ValueError: the optimizer does not know one of them.
+        """
+        args.check_options()
+        return args.optimizer_class, args.optimizer_options()
 
     def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Trainer's two groups, with and without weight decay, by name; one group where there is no decay."""
@@ -190,46 +194,36 @@ class ZOTrainer(Trainer):
                     dist.broadcast(parameter.detach(), 0)
         return prepared
 
-    # -- data ------------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's; with a scorer the batches hold what the loss needs and no more."""
-        if self.scorer is None:
-            return super().get_train_dataloader()
-        usual: Any = self.data_collator
-        if usual == self.scorer.collate:
-            answers_only = self.scorer.objective == "answer"
-            self.data_collator = functools.partial(usual, answers_only=answers_only)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = usual
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **others: Any) -> Any:
-        if self.scorer is not None and not isinstance(dataset, IterableDataset):
-            self.scorer.trust([dataset[i] for i in range(len(dataset))])  # workers cannot
-        return super()._get_dataloader(dataset, *args, **others)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.scorer is None or self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [dataset[i].length for i in range(len(dataset))]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(seed)
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if self.scorer is None:
-            return super()._get_eval_sampler(eval_dataset)
-        return by_length(eval_dataset)  # rows of similar length share a batch
-
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **others: Any) -> Any:
-        """Trainer's."""
+        """Trainer's.
+
+        Raises:
+            NonFiniteLoss: no step of the run had a finite loss, or `max_skipped` in a row had none.
+        """
+        self._attempt = None
+        output = super().train(*args, **others)
+        if self._measured and self._skipped == self._measured:
+            raise NonFiniteLoss(
+                f"no step was taken: the loss was not finite in any of {self._measured} steps; the model is as it was"
+            )
+        return output
+
+    def _inner_training_loop(self, *args: Any, **others: Any) -> Any:
+        """Trainer's; what `auto_find_batch_size` starts again begins where the first attempt began."""
+        if self._zeroth_order and self.args.auto_find_batch_size:
+            if self._attempt is None:
+                self._attempt = Attempt(self)
+            else:
+                self._attempt.restore(self)
         self._window, self._logged = [], []
-        return super().train(*args, **others)
+        self._measured = self._skipped = 0
+        autocast, share = self.accelerator.mixed_precision != "no", getattr(self, "loss_is_scaled_for_ga", None)
+        assert self.model is not None
+        self._micro_batches = MicroBatches.of(self.model, share, autocast, self.args.torch_compile)
+        self._grain = Grain()
+        return super()._inner_training_loop(*args, **others)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -249,48 +243,37 @@ class ZOTrainer(Trainer):
         model.eval()  # unequal dropout masks would drown the difference of the losses
         record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)
+        self._measured, self._skipped = self._measured + 1, self._skipped + record.skipped
         self._passes = len(record.losses)
         self.forward_passes += len(window) * self._passes
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return torch.tensor(record.loss, device=self.args.device)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The scorer's loss of a batch, or Trainer's."""
-        if self.scorer is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total, weight = self.scorer.loss(inputs, model)
-        return (total / weight, None) if return_outputs else total / weight
 
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
         """The loss over the micro-batches of a step, and over all processes, as of one large batch."""
-        total = weight = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        scaled = self._is_scaled(num_items_in_batch)
-        for batch in window:
-            if self.scorer is not None:
-                loss, part = self.scorer.loss(batch, model)
-            else:
-                loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
-                part = torch.tensor(1.0 / len(window) if scaled else _rows(batch))
-                # A loss that was divided by the items of all micro-batches is a share of the whole already.
-                loss = loss if scaled else loss.double() * part
-            total, weight = total + loss.double(), weight + part.to(weight)
+        if self.scorer is not None:
+            parts = [self.scorer.loss(batch, model) for batch in window]
+            self.zeroth_order.watch_dtype(self._grain.dtype(parts[0][0]))
+            total, weight = (functools.reduce(torch.add, (pair[i].double() for pair in parts)) for i in (0, 1))
+        else:
+            total, weight = self._micro_batches.total(
+                window,
+                num_items_in_batch,
+                functools.partial(self._raw_loss, model),
+                alone=self.args.world_size == 1,
+            )
+        both = torch.stack([total.to(self.args.device), weight.to(self.args.device)])
         if self.args.world_size > 1:
-            both = torch.stack([total, weight])
             dist.all_reduce(both)
-            total, weight = both
-        return total / weight
+        return both[0] / both[1]
 
-    def _is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether `compute_loss` divides by the items of all micro-batches; Trainer's rule."""
-        said = getattr(self, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return bool(said)
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+    def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
+        """What `compute_loss` says of a micro-batch."""
+        loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+        self.zeroth_order.watch_dtype(self._grain.dtype(loss))
+        return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return None if self._zeroth_order else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
@@ -325,48 +308,29 @@ class ZOTrainer(Trainer):
     # -- logs and evaluation ---------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's logs, with the mean of the finite losses, the root mean square of rho, and the steps skipped."""
+        """Trainer's logs, with the root mean square of rho, the steps skipped, and the mean of the losses.
+
+        Losses that are not finite are left out of the mean, unless `logging_nan_inf_filter` is False.
+        """
         if self._zeroth_order and "loss" in logs and self._logged:
             finite = [record for record in self._logged if not record.skipped]
-            logs["loss"] = math.fsum(r.loss for r in finite) / len(finite) if finite else math.nan
+            shown = finite if self.args.logging_nan_inf_filter else self._logged
+            logs["loss"] = math.fsum(r.loss for r in shown) / len(shown) if shown else math.nan
             rhos = [rho for record in finite for rho in self.zeroth_order.rho(record)]
             logs["projected_grad"] = math.sqrt(math.fsum(r * r for r in rhos) / len(rhos)) if rhos else math.nan
-            if self.zeroth_order.n_skipped:
-                logs["skipped_steps"] = self.zeroth_order.n_skipped
             self._logged = []
+        if self._zeroth_order and ("loss" in logs or "train_loss" in logs) and self.zeroth_order.n_skipped:
+            logs["skipped_steps"] = self.zeroth_order.n_skipped
         super().log(logs, start_time)
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """With a scorer: mean loss of the rows, option scores (rows, options) and labels."""
-        if self.scorer is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            scores = self.scorer.scores(inputs, model)
-        loss = row_losses(scores, inputs["labels"], self.scorer.objective).mean()
-        if prediction_loss_only:
-            return loss, None, None
-        loader: Any = self.callback_handler.eval_dataloader
-        if id(loader.dataset) not in self._widths:
-            is_stream = isinstance(loader.dataset, IterableDataset)  # which is read once
-            self._widths[id(loader.dataset)] = scores.shape[1] if is_stream else widest(loader.dataset)
-        width = self._widths[id(loader.dataset)]
-        if scores.shape[1] > width:
-            raise ValueError(
-                f"a row of a streaming data set has {scores.shape[1]} options, the first ones had {width} at most; "
-                "evaluate questions of unequal numbers of options from a data set with a length"
-            )
-        return loss, filled(scores, width), inputs["labels"]
-
-    def predict(self, test_dataset: Any, *args: Any, **others: Any) -> Any:
-        """Trainer's; predictions and labels are in the order of the data set."""
-        output: Any = super().predict(test_dataset, *args, **others)
-        if self.scorer is None or isinstance(test_dataset, IterableDataset):
-            return output
-        place = np.argsort(by_length(test_dataset))
-        return output._replace(predictions=output.predictions[place], label_ids=output.label_ids[place])
+    def create_model_card(self, *args: Any, **others: Any) -> None:
+        """Trainer's, with the optimizer that ran and its learning rate."""
+        kept = self.args
+        self.args = card_arguments(kept, bare(self.create_optimizer()))
+        try:
+            super().create_model_card(*args, **others)
+        finally:
+            self.args = kept
 
 
 def bare(optimizer: Any) -> Any:
@@ -374,17 +338,3 @@ def bare(optimizer: Any) -> Any:
     while type(optimizer).__name__ == "AcceleratedOptimizer":
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def accuracy(found: EvalPrediction) -> dict[str, float]:
-    """Share of rows whose label has the largest score; a row with a NaN is wrong."""
-    scores, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
-    return {"accuracy": Scores(scores, labels, torch.empty(0)).correct.mean().item()}
-
-
-def _rows(batch: dict[str, Any]) -> float:
-    """What a mean loss was divided by: labels that count, else rows."""
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor):
-        return float(labels.ne(-100).sum())
-    return float(next(len(value) for value in batch.values() if isinstance(value, Tensor)))

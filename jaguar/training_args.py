@@ -103,7 +103,7 @@ class ZOTrainingArguments(TrainingArguments):
             self._refuse_what_needs_gradients()
         if isinstance(self.coordinates, str):  # from a command line: 1 is one coordinate, 1.0 is all of them
             self.coordinates = int(self.coordinates) if self.coordinates.isdecimal() else float(self.coordinates)
-        self._check_options()
+        self.check_options()
         self._say_what_does_nothing()
         if self.max_grad_norm is None:  # unlike a default of 1.0, it tells whether the user gave one
             self.max_grad_norm = TrainingArguments.max_grad_norm
@@ -158,7 +158,8 @@ class ZOTrainingArguments(TrainingArguments):
             given["seed"] = self.seed
         return given
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
+        """Raises ValueError if the optimizer does not know an option that was given."""
         known = inspect.signature(self.optimizer_class).parameters
         for name in self.optimizer_options():
             if name not in known:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import EvalPrediction
 
 from jaguar.scoring.figures import Scores, row_losses
 from jaguar.scoring.scorer import Scorer
@@ -19,6 +22,15 @@ def by_length(examples: Sequence[Example]) -> list[int]:
     return sorted(range(len(examples)), key=lambda i: examples[i].length)
 
 
+def rearranged(value: Any, places: np.ndarray) -> Any:
+    """The rows of an array, or of all in a tuple, list or dictionary, by their places; what has other rows stays."""
+    if isinstance(value, dict):
+        return {key: rearranged(part, places) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(rearranged(part, places) for part in value)
+    return value[places] if np.ndim(value) and len(value) == len(places) else value
+
+
 def widest(examples: Sequence[Example]) -> int:
     """The largest number of options."""
     return max(len(examples[i].choices) for i in range(len(examples)))
@@ -27,6 +39,12 @@ def widest(examples: Sequence[Example]) -> int:
 def filled(scores: Tensor, width: int) -> Tensor:
     """The scores with -inf for the options up to `width` that are not there; a classifier has one score a class."""
     return F.pad(scores, (0, max(0, width - scores.shape[1])), value=-math.inf)
+
+
+def accuracy(found: EvalPrediction) -> dict[str, float]:
+    """Share of rows whose label has the largest score; a row with a NaN is wrong."""
+    scores, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+    return {"accuracy": Scores(scores, labels, torch.empty(0)).correct.mean().item()}
 
 
 def evaluate(

@@ -1,0 +1,26 @@
+"""What a model card says of the training: the optimizer that ran."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from jaguar.training_args import ZOTrainingArguments
+
+
+def card_arguments(args: ZOTrainingArguments, optimizer: torch.optim.Optimizer) -> Any:
+    """The arguments as transformers' model card reads them, with that optimizer's name, options and learning rate."""
+    shown: Any = copy.copy(args)
+    group = optimizer.param_groups[0]
+    shown.learning_rate = float(group.get("initial_lr", group["lr"]))
+    shown.optim = type(optimizer).__name__
+    hidden = {"lr", "optimizer", "rng", "differentiable"}
+    options = optimizer.defaults | optimizer.state_dict().get("jaguar", {}).get("options", {})
+    shown.adam_beta1, shown.adam_beta2 = options.get("betas", (args.adam_beta1, args.adam_beta2))
+    shown.adam_epsilon = options.get("eps", args.adam_epsilon)
+    shown.optim_args = ", ".join(
+        f"{key}={value}" for key, value in options.items() if key not in hidden and value is not None
+    )
+    return shown

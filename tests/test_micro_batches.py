@@ -1,0 +1,328 @@
+"""The step over micro-batches is that of the one large batch, whatever a model's loss is a mean of."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.nn import functional as F
+
+from jaguar import ZOTrainer, ZOTrainingArguments
+from jaguar.micro_batches import Grain, MicroBatches
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # Trainer's, before each run: most of the time of a tiny one
+
+
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+QUIET |= {"save_strategy": "no", "logging_strategy": "no"}
+SPLITS = [(8, 1), (2, 4), (1, 8), (3, 3)]  # rows, micro-batches; the last ends with a short one
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+BART = {"vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_attention_heads": 2}
+BART |= {"encoder_attention_heads": 2, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48}
+T5 = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+GPT = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "pad_token_id": 0}
+DISTIL = {"vocab_size": 99, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48}
+OPT = SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}
+ROUTED = SMALL | {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+
+IDS = torch.randint(5, 99, (8, 12), generator=torch.Generator().manual_seed(0))
+LENGTHS = (2, 2, 12, 12, 2, 3, 9, 12)
+
+
+def rows(**columns):
+    return [{"input_ids": ids, **{name: column[i] for name, column in columns.items()}} for i, ids in enumerate(IDS)]
+
+
+def cut(labels, lengths=LENGTHS):
+    labels = labels.clone()
+    for row, length in zip(labels, lengths, strict=True):
+        row[length:] = -100
+    return labels
+
+
+def without(labels, *empty):
+    labels = labels.clone()
+    labels[list(empty)] = -100
+    return labels
+
+
+UNEVEN = rows(labels=cut(IDS))
+PROMPTED = rows(labels=torch.where(torch.arange(12) < 3, -100, cut(IDS, (4, 5, 12, 12, 7, 4, 9, 12))))
+CHOICES = [{"input_ids": torch.stack([ids, ids.flip(0)]), "labels": i % 2} for i, ids in enumerate(IDS)]
+CLASSES = rows(labels=[0, 1, 1, 0, 1, 1, 1, 0])
+UNLABELLED = rows(labels=[0, 1, -100, -100, 1, -100, 1, 0])
+NUMBERS = rows(labels=[0.5, -100.0, 2.0, 3.0, -1.0, 0.0, 1.0, 4.0])
+SEVERAL = rows(labels=(torch.arange(24).view(8, 3) % 2).float())
+TAGS = rows(labels=cut(IDS % 4))
+PLACES = rows(start_positions=[1, 2, 3, 4, 5, 6, 0, 1], end_positions=[2, 3, 4, 5, 6, 7, 0, 5])
+
+
+class Shifting(nn.Module):
+    """Shifts its labels itself and takes no num_items_in_batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Embedding(99, 16), nn.Linear(16, 99)
+
+    def logits(self, input_ids):
+        return self.head(self.inner(input_ids))
+
+    def forward(self, input_ids, labels=None):
+        logits = self.logits(input_ids)
+        return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
+
+
+class RowByRow(Shifting):
+    """A mean over rows of means over tokens."""
+
+    def forward(self, input_ids, labels=None):
+        logits = self.logits(input_ids)
+        return {"loss": torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True)]).mean()}
+
+
+class Summing(Shifting):
+    def forward(self, input_ids, labels=None):
+        return {"loss": F.cross_entropy(self.logits(input_ids).flatten(0, 1), labels.flatten(), reduction="sum")}
+
+
+class Contrastive(Shifting):
+    """The other rows of the batch are the wrong answers."""
+
+    def forward(self, input_ids, labels=None):
+        x = self.logits(input_ids).mean(1)
+        return {"loss": F.cross_entropy(x @ x.T / 10, torch.arange(len(x)))}
+
+
+class Counting(Shifting):
+    """Takes the number of items, and adds something of its own."""
+
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
+
+    def forward(self, input_ids, labels=None, num_items_in_batch=None):
+        logits = self.logits(input_ids)
+        total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return {"loss": total / num_items_in_batch + logits.pow(2).mean()}
+
+
+HEADS = {
+    "classes": (tf.BertForSequenceClassification, tf.BertConfig, SMALL, CLASSES),
+    "some classes": (tf.DistilBertForSequenceClassification, tf.DistilBertConfig, DISTIL, UNLABELLED),
+    "numbers": (tf.RobertaForSequenceClassification, tf.RobertaConfig, SMALL | {"num_labels": 1}, NUMBERS),
+    "several classes": (tf.BertForSequenceClassification, tf.BertConfig, SMALL | {"num_labels": 3}, SEVERAL),
+    "tags": (tf.BertForTokenClassification, tf.BertConfig, SMALL | {"num_labels": 4}, TAGS),
+    "places": (tf.BertForQuestionAnswering, tf.BertConfig, SMALL, PLACES),
+    "choices": (tf.BertForMultipleChoice, tf.BertConfig, SMALL, CHOICES),
+    "masked": (tf.BertForMaskedLM, tf.BertConfig, SMALL, UNEVEN),
+    "masked, batches without labels": (tf.BertForMaskedLM, tf.BertConfig, SMALL, rows(labels=without(IDS, 0, 1, 5))),
+    "causal": (tf.LlamaForCausalLM, tf.LlamaConfig, SMALL, UNEVEN),
+    "causal, gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config, GPT, UNEVEN),
+    "causal, batches without labels": (tf.LlamaForCausalLM, tf.LlamaConfig, SMALL, rows(labels=without(IDS, 0, 1, 5))),
+    "causal with prompts": (tf.OPTForCausalLM, tf.OPTConfig, OPT, PROMPTED),
+    "drops the number of items": (tf.BartForCausalLM, tf.BartConfig, BART, UNEVEN),
+    "drops the number of items, with prompts": (tf.BartForCausalLM, tf.BartConfig, BART, PROMPTED),
+    "sequence to sequence": (tf.T5ForConditionalGeneration, tf.T5Config, T5, UNEVEN),
+    "sequence to sequence, bart": (tf.BartForConditionalGeneration, tf.BartConfig, BART, UNEVEN),
+    "gpt2's classes": (tf.GPT2ForSequenceClassification, tf.GPT2Config, GPT, CLASSES),
+    "shifts its labels": (Shifting, None, {}, UNEVEN),
+    "shifts its labels, with prompts": (Shifting, None, {}, PROMPTED),
+    "means of rows": (RowByRow, None, {}, UNEVEN),
+    "a sum": (Summing, None, {}, UNEVEN),
+}
+
+
+def model_of(cls, config, options):
+    torch.manual_seed(0)
+    return cls(config(**options)) if config else cls()
+
+
+def trained(folder, model, data, size, micro, *, steps=1, **more):
+    others = {name: more.pop(name) for name in ("compute_loss_func",) if name in more}
+    args = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro, "learning_rate": 0.0, **QUIET}
+    args |= {"train_sampling_strategy": "sequential", "max_steps": steps, "coordinates": 0.5, "tau": 1e-2}
+    trainer = ZOTrainer(model, ZOTrainingArguments(str(folder), **(args | more)), train_dataset=data, **others)
+    trainer.train()
+    return trainer.zeroth_order.last_record.losses
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_micro_batches_are_the_large_batch(tmp_path, head):
+    *made, data = HEADS[head]
+    model = model_of(*made)
+    found = {split: trained(tmp_path, model, data, *split) for split in SPLITS}
+    for split, losses in found.items():
+        assert losses == pytest.approx(found[8, 1], rel=2e-6), split
+
+
+@pytest.mark.parametrize("head", ["classes", "masked", "causal", "drops the number of items"])
+def test_also_with_label_smoothing_and_losses_of_ones_own(tmp_path, head):
+    *made, data = HEADS[head]
+    model = model_of(*made)
+
+    def summed(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"].flatten(0, -2), labels.flatten(), reduction="sum") / num_items_in_batch
+
+    def mean(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"].flatten(0, -2), labels.flatten())
+
+    for more in ({"label_smoothing_factor": 0.2}, {"compute_loss_func": summed}, {"compute_loss_func": mean}):
+        found = [trained(tmp_path, model, data, *split, **more) for split in SPLITS]
+        assert found[1:] == [pytest.approx(found[0], rel=2e-6)] * 3, more
+
+
+def test_every_window_counts_what_it_holds(tmp_path):
+    """A short window at the end of an epoch; and one that has no labels at all is skipped, as its large batch is."""
+    model = model_of(tf.BartForCausalLM, tf.BartConfig, BART)
+    for steps in (2, 3, 4):
+        found = [trained(tmp_path, model, UNEVEN[:7], *split, steps=steps) for split in ((4, 1), (2, 2), (1, 4))]
+        assert found[1:] == [pytest.approx(found[0], rel=2e-6)] * 2
+    data = rows(labels=without(IDS, 0, 1, 2, 3))
+    losses = trained(tmp_path, model, data, 2, 2, steps=2)
+    assert losses == pytest.approx(trained(tmp_path, model, data, 4, 1, steps=2), rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "options", "message"),
+    [
+        (tf.MixtralForCausalLM, tf.MixtralConfig, ROUTED, "MixtralForCausalLM .* router"),
+        (tf.OlmoeForCausalLM, tf.OlmoeConfig, SMALL | {"num_experts": 8, "output_router_logits": True}, "router"),
+        (Counting, None, {}, "Counting .* router"),
+        (Contrastive, None, {}, "Contrastive .* contrastive"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("split", [(2, 4), (1, 8)], ids=str)
+def test_what_depends_on_the_batch_is_said_once(tmp_path, cls, config, options, message, split):
+    model = model_of(cls, config, options)
+    data = rows(labels=IDS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        losses = trained(tmp_path, model, data, *split, steps=2)
+    told = [str(w.message) for w in told if "depends on how its rows are batched" in str(w.message)]
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match=message):
+        warnings.warn(told[0], stacklevel=1)
+    if cls is not Contrastive:  # an auxiliary loss has its weight, not that times the number of micro-batches
+        assert losses == pytest.approx(trained(tmp_path, model, data, 8, 1, steps=2), rel=5e-3)
+
+
+def test_nothing_is_asked_where_one_batch_makes_the_step(tmp_path):
+    model = model_of(tf.MixtralForCausalLM, tf.MixtralConfig, ROUTED)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    trained(tmp_path, model, rows(labels=IDS), 8, 1, steps=2)
+    assert len(calls) == 4
+
+
+def test_what_is_asked_moves_no_random_numbers_and_is_asked_once():
+    drawn = []
+
+    def loss(batch, n_items):
+        drawn.append(torch.rand(()).item())
+        return batch["labels"].float().sum() / n_items
+
+    window = [{"labels": torch.tensor([1, 2])}, {"labels": torch.tensor([3, 5])}]
+    torch.manual_seed(7)
+    expected = torch.rand(4).tolist()
+    micro = MicroBatches("Model")
+    torch.manual_seed(7)
+    for _ in range(2):
+        total, weight = micro.total(window, torch.tensor(4), loss, alone=True)
+        assert (total / weight).item() == 11 / 4
+    assert drawn[-4:] == expected and len(drawn) == 4 + 2 + 3
+
+
+def test_what_the_user_says_of_the_loss_counts(tmp_path):
+    class Declared(ZOTrainer):
+        loss_is_scaled_for_ga = True
+
+    model = model_of(Shifting, None, {})
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 0.0, **QUIET}
+    args |= {"train_sampling_strategy": "sequential", "max_steps": 1, "coordinates": 0.5, "tau": 1e-2}
+    trainer = Declared(model, ZOTrainingArguments(str(tmp_path), **args), train_dataset=rows(labels=IDS))
+    trainer.train()
+    mean = trained(tmp_path, model, rows(labels=IDS), 8, 1)
+    assert trainer.zeroth_order.last_record.losses == pytest.approx([4 * loss for loss in mean], rel=2e-6)
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+class Widened(Shifting):
+    """Computes its loss in half precision and hides it."""
+
+    half = torch.bfloat16
+
+    def forward(self, input_ids, labels=None):
+        logits = self.logits(input_ids).to(self.half)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten()).float()
+        return {"loss": loss, "logits": logits}
+
+
+class Fine(Widened):
+    half = torch.float32
+
+
+class WidenedToFloat16(Widened):
+    half = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "options", "data", "dtype", "said"),
+    [
+        (tf.BertForSequenceClassification, tf.BertConfig, SMALL, CLASSES, "bfloat16", "bfloat16"),
+        (tf.RobertaForSequenceClassification, tf.RobertaConfig, SMALL, CLASSES, "float16", "float16"),
+        (tf.BertForQuestionAnswering, tf.BertConfig, SMALL, PLACES, "bfloat16", "bfloat16"),
+        (tf.BertForMultipleChoice, tf.BertConfig, SMALL, CHOICES, "bfloat16", "bfloat16"),
+        (tf.GPT2ForSequenceClassification, tf.GPT2Config, GPT, CLASSES, "bfloat16", "bfloat16"),
+        (tf.LlamaForCausalLM, tf.LlamaConfig, SMALL, UNEVEN, "bfloat16", None),  # widens its logits
+        (tf.BertForTokenClassification, tf.BertConfig, SMALL | {"num_labels": 4}, TAGS, "bfloat16", "bfloat16"),
+        (tf.OPTForCausalLM, tf.OPTConfig, OPT, PROMPTED, "bfloat16", None),
+        (Widened, None, {}, UNEVEN, "float32", "bfloat16"),
+        (WidenedToFloat16, None, {}, UNEVEN, "float32", "float16"),
+        (Fine, None, {}, UNEVEN, "float32", None),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_loss_of_half_precision_is_told(tmp_path, cls, config, options, data, dtype, said, micro):
+    model = model_of(cls, config, options).to(getattr(torch, dtype))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(tmp_path, model, data, 2, micro, steps=8, learning_rate=1e-2)
+    told = [str(w.message) for w in caught if "the closure's loss is" in str(w.message)]
+    assert len(told) == (said is not None) and all(f"torch.{said}" in message for message in told)
+
+
+def test_autocast_and_losses_of_ones_own(tmp_path):
+    model = model_of(Fine, None, {})
+
+    def half(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"].to(torch.bfloat16)
+        return -logits.log_softmax(-1).flatten(0, 1)[torch.arange(labels.numel()), labels.flatten()].mean().float()
+
+    data = rows(labels=IDS)
+    trained(tmp_path, model, data, 8, 1, steps=6, bf16=True)  # cross_entropy is in float32 there
+    with pytest.warns(UserWarning, match=r"the closure's loss is torch\.bfloat16"):
+        trained(tmp_path, model, data, 2, 1, steps=8, learning_rate=1e-2, compute_loss_func=half, bf16=True)
+
+
+def test_a_few_round_numbers_are_no_half_precision():
+    assert Grain().dtype(torch.tensor(1 / 3, dtype=torch.float16)) == torch.float16
+    whole = list(range(1, 40))
+    for values in ([1.0] * 50, [0.0] * 50, [0.5, 0.25, 3.0, float("nan"), 1 / 3, *whole], [1 / 3, *whole]):
+        grain = Grain()
+        assert {grain.dtype(torch.tensor(float(value))) for value in values} == {torch.float32}
