@@ -9,42 +9,48 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
+
+from jaguar.module_state import ModuleState
 
 T = TypeVar("T")
 
 
 class Isolation:
-    """Runs evaluations with equal random state and equal module buffers, and leaves both as they were.
+    """Runs evaluations with equal random state and equal state of the modules, and leaves both as they were.
 
-    Covers the generators of python, numpy, torch's CPU and the given CUDA devices, and the buffers (running statistics)
-    of every module that is called (a closure does not name its model, so modules are seen through a forward hook; one
-    whose `forward` is used without calling the module is not seen).
+    Covers the generators of python, numpy, torch's CPU and the given CUDA devices, and what `ModuleState` covers.
+
+    Args:
+        devices: whose generators closures may use.
+        state: of the modules; kept from step to step.
+        step: number of the step.
+        perturbed: the trained tensors.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self, devices: Iterable[torch.device], state: ModuleState, step: int, perturbed: Sequence[Tensor]
+    ) -> None:
         cuda = {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
         self._generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in sorted(cuda))]
-        self._buffers: dict[nn.Module, dict[str, _Snapshot]] = {}
+        self._modules, self._step, self._perturbed = state, step, perturbed
 
     def __enter__(self) -> Isolation:
         self._states = [generator.get_state() for generator in self._generators]
         self._python = random.getstate()
         self._numpy = _numpy_random().get_state(legacy=False) if _numpy_random() else None
-        self._hook = register_module_forward_pre_hook(self._remember)
+        self._modules.begin(self._step, self._perturbed)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
-        self._restore_buffers()
+        self._modules.end()
         torch.clear_autocast_cache()
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
@@ -53,8 +59,8 @@ class Isolation:
             _numpy_random().set_state(self._numpy)
 
     def evaluate(self, closure: Callable[[], T], seed: int) -> T:
-        """closure() under no_grad, from the random state of `seed` (63 bits) and the buffers of before the step."""
-        self._restore_buffers()
+        """closure() under no_grad, from the random state of `seed` (63 bits) and the state of before the step."""
+        self._modules.rewind(seed)
         for generator in self._generators:
             generator.manual_seed(seed)
         random.seed(seed)
@@ -63,35 +69,6 @@ class Isolation:
         torch.clear_autocast_cache()  # else low-precision copies of the weights outlive the perturbation
         with torch.no_grad():
             return closure()
-
-    def _remember(self, module: nn.Module, _inputs: Any) -> None:
-        if torch.compiler.is_compiling() or module in self._buffers:
-            return
-        for part in module.modules():
-            if part not in self._buffers:
-                self._buffers[part] = {
-                    name: _Snapshot(buffer)
-                    for name, buffer in part._buffers.items()
-                    if buffer is not None and not buffer.is_inference()
-                }
-
-    def _restore_buffers(self) -> None:
-        for module, buffers in self._buffers.items():
-            for name, snapshot in buffers.items():
-                module._buffers[name] = snapshot.restored()
-
-
-class _Snapshot:
-    """A buffer and its values; batch_norm writes without raising the version counter, so values are compared."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer, self._values = buffer, buffer.detach().clone()
-
-    def restored(self) -> Tensor:
-        if not torch.equal(self._buffer, self._values):
-            with torch.no_grad():
-                self._buffer.copy_(self._values)
-        return self._buffer
 
 
 def _numpy_random() -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,18 +92,29 @@ def state_bits(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[b
     return [bits(optimizer.state[p]["momentum"]) for p in params if "momentum" in optimizer.state.get(p, {})]
 
 
+class Log:
+    """What a test writes down in an evaluation; the contents of plain lists would be put back."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+
 class Bag(nn.Module):
     """Parameters of any form, a smooth loss that every one of their elements reaches, and what each evaluation saw."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self.seen: list[list[Tensor]] = []
+        self.log = Log()
         for i, tensor in enumerate(tensors):
             self.register_parameter(f"p{i}", nn.Parameter(tensor))
 
+    @property
+    def seen(self) -> list[list[Tensor]]:
+        return self.log.seen
+
     def forward(self) -> Tensor:
         wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters()) else torch.float32
-        self.seen.append([p.detach().clone() for p in self.parameters()])
+        self.log.seen.append([p.detach().clone() for p in self.parameters()])
         loss = torch.zeros((), dtype=wide)
         for p in self.parameters():
             x = p.to(wide).reshape(-1)

@@ -14,6 +14,7 @@ from jaguar import ops, rng, rules
 from jaguar.estimators import ESTIMATORS, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
+from jaguar.module_state import ModuleState
 from jaguar.optimizers.checkpoint import checked, counters, exact_state
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, warn_of_lost
@@ -86,7 +87,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._steps: ops.Steps | None = None
         self._roster = Roster([], {})
         self._watch = Watch((*self.group_keys, *self.group_flags))
-        self._guard = LossGuard()
+        self._guard, self._modules = LossGuard(), ModuleState()
         self.lost_share: dict[str, float] | None = None
         check_group(self.group_keys, defaults, "the optimizer", self.group_flags)
         super().__init__(split_groups(params), defaults)
@@ -250,7 +251,8 @@ class ZerothOrder(torch.optim.Optimizer):
         draws, double = self._draws(), self._roster.double
         seed = rng.closure_seed(self._seed, self._step)
         lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        with Isolation(self._roster.devices) as isolation, torch.no_grad():
+        surroundings = Isolation(self._roster.devices, self._modules, self._step, self._roster.tensors)
+        with surroundings as isolation, torch.no_grad():
 
             def evaluate() -> float:
                 with interrupts.let_through():

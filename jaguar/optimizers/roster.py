@@ -32,6 +32,7 @@ class Roster:
         kinds: the kinds that occur.
         double: whether losses are fp64: one of the parameters is.
         devices: where the parameters are.
+        tensors: the parameters, by slot.
     """
 
     def __init__(self, slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -40,7 +41,7 @@ class Roster:
         self.kinds: list[Kind] = list(dict.fromkeys(self._kind_of))
         self.double = any(kind.double for kind in self.kinds)
         self.devices = {slot.tensor.device for slot in slots}
-        self._tensors = [slot.tensor for slot in slots]
+        self.tensors = [slot.tensor for slot in slots]
         self._seen: list[int] | None = None
         self._entries: list[dict[str, Any]] = []
         self._places: list[Any] = []
@@ -55,7 +56,7 @@ class Roster:
         seen = list(map(id, self.state.values()))
         if seen != self._seen:  # entries were added, taken away or replaced
             self._seen = seen
-            self._entries = [self.state.get(t, {}) for t in self._tensors]
+            self._entries = [self.state.get(t, {}) for t in self.tensors]
         return [entry.get("momentum") for entry in self._entries]
 
     def check(self) -> bool:
@@ -64,7 +65,7 @@ class Roster:
         Raises:
             RuntimeError: one is not where it should be.
         """
-        momenta, tensors = self.momenta(), self._tensors
+        momenta, tensors = self.momenta(), self.tensors
         # Not strides and shapes, which cost as much as the rest of the step.
         places = [*map(Tensor.data_ptr, tensors), *map(Tensor.is_contiguous, tensors), *map(Tensor.numel, tensors)]
         places += [0 if m is None else m.data_ptr() for m in momenta]
