@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+_JOINER = "\u200d"
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Question:
         where: the row, for errors.
         suffix: what follows any option. A causal LM is scored on it together with the option; a masked LM sees it.
         text: the part of the prompt that may lose its end where a prompt is too long; empty: none.
+        around: what stands around the text in the prompt, and in the suffix; None: it is in the prompt, once.
     """
 
     prompt: str
@@ -26,10 +30,12 @@ class Question:
     where: str
     suffix: str = ""
     text: str = ""
+    around: tuple[Sequence[str], Sequence[str]] | None = None
 
-    def without_end(self, text: str) -> Question:
-        """The same question with a shorter text."""
-        return replace(self, prompt=self.prompt.replace(self.text, text, 1), text=text)
+    def with_text(self, text: str) -> Question:
+        """The same question about another text."""
+        before, after = self.around or (self.prompt.split(self.text, 1), (self.suffix,))
+        return replace(self, prompt=text.join(before), suffix=text.join(after), text=text, around=(before, after))
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,24 @@ class Example:
         return max(len(choice.ids) for choice in self.choices)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A text as tokens, without what a tokenizer closes a sequence with; `spans`: where each stands in the text."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...] | None
+
+    def first_past(self, end: int) -> int:
+        """Number of the first token that has a character at or behind `end`; characters may share a token."""
+        assert self.spans is not None
+        return next((i for i, (_, stop) in enumerate(self.spans) if stop > end), len(self.ids))
+
+
 class Encoder:
     """Questions as tokens, for one kind of model.
+
+    An option begins where its characters do: a token that has one of them is the option's, also where it takes the
+    blank that ends the prompt with it.
 
     Args:
         tokenizer: of the model.
@@ -88,9 +110,10 @@ class Encoder:
 
     def _example(self, question: Question) -> Example:
         made, limit = self._encoded(question), min(self.limit, self.max_length or self.limit)
-        text = self._ids(question.text) if self.max_length is not None and question.text else []
         while made.length > limit:
-            if not text:
+            if self.max_length is not None and question.text:
+                question = self._shorter(question, made.length - limit)
+            if self.max_length is None or not question.text:
                 advice = (
                     f"--max_length {limit} is too short for the rest of the prompt"
                     if self.max_length is not None
@@ -99,10 +122,20 @@ class Encoder:
                 raise ValueError(
                     f"{question.where}: the prompt has {made.length} tokens, the model takes {limit}; {advice}"
                 )
-            text = text[: min(len(text) - 1, len(text) - (made.length - limit))]
-            question = question.without_end(self.tokenizer.decode(text))
             made = self._encoded(question)
         return made
+
+    def _shorter(self, question: Question, excess: int) -> Question:
+        """The question about a text that has lost at least a character, and about `excess` tokens where it occurs."""
+        text, tokens = question.text, self._read(question.text, special=False)
+        times = sum(len(pieces) - 1 for pieces in question.around) if question.around else 1
+        kept = max(0, len(tokens.ids) - -(-excess // max(1, times)))
+        if tokens.spans is None:
+            end = len(text) * kept // max(1, len(tokens.ids))
+        else:  # several tokens may be of one character
+            end = min(tokens.spans[kept - 1][1], tokens.spans[kept][0]) if 0 < kept < len(tokens.ids) else 0
+        end = min(end, len(text) - 1)
+        return question.with_text(text[: _whole(text, end) or end])
 
     def _encoded(self, question: Question) -> Example:
         if self.kind == "classifier":
@@ -118,24 +151,46 @@ class Encoder:
         return Example(choices, question.label, question.where)
 
     def _after(self, question: Question, option: str) -> Choice:
-        prompt, full = (self._open(text) for text in (question.prompt, question.prompt + option + question.suffix))
-        # As the benchmark counts them: a tokenizer may join prompt and option otherwise.
-        count = len(full) - len(prompt)
-        if count < 1:
+        full = self._read(question.prompt + option + question.suffix)
+        first = self._first(full, question.prompt, question.where)
+        if first == len(full.ids):
             raise ValueError(f"{question.where}: the option {option!r} adds no token to the prompt")
-        if not prompt:
+        if not first:
             raise ValueError(f"{question.where}: the prompt is no token, so nothing predicts the option")
-        first = len(full) - count
-        return Choice(full[:-1], tuple(range(first - 1, len(full) - 1)), full[first:])
+        return Choice(full.ids[:-1], tuple(range(first - 1, len(full.ids) - 1)), full.ids[first:])
 
-    def _open(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that goes on: without what a tokenizer closes a sequence with."""
-        ids = tuple(self.tokenizer(text).input_ids)
-        closing = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
-        return ids[:-1] if len(ids) > 1 and ids[-1] in closing else ids
+    def _first(self, full: Tokens, prompt: str, where: str) -> int:
+        """Number of the option's first token."""
+        if full.spans is not None:
+            return full.first_past(len(prompt))
+        for text in (prompt, prompt.removesuffix(" ")):
+            ids = self._read(text).ids
+            if full.ids[: len(ids)] == ids:
+                first = len(ids)
+                while text != prompt and first < len(full.ids) and not self.tokenizer.decode([full.ids[first]]).strip():
+                    first += 1  # the blank alone is the prompt's
+                return first
+        raise ValueError(
+            f"{where}: a {type(self.tokenizer).__name__} joins the prompt's end {prompt[-10:]!r} with the option and "
+            "does not say where tokens begin; end the prompt with a word and begin the options with a blank, or use a "
+            "fast tokenizer"
+        )
+
+    def _read(self, text: str, special: bool = True) -> Tokens:
+        if not getattr(self.tokenizer, "is_fast", False):
+            ids = tuple(self.tokenizer(text, add_special_tokens=special).input_ids)
+            closing = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
+            return Tokens(ids[:-1] if special and len(ids) > 1 and ids[-1] in closing else ids, None)
+        made = self.tokenizer(
+            text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+        n = len(made.input_ids)
+        while n > 1 and made.special_tokens_mask[n - 1]:
+            n -= 1
+        return Tokens(tuple(made.input_ids[:n]), tuple(made.offset_mapping[:n]))
 
     def _within(self, question: Question, option: str) -> Choice:
-        targets = tuple(self._ids(option))
+        targets = self._targets(question.prompt, option)
         if not targets:
             raise ValueError(f"{question.where}: the option {option!r} is no token")
         mask = self.tokenizer.mask_token
@@ -147,6 +202,18 @@ class Encoder:
             raise ValueError(f"{question.where}: the text itself has the mask token {mask!r}")
         return Choice(ids, positions, targets)
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+    def _targets(self, prompt: str, option: str) -> tuple[int, ...]:
+        """The option's tokens as they stand after the prompt, unless one of them has a part of its last word."""
+        full = self._read(prompt + option)
+        if full.spans is not None:
+            first = full.first_past(len(prompt))
+            if first < len(full.ids) and not prompt[full.spans[first][0] :].strip():
+                return full.ids[first:]
+        return self._read(option, special=False).ids
+
+
+def _whole(text: str, end: int) -> int:
+    """The last place up to `end` that does not part a letter from its marks, or what a joiner joins."""
+    while end > 0 and (unicodedata.category(text[end])[0] == "M" or _JOINER in text[end - 1 : end + 1]):
+        end -= 1
+    return end

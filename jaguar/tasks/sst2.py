@@ -38,4 +38,5 @@ class SST2(Task):
             row.where,
             suffix=" ." if masked else "",
             text=sentence,
+            around=(("", " It was"), (" ." if masked else "",)),
         )

@@ -109,6 +109,5 @@ def _filled(template: str, text: str, options: Sequence[str], label: int, where:
         )
     if "{mask}" in template:  # the options bring their own blank
         before = before.rstrip(" ")
-    prompt = before.replace("{text}", text)
-    suffix = after.replace("{text}", text) if masked else ""
-    return Question(prompt, tuple(options), label, where, suffix, text if text in prompt else "")
+    around = before.split("{text}"), (after if masked else "").split("{text}")
+    return Question(text.join(around[0]), tuple(options), label, where, text.join(around[1]), text, around)
