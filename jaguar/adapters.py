@@ -97,10 +97,3 @@ def adds_tokens(model: Any) -> bool:
     """Whether the model's adapter puts virtual tokens before the prompt."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     return bool(config is not None and config.is_prompt_learning)
-
-
-def load_prompt(model: Any, folder: str) -> None:
-    """Puts the virtual tokens that PEFT saved into the model's own, which stay trainable."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))

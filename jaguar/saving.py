@@ -54,29 +54,8 @@ def save_files(folder: Path, write: Callable[[Path], None]) -> None:
             os.replace(path, folder / path.name)
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[None]:
-    """For writers that fill `folder` themselves: an earlier one of that name comes back if they fail.
-
-    Raises:
-        OSError: writing failed (a full disk, say); `folder` is as it was.
-    """
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if old.exists():
-            os.replace(old, folder)
-        if not isinstance(error, Exception):
-            raise
-        raise _unsaved(folder, error) from error
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _unsaved(place: Path, error: Exception) -> OSError:
+def unsaved(place: Path, error: Exception) -> OSError:
+    """What to raise when writing to `place` failed, and what was there before was put back."""
     reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return OSError(f"could not save to {str(place)!r}: {reason}; what was there before is untouched")
 
@@ -96,7 +75,7 @@ def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
                 os.close(handle)
         yield staging
     except Exception as error:  # a full disk is an OSError, a SafetensorError, a RuntimeError or a plain Exception
-        raise _unsaved(parent, error) from error
+        raise unsaved(parent, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

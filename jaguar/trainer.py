@@ -10,8 +10,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,22 +18,20 @@ import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from jaguar.adapters import adds_tokens, load_prompt
 from jaguar.attempts import Attempt
+from jaguar.exact_trainer import ExactTrainer
 from jaguar.micro_batches import Grain, MicroBatches
 from jaguar.model_card import card_arguments
 from jaguar.optimizers import JaguarMuon, param_groups
 from jaguar.optimizers.base import NonFiniteLoss, ZerothOrder
 from jaguar.record import Record
-from jaguar.saving import replacing
 from jaguar.scored_trainer import ScoredTrainer, settled
 from jaguar.scoring import Scorer
 from jaguar.training_args import ZOTrainingArguments
 
 
-class ZOTrainer(ScoredTrainer):
+class ZOTrainer(ScoredTrainer, ExactTrainer):
     """Trains with two (or `n_directions + 1`, ...) forward passes a step and no backward pass; otherwise a Trainer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   f: the loss over all micro-batches of the step
@@ -84,8 +81,6 @@ class ZOTrainer(ScoredTrainer):
                 "fields"
             )
         self.scorer = scorer
-        # Writes more files into the folder of every checkpoint.
-        self.beside: Callable[[Path], None] | None = None
         self._attempt: Attempt | None = None
         self._window: list[Any] = []
         self._logged: list[Record] = []
@@ -285,25 +280,6 @@ class ZOTrainer(ScoredTrainer):
         """2 operations a parameter and token in each forward pass; Trainer's 6 count a backward pass."""
         counted = super().floating_point_ops(inputs)
         return counted // 3 * self._passes if self._zeroth_order else counted
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        if adds_tokens(model):  # Trainer asks PEFT for a trainable prompt, which PEFT refuses to load
-            load_prompt(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not self.args.should_save:
-            super()._save_checkpoint(model, trial)
-            return
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with replacing(folder):  # half a checkpoint would be taken for a whole one
-            super()._save_checkpoint(model, trial)
-            if self.beside is not None:
-                self.beside(folder)
 
     # -- logs and evaluation ---------------------------------------------------------------------------------------
 

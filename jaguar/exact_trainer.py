@@ -1,0 +1,112 @@
+"""`ExactTrainer`: transformers' Trainer whose checkpoints come back bit for bit, or are refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from jaguar import checkpoints
+from jaguar.weights import plain_state
+
+
+class ExactTrainer(Trainer):
+    """A Trainer that goes on from exactly what was saved.
+
+    Trainer reads weights with `strict=False` and skips files that are not there. Here every tensor is found again when
+    a checkpoint is written, and whatever is missing when it is read is an error that names it.
+
+    Attributes:
+        beside: writes more files into the folder of every checkpoint.
+    """
+
+    beside: Callable[[Path], None] | None = None
+    _resumed: Path | None = None  # the checkpoint that the run goes on from
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
+        """Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: the checkpoint lacks something, or does not fit the model.
+        """
+        parent = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            checkpoints.recover_all(parent)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(checkpoints.newest(parent, self.args.world_size))
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **others)
+
+    @property
+    def _run_facts(self) -> dict[str, Any]:
+        """What decides the order of rows and directions, besides the optimizer's state."""
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {
+            "processes": args.world_size,
+            "rows_per_step": None if args.auto_find_batch_size else rows,
+            "training_rows": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+        }
+
+    @property
+    def _bare_model(self) -> nn.Module:
+        bare_model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return bare_model
+
+    @property
+    def _is_sharded(self) -> bool:  # the first-order baseline may be, by the launcher; Trainer saves and loads it
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoints.check(Path(resume_from_checkpoint), self._run_facts)
+        if self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoints.load_weights(self._bare_model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._is_sharded or self.state.best_model_checkpoint is None:
+            super()._load_best_model()  # type: ignore[no-untyped-call]
+        else:
+            checkpoints.load_weights(self._bare_model, Path(self.state.best_model_checkpoint))
+
+    def _init_training_state(self, *args: Any, **others: Any) -> Any:
+        start = super()._init_training_state(*args, **others)  # type: ignore[no-untyped-call]
+        if self._resumed is not None:
+            checkpoints.find_best(self.state, self._resumed)
+        return start
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        parent, args = Path(self._get_output_dir(trial)), self.args
+        folder = parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # Half a checkpoint would be taken for a whole one.
+        with checkpoints.saving(folder) if args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            limit, args.save_total_limit = args.save_total_limit, None  # nothing is deleted before this one is whole
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                torch.save(args, folder / TRAINING_ARGS_NAME)  # with the limit
+                if self.beside is not None:
+                    self.beside(folder)
+                checkpoints.finish(folder, None if self._is_sharded else self._bare_model, self._run_facts)
+        if args.should_save:
+            rotate_checkpoints(str(parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is None and not hasattr(self._bare_model, "save_pretrained"):
+            state_dict = plain_state(self._bare_model)  # of tied or transposed tensors safetensors saves no other
+        super()._save(output_dir, state_dict)
