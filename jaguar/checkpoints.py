@@ -84,14 +84,24 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     weights.read(model, folder, _record(folder).get("weights"))
 
 
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Raises ValueError if `load_weights` would."""
+    weights.check(model, folder, _record(folder).get("weights"))
+
+
+def check_whole(folder: Path, processes: int) -> None:
+    """Raises ValueError if a checkpoint lacks what was saved, or what it takes to go on; it is named."""
+    if lacking := _lacking(folder, processes):
+        raise ValueError(f"cannot go on from {str(folder)!r}: {lacking}")
+
+
 def check(folder: Path, run: dict[str, Any]) -> None:
     """Looks whether `run` can go on from a checkpoint; says what will differ from a run that never stopped.
 
     Raises:
         ValueError: something is missing that was saved, or that it takes to go on.
     """
-    if lacking := _lacking(folder, run["processes"]):
-        raise ValueError(f"cannot go on from {str(folder)!r}: {lacking}")
+    check_whole(folder, run["processes"])
     saved = _record(folder).get("run", {})
     other = [f"{key.replace('_', ' ')} {saved[key]} then, {run[key]} now" for key in run if saved.get(key) != run[key]]
     if saved and other:
@@ -172,30 +182,35 @@ def _record(folder: Path) -> dict[str, Any]:
 # -- what a killed process leaves --------------------------------------------------------------------------------------
 
 
-def recover_all(parent: Path) -> None:
-    """Puts every checkpoint in `parent` back to what it was before a process was killed while writing it."""
-    if parent.is_dir():
-        hidden = [path.name[1:].rpartition(".")[0] for path in parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*")]
-        for name in sorted(set(hidden)):
-            recover(parent / name)
+def recover_all(parent: Path) -> list[str]:
+    """Puts every checkpoint in `parent` back to what it was before a process was killed while writing it.
+
+    Returns:
+        What was done, in words.
+    """
+    hidden = {path.name[1:].rpartition(".")[0] for path in parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*")}
+    return [text for name in sorted(hidden) if (text := recover(parent / name))]
 
 
-def recover(folder: Path) -> None:
-    """Removes a checkpoint that was left half; an earlier one of that name comes back."""
-    old, mark = _old(folder), _mark(folder)
+def recover(folder: Path) -> str:
+    """Removes a checkpoint that was left half; an earlier one of that name comes back.
+
+    Returns:
+        What was done, in words; empty: nothing.
+    """
+    old, mark, text = _old(folder), _mark(folder), ""
     if not old.exists() and not mark.exists():
-        return
+        return text
     # Without the mark either nothing was written yet, or all of it.
-    half = mark.exists() or (folder.exists() and not (folder / TRAINER_STATE_NAME).is_file())
-    if half:
+    if mark.exists() or (folder.exists() and not (folder / TRAINER_STATE_NAME).is_file()):
+        text = f"removed {folder}: a process was killed while it wrote it"
         shutil.rmtree(folder, ignore_errors=True)
         mark.unlink(missing_ok=True)
     if old.exists() and not folder.exists():
+        text = f"{folder} is as it was before a process was killed while it wrote it anew"
         os.replace(old, folder)
-        warnings.warn(f"{folder} is as it was before a process was killed while it wrote it anew", stacklevel=3)
-    elif half:
-        warnings.warn(f"removed {folder}: a process was killed while it wrote it", stacklevel=3)
     shutil.rmtree(old, ignore_errors=True)
+    return text
 
 
 def _mark(folder: Path) -> Path:

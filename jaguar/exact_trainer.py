@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class ExactTrainer(Trainer):
         """
         parent = Path(str(self.args.output_dir))
         if self.args.should_save:
-            checkpoints.recover_all(parent)
+            for text in checkpoints.recover_all(parent):
+                warnings.warn(text, stacklevel=3)
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.newest(parent, self.args.world_size))
@@ -56,6 +58,8 @@ class ExactTrainer(Trainer):
             "training_rows": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
             "seed": args.seed,
             "data_seed": args.data_seed,
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         }
 
     @property

@@ -15,14 +15,15 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
+from jaguar.checkpoints import check_weights, recover_all
 from jaguar.evaluation import make_scorer, peak_memory, versions
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
 from jaguar.progress import Bar, Losses, Stop
 from jaguar.report import Points, draw_curves, row_bar, say, score_table
-from jaguar.run import STATE, Run
-from jaguar.saving import check_space, prepare_folder, save_files, write_model
+from jaguar.run import STATE, Run, compare, digest, model_settings, optimizer_settings
+from jaguar.saving import check_space, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.scoring import Scores, evaluate, paired_se
 from jaguar.tasks.rows import Row
 from jaguar.trainer import ZOTrainer, bare
@@ -47,7 +48,10 @@ class Finetuning:
                 f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
                 "--overwrite_output_dir"
             )
-        state = run.state() if run.resume_from_checkpoint else None
+        for text in [*remove_leftovers(self.folder), *recover_all(self.folder)]:
+            self._say(text, "yellow")
+        state = run.state(args) if run.resume_from_checkpoint else None
+        self.settings = run.settings_of(args)
         with console.status("reading rows"):
             rows = run.data.splits(run.model)
         with console.status(f"loading {run.model}"):
@@ -70,6 +74,7 @@ class Finetuning:
         self.before: Scores | None = None
         self.trainer = self._make_trainer(args)
         check_space(self.folder, self.model)
+        self.facts = self._decisive()
         if state is not None:
             self._restore(state)
 
@@ -318,16 +323,31 @@ class Finetuning:
         assert self.before is not None
         before = {"logits": self.before.logits, "labels": self.before.labels, "losses": self.before.losses}
         so_far = {"losses": self.losses.values, "passes": self.trainer.forward_passes, "before": before}
-        torch.save({"run": self.run.comparable(), **so_far}, folder / STATE)
+        torch.save({"settings": self.settings, "facts": self.facts, **so_far}, folder / STATE)
         save_task(self.task, folder, self.cut)
 
+    def _decisive(self) -> dict[str, Any]:
+        """What decides the run beside its settings: rows, optimizer and configuration of the model, before it starts."""
+        sets = {"training": self.train_set, "dev": self.dev_set, "held-out": self.test_set}
+        return {
+            "rows": {name: digest(examples) for name, examples in sets.items()},
+            "optimizer": optimizer_settings(bare(self.trainer.create_optimizer())),
+            "model": model_settings(self.model.config),
+        }
+
     def _restore(self, state: dict[str, Any]) -> None:
-        before = Scores(**state["before"])
-        if len(before.labels) != len(self.test_set):
-            raise ValueError(
-                f"the checkpoint was made with {len(before.labels)} held-out rows, there are {len(self.test_set)} now"
-            )
-        self.before, self.losses.values, self.trainer.forward_passes = before, list(state["losses"]), state["passes"]
+        saved, own = state["facts"], self.facts
+        for name, rows in own["rows"].items():
+            if saved["rows"][name] != rows:
+                raise ValueError(
+                    f"the {name} rows are not those that the checkpoint was made with: "
+                    f"{self.run.explained(state['settings']['data'])}"
+                )
+        compare(saved["optimizer"], own["optimizer"])
+        compare(saved["model"], own["model"])
+        check_weights(self.model, Path(str(self.run.resume_from_checkpoint)))
+        self.before = Scores(**state["before"])
+        self.losses.values, self.trainer.forward_passes = list(state["losses"]), state["passes"]
 
 
 def _finite(value: Any) -> Any:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from jaguar import checkpoints
 from jaguar.adapters import Adapter
 from jaguar.data import Data
 from jaguar.flag_groups import DEFAULTS, EVAL_BATCH, RELEASED_FIXES
-from jaguar.training_args import ZOTrainingArguments
+from jaguar.tasks import Example
+from jaguar.training_args import OPTIONS, ZOTrainingArguments
 
 STATE = "jaguar_run.pt"
-# What may differ between a run and the run that continues it.
-_FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "use_cpu", "logging_steps", "save_steps"}
-_FREE |= {"save_total_limit", "report_to"}
+# Arguments that decide no bits of the training.
+_FREE = {"output_dir", "run_name", "use_cpu", "report_to", "disable_tqdm", "backend", "save_steps", "save_strategy"}
+_FREE |= {"save_total_limit", "save_only_model", "dataloader_num_workers", "dataloader_pin_memory", "log_level"}
+_FREE_PREFIXES = ("logging_", "hub_", "push_to_hub")
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ class Run:
     overwrite_output_dir: bool = False
     settings: str = ""
 
-    def comparable(self) -> dict[str, Any]:
-        """The settings that a continued run must share, as plain values."""
-        values = asdict(self)
-        flat = {**values, **values.pop("data"), **values.pop("adapter"), **values.pop("arguments")}
-        plain: dict[str, Any] = json.loads(json.dumps(flat, default=str))
-        return {key: value for key, value in plain.items() if key not in _FREE | {"data", "adapter", "arguments"}}
+    def settings_of(self, args: ZOTrainingArguments) -> dict[str, Any]:
+        """What decides the run besides its rows and weights, as plain values, defaults filled in."""
+        names = [f.name for f in fields(args) if f.name not in OPTIONS and not _is_free(f.name)]
+        values = {name: getattr(args, name) for name in names} | asdict(self.adapter)
+        values |= {"train": self.train, "dtype": self.dtype, "in_4bit": self.in_4bit, "processes": args.world_size}
+        return {"given": sorted(self.arguments), "values": _plain(values), "data": _plain(asdict(self.data))}
 
     def trainer_arguments(self) -> ZOTrainingArguments:
         """Trainer's arguments: what was given, and what a run of this command takes else.
@@ -81,11 +86,12 @@ class Run:
             raise ValueError("--lr_scheduler_type constant has no warm-up; choose constant_with_warmup")
         return args
 
-    def state(self) -> dict[str, Any]:
+    def state(self, args: ZOTrainingArguments) -> dict[str, Any]:
         """What `jaguar finetune` put into the checkpoint that this run goes on from.
 
         Raises:
-            ValueError: it is no such checkpoint, of other settings, or of the last step; the message says which.
+            ValueError: it is no such checkpoint, not whole, of other settings, or of the last step; the message says
+                which.
         """
         folder = Path(self.resume_from_checkpoint or "")
         path = folder / STATE
@@ -95,19 +101,62 @@ class Run:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # torch.load has no exception of its own for a damaged file
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        checkpoints.check_whole(folder, args.world_size)
+        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+            raise ValueError(f"{path} was not written by this version of jaguar finetune: it has no settings")
         progress = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         if progress["global_step"] >= progress["max_steps"]:
             raise ValueError(
                 f"{str(folder)!r} is of the last step, so nothing is left to train; score it with jaguar eval --model "
                 f"{folder}"
             )
-        if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
-            raise ValueError(f"{path} was not written by jaguar finetune")
-        own = self.comparable()
-        for key in {**own, **state["run"]}:
-            if state["run"].get(key) != own.get(key):
-                raise ValueError(
-                    f"the checkpoint was made with {key} = {state['run'].get(key)!r}, this run has {own.get(key)!r}; "
-                    "give the same options to continue it"
-                )
+        saved, own = state["settings"], self.settings_of(args)
+        always = own["values"].keys() - {f.name for f in fields(args)}
+        compared = always | {name for name in {*saved["given"], *own["given"]} if name in own["values"]}
+        compare({key: saved["values"].get(key) for key in compared}, {key: own["values"][key] for key in compared})
         return state
+
+    def explained(self, saved: dict[str, Any]) -> str:
+        """Which settings of the data differ from the saved ones, in words."""
+        own = _plain(asdict(self.data))
+        other = [f"--{key} was {saved.get(key)!r}, is {own[key]!r}" for key in own if saved.get(key) != own[key]]
+        return "; ".join(other) or "a file was changed, or the tokenizer"
+
+
+def compare(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises ValueError at the first setting that differs."""
+    for key in sorted({**saved, **own}):
+        if saved.get(key) != own.get(key):
+            raise ValueError(
+                f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has {own.get(key)!r}; give the "
+                "same options to continue it"
+            )
+
+
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The options of an optimizer, defaults filled in; how it gets back to its parameters decides no bits."""
+    values = optimizer.defaults | getattr(optimizer, "_options", {})
+    return _plain(values | {"restore": values.get("restore") == "walk"})
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A hash of what a model reads of the examples, in their order."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        hashed.update(repr((example.choices, example.label)).encode())
+    return hashed.hexdigest()
+
+
+def model_settings(config: Any) -> dict[str, Any]:
+    """A model's configuration without the names of folders and versions."""
+    values = _plain(config.to_dict())
+    return {key: values[key] for key in values if key not in ("_name_or_path", "transformers_version", "architectures")}
+
+
+def _is_free(name: str) -> bool:
+    return name in _FREE or name.startswith(_FREE_PREFIXES)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain

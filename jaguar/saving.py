@@ -14,6 +14,7 @@ from torch import nn
 
 # Room for what is saved beside the weights: tokenizer, state, pictures.
 _EXTRA_BYTES = 64 << 20
+_STAGING = ".saving-"
 
 
 def prepare_folder(folder: Path) -> None:
@@ -28,6 +29,14 @@ def prepare_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write to the output folder {str(folder)!r}: {error.strerror or error}") from None
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Removes what `save_files` left in `folder` when its process was killed; returns what was done, in words."""
+    left = [path for path in folder.glob(f"{_STAGING}*") if path.is_dir()]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return [f"removed {path}: a process was killed while it saved there" for path in left]
 
 
 def check_space(folder: Path, model: nn.Module) -> None:
@@ -63,7 +72,7 @@ def unsaved(place: Path, error: Exception) -> OSError:
 @contextmanager
 def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
     """A new folder in `parent` that `write` has filled, its bytes on disk: a rename must not get there before them."""
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=parent))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
     staging.chmod(0o755)
     try:
         write(staging)

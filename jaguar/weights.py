@@ -228,6 +228,16 @@ def _is_plain(name: str, parts: list[Part], tensor: Tensor) -> bool:
     return parts == [_all_of(tensor, "model.safetensors", name)]
 
 
+def check(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
+    """Looks whether `read` can do what it is asked for.
+
+    Raises:
+        ValueError: a tensor is missing, or of another dtype or shape.
+    """
+    with ExitStack() as stack:
+        _located(model, folder, record, _Files(folder, stack))
+
+
 def read(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
     """Puts the weights of `folder` into the model, in place, bit for bit.
 
@@ -239,32 +249,37 @@ def read(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
     Raises:
         ValueError: a tensor is missing, or of another dtype or shape; nothing has changed then.
     """
-    tensors, adapted = kept(model), has_adapter(model)
-    with ExitStack() as stack:
+    tensors = kept(model)
+    with ExitStack() as stack, torch.no_grad():
         files = _Files(folder, stack)
-        if record is None:
-            layout = _layout(model, files)
-            needed = [n for n, t in tensors.items() if n in layout or t.requires_grad or not adapted]
-        else:
-            _compare(record, tensors, folder)
-            layout = {
-                name: [
-                    Part(file, key, offset, tuple(shape), tuple(stride)) for file, key, offset, shape, stride in parts
-                ]
-                for name, parts in record["parts"].items()
-            }
-            needed = list(record["tensors"])
-            layout |= {n: [_all_of(tensors[n], "model.safetensors", n)] for n in needed if n not in layout}
-        lacking = [name for name in needed if name not in layout or not files.has(layout[name], tensors[name])]
-        if lacking:
-            raise ValueError(
-                f"the weights in {str(folder)!r} lack {_some(lacking)}, or hold them in another shape or dtype"
-            )
-        with torch.no_grad():
-            for name in needed:
-                whole = files.whole(layout[name], tensors[name])
-                assert whole is not None
-                tensors[name].copy_(whole)
+        for name, parts in _located(model, folder, record, files).items():
+            whole = files.whole(parts, tensors[name])
+            assert whole is not None
+            tensors[name].copy_(whole)
+
+
+def _located(model: nn.Module, folder: Path, record: dict[str, Any] | None, files: _Files) -> dict[str, list[Part]]:
+    """Where each tensor that must come back lies.
+
+    Raises:
+        ValueError: some lie nowhere.
+    """
+    tensors = kept(model)
+    if record is None:
+        layout = _layout(model, files)
+        needed = [n for n, t in tensors.items() if n in layout or t.requires_grad or not has_adapter(model)]
+    else:
+        _compare(record, tensors, folder)
+        needed = list(record["tensors"])
+        layout = {name: [_all_of(tensors[name], "model.safetensors", name)] for name in needed}
+        for name, parts in record["parts"].items():
+            layout[name] = [Part(file, key, at, tuple(shape), tuple(stride)) for file, key, at, shape, stride in parts]
+    lacking = [name for name in needed if not files.has(layout.get(name, []), tensors[name])]
+    if lacking:
+        raise ValueError(
+            f"the weights in {str(folder)!r} lack {_some(lacking)}, or hold them in another shape or dtype"
+        )
+    return {name: layout[name] for name in needed}
 
 
 def _compare(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
