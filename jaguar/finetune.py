@@ -28,6 +28,7 @@ from jaguar.scoring import Scores, evaluate, paired_se
 from jaguar.tasks.rows import Row
 from jaguar.trainer import ZOTrainer, bare
 from jaguar.training_args import ZOTrainingArguments
+from jaguar.weights import lost, some
 
 
 class Interrupted(Exception):
@@ -212,6 +213,7 @@ class Finetuning:
 
         Raises:
             Interrupted: Ctrl-C while scoring; the model is saved by then.
+            OSError: what was saved is not what is read.
         """
 
         def write(folder: Path) -> None:
@@ -234,6 +236,12 @@ class Finetuning:
 
         with HeldInterrupts():
             save_files(self.folder, write_figures)
+        try:  # last of all, because it takes the memory of a second model
+            bad = lost(self.model, self.folder)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped before {self.folder} was read back to see that it holds the model") from None
+        if bad:
+            raise OSError(f"the model in {self.folder} is not the tuned one: {some(bad)} does not come back from there")
         self._print(metrics)
         return metrics
 
@@ -327,7 +335,7 @@ class Finetuning:
         save_task(self.task, folder, self.cut)
 
     def _decisive(self) -> dict[str, Any]:
-        """What decides the run beside its settings: rows, optimizer and configuration of the model, before it starts."""
+        """What decides the run beside its settings, before it starts: rows, optimizer, configuration of the model."""
         sets = {"training": self.train_set, "dev": self.dev_set, "held-out": self.test_set}
         return {
             "rows": {name: digest(examples) for name, examples in sets.items()},

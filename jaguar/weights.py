@@ -276,18 +276,38 @@ def _located(model: nn.Module, folder: Path, record: dict[str, Any] | None, file
             layout[name] = [Part(file, key, at, tuple(shape), tuple(stride)) for file, key, at, shape, stride in parts]
     lacking = [name for name in needed if not files.has(layout.get(name, []), tensors[name])]
     if lacking:
-        raise ValueError(
-            f"the weights in {str(folder)!r} lack {_some(lacking)}, or hold them in another shape or dtype"
-        )
+        raise ValueError(f"the weights in {str(folder)!r} lack {some(lacking)}, or hold them in another shape or dtype")
     return {name: layout[name] for name in needed}
+
+
+def lost(model: Any, folder: Path) -> list[str]:
+    """The tensors that others would not read from `folder` as they are in the model, where it was just saved.
+
+    They read with `from_pretrained`, or with PEFT's `load_peft_weights`.
+    """
+    if not has_adapter(model):
+        read_back = type(model).from_pretrained(folder, dtype="auto")
+        return _unlike(kept(model), kept(read_back))
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    bad = []
+    for name in model.peft_config:
+        place = folder if name == "default" else folder / name
+        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        bad += _unlike(own, load_peft_weights(str(place), device="cpu"))
+    return bad
+
+
+def _unlike(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in own.items() if name not in found or not _same_bits(found[name].cpu(), tensor)]
 
 
 def _compare(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
     saved = record["tensors"]
     if unknown := saved.keys() - tensors.keys():
-        raise ValueError(f"{str(folder)!r} holds {_some(unknown)}, which this model has not")
+        raise ValueError(f"{str(folder)!r} holds {some(unknown)}, which this model has not")
     if lacking := [name for name, tensor in tensors.items() if tensor.requires_grad and name not in saved]:
-        raise ValueError(f"{str(folder)!r} lacks {_some(lacking)}, which are trained here")
+        raise ValueError(f"{str(folder)!r} lacks {some(lacking)}, which are trained here")
     for name, (dtype, shape) in saved.items():
         tensor = tensors[name]
         if (str(tensor.dtype), list(tensor.shape)) != (dtype, shape):
@@ -321,7 +341,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
     names = sorted(names)
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
