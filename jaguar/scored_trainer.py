@@ -144,7 +144,8 @@ class ScoredTrainer(Trainer):
         loader: Any = self.callback_handler.eval_dataloader
         if self._width is None:
             is_stream = isinstance(loader.dataset, IterableDataset)  # which is read once
-            self._width = scores.shape[1] if is_stream else widest(loader.dataset)
+            known = 0 if is_stream else widest(loader.dataset)
+            self._width = max(known, scores.shape[1])  # a classifier has one choice, and as many scores as classes
         if scores.shape[1] > self._width:
             raise ValueError(
                 f"a row of a streaming data set has {scores.shape[1]} options, the first ones had {self._width} at "

@@ -54,3 +54,19 @@ def loss(model, examples, kind, pad_id, objective, side="left"):
     logits = _logits(model, ids, mask)
     picked = torch.cat([logits[i, w] for i, w in enumerate(where)])
     return F.cross_entropy(picked, torch.tensor([t for target in targets for t in target]))
+
+
+def alone(model, examples, kind):
+    """As `scores`, by the plainest forward there is: one sequence at a time, no padding, no mask, all of its logits."""
+    found = []
+    for example in examples:
+        logits = [model(input_ids=torch.tensor([choice.ids])).logits[0] for choice in example.choices]
+        if kind == "classifier":
+            found.append(logits[0])
+            continue
+        means = [
+            F.log_softmax(one[list(c.positions)], -1).gather(1, torch.tensor(c.targets)[:, None]).mean()
+            for one, c in zip(logits, example.choices, strict=True)
+        ]
+        found.append(torch.stack(means))
+    return torch.stack(found)

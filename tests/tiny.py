@@ -91,16 +91,6 @@ def classifier(folder: Path) -> Path:
     return folder
 
 
-def later_wins(words):
-    """A command line with only the last of several values of a flag, so that tests can change what all have."""
-    parts = [[]]
-    for word in words:
-        if word.startswith("--"):
-            parts.append([])
-        parts[-1].append(word)
-    return [word for part in {part[0]: part for part in parts if part}.values() for word in part]
-
-
 def refused(capsys, *argv):
     """Runs a command line that must be refused, and returns its one line."""
     try:
