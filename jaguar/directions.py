@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from jaguar import rng
+from jaguar import rng, samples
 from jaguar.params import Slot
-from jaguar.rng import Draw, Key, Purpose
-
-# Local element indices (int64, no duplicates) of a slot, and their signs (fp32, +1 or -1).
-Sample: TypeAlias = tuple[Tensor, Tensor]
-
-# Strata per Philox call: the int64 temporaries of one chunk stay in the L2 cache.
-_CHUNK = 1 << 15
+from jaguar.rng import Draw, Elements, Key, Purpose, runs
+from jaguar.samples import Chosen, Grid, Ones, Sample, Strata
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,9 @@ class Gaussian:
 
     name = "gaussian"
 
-    def values(self, draw: Draw, slot: Slot, start: int, count: int) -> Tensor:
-        """e of logical elements start .. start + count: fp32 (count,)."""
-        return rng.normals(draw.key(Purpose.DIRECTION), slot.stream, start, count, slot.tensor.device)
+    def values_of(self, draw: Draw, elements: Elements) -> Tensor:
+        """e of these elements: fp32."""
+        return rng.normals_of(draw.key(Purpose.DIRECTION), elements)
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Rademacher:
 
     name = "rademacher"
 
-    def values(self, draw: Draw, slot: Slot, start: int, count: int) -> Tensor:
-        """e of logical elements start .. start + count: fp32 (count,)."""
-        return rng.signs(draw.key(Purpose.DIRECTION), slot.stream, start, count, slot.tensor.device)
+    def values_of(self, draw: Draw, elements: Elements) -> Tensor:
+        """e of these elements: fp32."""
+        return rng.signs_of(draw.key(Purpose.DIRECTION), elements)
 
 
 DENSE = {d.name: d for d in (Gaussian(), Rademacher())}
@@ -131,66 +128,74 @@ class Coordinates:
 
     def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
         """The sample of every slot, as local indices in ascending order."""
+        return [_whole(chosen) for chosen in self.choose(draw, slots, [[i] for i in range(len(slots))])]
+
+    def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
+        """What is chosen of every set of slots (positions), as places in the vector that its tensors make in order.
+
+        The slots of a set are on one device. A set costs about as much as a slot: small tensors go together.
+        """
+        chosen: list[Chosen]
         if isinstance(self.coordinates, int):
-            samples = self._sample_count(draw.key(Purpose.COORDINATES), slots)
+            chosen = self._choose_count(draw.key(Purpose.COORDINATES), slots, sets)
         elif self.layout == "block":
-            samples = [self._sample_block(draw, slot) for slot in slots]
+            chosen = _by_device(slots, sets, partial(_grids, self._axis, draw))
         else:
-            samples = self._sample_fraction(draw.key(Purpose.COORDINATES), slots)
-        if self.ones:
-            samples = [(index, torch.ones_like(sign)) for index, sign in samples]
-        return samples
+            chosen = _by_device(slots, sets, partial(self._choose_fraction, draw.key(Purpose.COORDINATES)))
+        return [Ones(found) for found in chosen] if self.ones else chosen
 
-    def _sample_fraction(self, key: Key, slots: Sequence[Slot]) -> list[Sample]:
-        """All tensors of a device in one run of Philox: its ~130 calls into torch are what a small tensor costs."""
+    def _choose_fraction(self, key: Key, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
+        """All of them in one run of Philox, but for tensors whose own runs are long."""
         size = self.stratum
-        samples: list[Sample | None] = [None] * len(slots)
-        for device in {slot.tensor.device: None for slot in slots}:
-            here = [i for i, slot in enumerate(slots) if slot.tensor.device == device]
-            spans = [(slots[i].start // size, -(-(slots[i].start + slots[i].count) // size)) for i in here]
-            lengths = torch.tensor([hi - lo for lo, hi in spans], device=device)
-            ids = torch.tensor([slots[i].stream for i in here], dtype=torch.int64, device=device)
-            stratum = torch.cat([torch.arange(lo, hi, dtype=torch.int64, device=device) for lo, hi in spans])
-            place, sign = _draw(key, stratum, ids.repeat_interleave(lengths), size, Purpose.COORDINATES)
-            pieces = zip((stratum * size + place).split(lengths.tolist()), sign.split(lengths.tolist()), strict=True)
-            for i, (index, s) in zip(here, pieces, strict=True):
-                samples[i] = _local(slots[i], index, s)
-        return [sample for sample in samples if sample is not None]
+        spans = [samples.strata(slot, size) for slot in slots]
+        alone = [len(m) == 1 and spans[m[0]][1] - spans[m[0]][0] > samples.PART for m in sets]
+        members = [i for m, single in zip(sets, alone, strict=True) if not single for i in m]
+        some = [slots[i] for i in members]
+        together: Iterator[Chosen] = iter(())
+        if members:
+            numbers = [(spans[i][0], spans[i][1] - spans[i][0], slots[i].stream) for i in members]
+            first, length, streams = torch.tensor(numbers, dtype=torch.int64).t().contiguous().to(some[0].tensor.device)
+            stratum, of = runs(first, length), _numbers_of(length)
+            place, sign = samples.draw(key, stratum, streams[of], size, Purpose.COORDINATES)
+            inner = _renumbered(m for m, single in zip(sets, alone, strict=True) if not single)
+            together = iter(samples.listed(some, inner, of, stratum * size + place, sign))
+        return [
+            Strata(key, slots[m[0]], size) if single else next(together) for m, single in zip(sets, alone, strict=True)
+        ]
 
-    def _sample_count(self, key: Key, slots: Sequence[Slot]) -> list[Sample]:
+    def _choose_count(self, key: Key, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
         """Strata with boundaries floor(j d / k) over the concatenation of all tensors in canonical order."""
         k, d = int(self.coordinates), sum(slot.total for slot in slots)
         whole, rest = divmod(d, k)
         j = torch.arange(k, dtype=torch.int64)
         first = j * whole + j * rest // k
         size = (j + 1) * whole + (j + 1) * rest // k - first
-        place, sign = _draw(key, j, 0, size, Purpose.COORDINATES)
+        place, sign = samples.draw(key, j, 0, size, Purpose.COORDINATES)
         position = first + place
-        ends = torch.tensor([slot.total for slot in slots]).cumsum(0)
-        cuts = torch.searchsorted(position, ends).tolist()
-        samples = []
-        for slot, lo, hi, end in zip(slots, [0, *cuts], cuts, ends.tolist(), strict=False):
-            device = slot.tensor.device
-            index = position[lo:hi] - (end - slot.total)
-            samples.append(_local(slot, index.to(device), sign[lo:hi].to(device)))
-        return samples
+        totals = torch.tensor([slot.total for slot in slots], dtype=torch.int64)
+        ends = totals.cumsum(0)
+        cuts = torch.searchsorted(position, ends)
+        lengths = cuts.diff(prepend=cuts.new_zeros(1))
+        chosen: list[Chosen] = []
+        for members in sets:
+            which = torch.tensor(members, dtype=torch.int64)
+            length = lengths[which]
+            chosen_here, of = runs(cuts[which] - length, length), _numbers_of(length)
+            index = position[chosen_here] - (ends - totals)[which][of]
+            some, device = [slots[i] for i in members], slots[members[0]].tensor.device
+            values = (value.to(device) for value in (of, index, sign[chosen_here]))
+            chosen += samples.listed(some, [range(len(some))], *values)
+        return chosen
 
-    def _sample_block(self, draw: Draw, slot: Slot) -> Sample:
-        rows, columns = matrix_shape(slot.shape)
-        row, row_sign = self._sample_axis(draw.key(Purpose.ROWS), slot, rows, Purpose.ROWS)
-        if len(slot.shape) < 2:
-            return _local(slot, row, row_sign)
-        column, column_sign = self._sample_axis(draw.key(Purpose.COLUMNS), slot, columns, Purpose.COLUMNS)
-        index = row.unsqueeze(1) * columns + column
-        # The product of two independent signs is a sign, and two different elements stay uncorrelated.
-        return _local(slot, index.reshape(-1), (row_sign.unsqueeze(1) * column_sign).reshape(-1))
-
-    def _sample_axis(self, key: Key, slot: Slot, length: int, purpose: Purpose) -> Sample:
-        stratum = torch.arange(-(-length // self.stratum), dtype=torch.int64, device=slot.tensor.device)
-        place, sign = _draw(key, stratum, slot.stream, self.stratum, purpose)
-        index = stratum * self.stratum + place
-        live = index < length
-        return index[live], sign[live]
+    def _axis(self, draw: Draw, slots: Sequence[Slot], lengths: Tensor, purpose: Purpose) -> _Axis:
+        """One row (or column) of each stratum of rows, where it is not past the end."""
+        size, streams = self.stratum, torch.tensor([slot.stream for slot in slots], device=lengths.device)
+        count = (lengths + (size - 1)) // size
+        stratum, of = runs(torch.zeros_like(count), count), _numbers_of(count)
+        place, sign = samples.draw(draw.key(purpose), stratum, streams[of], size, purpose)
+        index = stratum * size + place
+        live = index < lengths[of]
+        return index[live], sign[live], torch.bincount(of[live], minlength=len(slots))
 
 
 @dataclass(frozen=True)
@@ -205,27 +210,106 @@ class ReleasedBlock:
 
     def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
         """The block of every slot, as local indices in ascending order."""
-        samples = []
-        for slot in slots:
-            rows, columns = matrix_shape(slot.shape)
-            row = self._axis(draw.key(Purpose.ROWS), slot, rows, Purpose.ROWS)
-            column = self._axis(draw.key(Purpose.COLUMNS), slot, columns, Purpose.COLUMNS)
-            index = (row.unsqueeze(1) * columns + column).reshape(-1)
-            samples.append(_local(slot, index, torch.ones(index.numel(), device=index.device)))
-        return samples
+        return [_whole(chosen) for chosen in self.choose(draw, slots, [[i] for i in range(len(slots))])]
+
+    def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
+        """The blocks of every set of slots, as `Coordinates.choose`."""
+        return _by_device(slots, sets, partial(_grids, self._axis, draw))
 
     def fraction(self, total: int) -> float:
         """The share of a matrix's entries in a block, about 1 %."""
         return 0.01
 
     @staticmethod
-    def _axis(key: Key, slot: Slot, length: int, purpose: Purpose) -> Tensor:
-        place = torch.arange(length, dtype=torch.int64, device=slot.tensor.device)
-        if length == 0:
-            return place
-        w0, w1, _, _ = rng.words(key, place, slot.stream, purpose)
+    def _axis(draw: Draw, slots: Sequence[Slot], lengths: Tensor, purpose: Purpose) -> _Axis:
+        streams = torch.tensor([slot.stream for slot in slots], device=lengths.device)
+        place, of = runs(torch.zeros_like(lengths), lengths), _numbers_of(lengths)
+        w0, w1, _, _ = rng.words(draw.key(purpose), place, streams[of], purpose)
         order = torch.argsort((w1 << 31) | (w0 >> 1), stable=True)  # 63 bits, so that int64 compares as unsigned
-        return order[: max(1, length // 10)].sort().values
+        order = order[torch.argsort(of[order], stable=True)]  # now slot by slot
+        drawn = torch.zeros_like(of, dtype=torch.bool)
+        drawn[order[place < (lengths // 10).clamp_min(1)[of]]] = True
+        index = place[drawn]
+        return index, torch.ones(index.numel(), device=index.device), torch.bincount(of[drawn], minlength=len(slots))
+
+
+# Chosen rows or columns of several slots, their signs, and how many of them each slot has.
+_Axis: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def _grids(
+    axis: Callable[[Draw, Sequence[Slot], Tensor, Purpose], _Axis],
+    draw: Draw,
+    slots: Sequence[Slot],
+    sets: Sequence[Sequence[int]],
+) -> list[Chosen]:
+    """Rows x columns of every slot, chosen separately: a vector has one column, with the sign +1."""
+    device = slots[0].tensor.device
+    heights, widths = torch.tensor([matrix_shape(slot.shape) for slot in slots], device=device).t().contiguous()
+    vector = torch.tensor([len(slot.shape) < 2 for slot in slots], device=device)
+    row, row_sign, n_rows = axis(draw, slots, heights, Purpose.ROWS)
+    column, column_sign, n_columns = axis(draw, slots, torch.where(vector, 0, widths), Purpose.COLUMNS)
+    row_at, column_at = ((n.cumsum(0) - n) for n in (n_rows, n_columns))
+    alone = [len(m) == 1 and int(n_rows[m[0]] * n_columns[m[0]]) > samples.PART for m in sets]
+    members = [i for m, single in zip(sets, alone, strict=True) if not single for i in m]
+    which = torch.tensor(members, dtype=torch.int64, device=device)
+    across = torch.where(vector, 1, n_columns)[which]
+    crossings = n_rows[which] * across
+    of, number = _numbers_of(crossings), runs(torch.zeros_like(crossings), crossings)
+    r = row_at[which][of] + number // across.clamp_min(1)[of]
+    index, sign = row[r], row_sign[r]
+    crossed = ~vector[which][of]
+    c = column_at[which][of] + number % across.clamp_min(1)[of]
+    if column.numel():
+        c = c.clamp_max(column.numel() - 1)  # of vectors, which do not read it
+        index = torch.where(crossed, index * widths[which][of] + column[c], index)
+        # The product of two independent signs is a sign, and two different elements stay uncorrelated.
+        sign = torch.where(crossed, sign * column_sign[c], sign)
+    inner = _renumbered(m for m, single in zip(sets, alone, strict=True) if not single)
+    together = iter(samples.listed([slots[i] for i in members], inner, of, index, sign) if members else ())
+    chosen: list[Chosen] = []
+    for m, single in zip(sets, alone, strict=True):
+        if single:
+            (i,) = m
+            rows, columns = (
+                slice(int(at[i]), int(at[i] + n[i])) for at, n in ((row_at, n_rows), (column_at, n_columns))
+            )
+            own = (row[rows], row_sign[rows]), (column[columns], column_sign[columns])
+            chosen.append(Grid(slots[i], *own, int(widths[i])))
+        else:
+            chosen.append(next(together))
+    return chosen
+
+
+def _by_device(
+    slots: Sequence[Slot],
+    sets: Sequence[Sequence[int]],
+    choose: Callable[[Sequence[Slot], Sequence[Sequence[int]]], list[Chosen]],
+) -> list[Chosen]:
+    """What `choose` finds on each device, for every set."""
+    chosen: dict[int, Chosen] = {}
+    for device in dict.fromkeys(slots[members[0]].tensor.device for members in sets):
+        here = [k for k, members in enumerate(sets) if slots[members[0]].tensor.device == device]
+        some = [slots[i] for k in here for i in sets[k]]
+        chosen.update(zip(here, choose(some, _renumbered(sets[k] for k in here)), strict=True))
+    return [chosen[k] for k in range(len(sets))]
+
+
+def _renumbered(sets: Iterable[Sequence[int]]) -> list[range]:
+    """Sets of the same sizes whose members are numbered one after the other."""
+    ends = [0, *accumulate(len(members) for members in sets)]
+    return [range(a, b) for a, b in pairwise(ends)]
+
+
+def _numbers_of(length: Tensor) -> Tensor:
+    """length[0] zeros, then length[1] ones, and so on."""
+    return torch.arange(length.numel(), device=length.device).repeat_interleave(length)
+
+
+def _whole(chosen: Chosen) -> Sample:
+    """All parts in one."""
+    index, sign = zip(*chosen.parts(), strict=True)
+    return torch.cat(index), torch.cat(sign)
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -233,27 +317,3 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     if len(shape) < 2:
         return math.prod(shape), 1
     return shape[0], math.prod(shape[1:])
-
-
-def _draw(key: Key, stratum: Tensor, stream: int | Tensor, size: int | Tensor, purpose: Purpose) -> Sample:
-    """The place (int64, [0, size)) and sign of each stratum: one Philox call each.
-
-    place = mulhi64(w1:w0, size), sign = -1 where the top bit of w2 is set; w3 is reserved.
-    """
-    place, sign = torch.empty_like(stratum), torch.empty(stratum.shape, device=stratum.device)
-    for lo in range(0, stratum.numel(), _CHUNK):
-        part = slice(lo, lo + _CHUNK)
-        here, bound = (v[part] if isinstance(v, Tensor) else v for v in (stream, size))
-        w0, w1, w2, _ = rng.words(key, stratum[part], here, purpose)
-        place[part] = rng.mulhi64(w1, w0, bound)
-        sign[part] = 1.0 - 2.0 * (w2 >> 31).to(torch.float32)
-    return place, sign
-
-
-def _local(slot: Slot, index: Tensor, sign: Tensor) -> Sample:
-    """Logical indices to local ones; those held elsewhere, and the idle place of the last stratum, fall away."""
-    index = index - slot.start if slot.start else index
-    if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= slot.count):
-        live = (index >= 0) & (index < slot.count)
-        return index[live], sign[live]
-    return index, sign

@@ -16,8 +16,10 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -110,25 +112,69 @@ def mulhi64(high: Tensor, low: Tensor, bound: Word) -> Tensor:
     return high * b1 + ((cross0 >> 32) & _MASK) + ((cross1 >> 32) & _MASK) + carry
 
 
-def _groups(start: int, count: int, size: int, device: torch.device | None) -> tuple[Tensor, int]:
-    """The groups of `size` elements that cover [start, start + count), and start's place in the first of them."""
-    first = start // size
-    return torch.arange(first, -(-(start + count) // size), dtype=torch.int64, device=device), start - first * size
+def runs(first: Tensor, length: Tensor) -> Tensor:
+    """first[0], first[0] + 1, ..., length[0] numbers, then those from first[1] on: int64.
+
+    Equivalent to: `torch.cat([torch.arange(f, f + n) for f, n in zip(first, length)])`.
+    """
+    before = length.cumsum(0) - length
+    numbers = (first - before).repeat_interleave(length)
+    return numbers + torch.arange(numbers.numel(), dtype=torch.int64, device=numbers.device)
 
 
-def signs(key: Key, stream: int, start: int, count: int, device: torch.device | None = None) -> Tensor:
-    """Rademacher numbers of elements start .. start + count: fp32 (count,), +1 or -1.
+class Elements:
+    """Elements of one or several streams, one after the other: many small tensors cost one run of Philox.
+
+    Args:
+        spans: stream (uint32), first element and number of elements of each.
+        device: where the numbers will be.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int, int]], device: torch.device | None = None) -> None:
+        self._spans, self._device = spans, device
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        streams, starts, counts = torch.tensor(self._spans, dtype=torch.int64).t().contiguous().to(self._device)
+        return streams, starts, counts
+
+    def calls(self, size: int) -> tuple[Tensor, Word, Tensor | slice]:
+        """The groups of `size` elements that cover them, their streams, and where the elements are in what is drawn."""
+        if len(self._spans) == 1:
+            ((stream, start, count),) = self._spans
+            skip = start % size
+            group = torch.arange(start // size, -(-(start + count) // size), dtype=torch.int64, device=self._device)
+            return group, stream, slice(skip, skip + count)
+        streams, starts, counts = self._columns
+        first = starts // size
+        length = (starts + counts + (size - 1)) // size - first
+        begin = (length.cumsum(0) - length) * size + starts - first * size
+        return runs(first, length), streams.repeat_interleave(length), runs(begin, counts)
+
+    def at(self, place: Tensor) -> tuple[Word, Tensor]:
+        """Stream and logical index of the elements at `place` (int64) in the whole."""
+        if len(self._spans) == 1:
+            ((stream, start, _),) = self._spans
+            return stream, place + start if start else place
+        streams, starts, counts = self._columns
+        ends = counts.cumsum(0)
+        of = torch.searchsorted(ends, place, right=True)
+        return streams[of], place + (starts - ends + counts)[of]
+
+
+def signs_of(key: Key, elements: Elements) -> Tensor:
+    """Rademacher numbers: fp32, +1 or -1.
 
     Element i takes bit i % 32 of word (i % 128) // 32 of call i // 128; a set bit is -1.
     """
-    group, skip = _groups(start, count, 128, device)
+    group, stream, places = elements.calls(128)
     word = torch.stack(words(key, group, stream, Purpose.DIRECTION), dim=1)
-    bits = (word.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
-    return 1.0 - 2.0 * bits.reshape(-1)[skip : skip + count].to(torch.float32)
+    bits = (word.unsqueeze(-1) >> torch.arange(32, device=word.device)) & 1
+    return 1.0 - 2.0 * bits.reshape(-1)[places].to(torch.float32)
 
 
-def normals(key: Key, stream: int, start: int, count: int, device: torch.device | None = None) -> Tensor:
-    """Standard normal numbers of elements start .. start + count: fp32 (count,).
+def normals_of(key: Key, elements: Elements) -> Tensor:
+    """Standard normal numbers: fp32.
 
     Box-Muller, u = ((w >> 8) + 0.5) * 2**-24, four numbers a call:
 
@@ -137,34 +183,45 @@ def normals(key: Key, stream: int, start: int, count: int, device: torch.device 
     The functions are fixed polynomials in separate multiplications and additions (never a library's `log` or
     `cos`, whose last bit differs between devices), so the bits are part of the interface.
     """
-    group, skip = _groups(start, count, 4, device)
-    u0, u1, u2, u3 = (
-        ((w >> 8).to(torch.float32) + 0.5) * 2.0**-24 for w in words(key, group, stream, Purpose.DIRECTION)
-    )
-    pairs = []
-    for radius, angle in ((u0, u1), (u2, u3)):
-        # Not torch.sqrt in fp32: on CPUs it is a vector library's and off by one bit in 16 % of the numbers. In fp64
-        # its error stays below the distance of any fp32 number's root from a rounding boundary.
-        r = torch.sqrt((_log(radius) * -2.0).to(torch.float64)).to(torch.float32)
-        cos, sin = _cos_sin_turns(angle)
-        pairs += [r * cos, r * sin]
-    return torch.stack(pairs, dim=1).reshape(-1)[skip : skip + count]
+    group, stream, places = elements.calls(4)
+    w0, w1, w2, w3 = words(key, group, stream, Purpose.DIRECTION)
+    radius, angle = (((torch.stack(w) >> 8).to(torch.float32) + 0.5) * 2.0**-24 for w in ((w0, w2), (w1, w3)))
+    # Not torch.sqrt in fp32: on CPUs it is a vector library's and off by one bit in 16 % of the numbers. In fp64
+    # its error stays below the distance of any fp32 number's root from a rounding boundary.
+    r = torch.sqrt((_log(radius) * -2.0).to(torch.float64)).to(torch.float32)
+    cos, sin = _cos_sin_turns(angle)
+    return torch.stack((r * cos, r * sin), dim=1).reshape(4, -1).t().reshape(-1)[places]
+
+
+def noise16_of(key: Key, elements: Elements, purpose: Purpose) -> Tensor:
+    """16 random bits for each element: int64, for stochastic rounding.
+
+    Element i takes half i % 2 (low half first) of word (i % 8) // 2 of call i // 8.
+    """
+    group, stream, places = elements.calls(8)
+    word = torch.stack(words(key, group, stream, purpose), dim=1)
+    return torch.stack((word & 0xFFFF, word >> 16), dim=2).reshape(-1)[places]
+
+
+def signs(key: Key, stream: int, start: int, count: int, device: torch.device | None = None) -> Tensor:
+    """`signs_of` elements start .. start + count of one stream."""
+    return signs_of(key, Elements([(stream, start, count)], device))
+
+
+def normals(key: Key, stream: int, start: int, count: int, device: torch.device | None = None) -> Tensor:
+    """`normals_of` elements start .. start + count of one stream."""
+    return normals_of(key, Elements([(stream, start, count)], device))
 
 
 def noise16(
     key: Key, stream: int, start: int, count: int, purpose: Purpose, device: torch.device | None = None
 ) -> Tensor:
-    """16 random bits for each of elements start .. start + count: int64 (count,), for stochastic rounding.
-
-    Element i takes half i % 2 (low half first) of word (i % 8) // 2 of call i // 8.
-    """
-    group, skip = _groups(start, count, 8, device)
-    word = torch.stack(words(key, group, stream, purpose), dim=1)
-    return torch.stack((word & 0xFFFF, word >> 16), dim=2).reshape(-1)[skip : skip + count]
+    """`noise16_of` elements start .. start + count of one stream."""
+    return noise16_of(key, Elements([(stream, start, count)], device), purpose)
 
 
-def noise16_at(key: Key, stream: int, index: Tensor, purpose: Purpose) -> Tensor:
-    """`noise16` of the elements at `index` (int64, any order)."""
+def noise16_at(key: Key, stream: Word, index: Tensor, purpose: Purpose) -> Tensor:
+    """`noise16` of the elements at `index` (int64, any order), of one stream or of a stream each."""
     word = torch.stack(words(key, index >> 3, stream, purpose), dim=-1)
     chosen = word.gather(-1, ((index >> 1) & 3).unsqueeze(-1)).squeeze(-1)
     return (chosen >> (16 * (index & 1))) & 0xFFFF

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Elements per pass of a dense loop: its temporaries stay in the L2 cache of a core.
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def flat_(tensor: Tensor) -> Iterator[Tensor]:
 
 def ranges(count: int) -> Iterator[slice]:
     """Slices that cover [0, count) in pieces small enough for a dense loop's temporaries to stay in cache."""
-    for first in range(0, count, _CHUNK):
-        yield slice(first, min(first + _CHUNK, count))
+    for first in range(0, count, CHUNK):
+        yield slice(first, min(first + CHUNK, count))
 
 
 def _indexable(tensor: Tensor) -> Tensor:

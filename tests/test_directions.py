@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import COLUMNS, COORDINATES, ROWS, fraction_ints, step_key_ints, stratum_ints, stream_ints, words_ints
 
-from jaguar import JaguarSignSGD
+from jaguar import JaguarSignSGD, samples
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.params import Slot
-from jaguar.rng import Draw
+from jaguar.rng import Draw, Elements
 
 
 def slot(*shape: int, stream: int = 7, name: str = "w", start: int = 0, whole: torch.Size | None = None) -> Slot:
@@ -231,7 +231,9 @@ def test_order_of_named_parameters_is_irrelevant(coordinates: float) -> None:
     for order in itertools.islice(itertools.permutations(names), 0, 24, 5):
         opt = JaguarSignSGD([(name, tensors[name]) for name in order], coordinates=coordinates, seed=4)
         draw = opt._draws()[0]
-        seen.append({s.name: as_dict(x) for s, x in zip(opt._slots, opt._launches().samples(draw), strict=True)})
+        seen.append(
+            {s.name: as_dict(x) for s, x in zip(opt._slots, opt._direction.sample(draw, opt._slots), strict=True)}
+        )
     assert all(s == seen[0] for s in seen)
     if coordinates == 0.2:
         assert seen[0]["c.bias"] == fraction_ints(4, 0, stream_ints("c.bias"), 7, 5)
@@ -247,8 +249,8 @@ def test_signs_ones_and_a_single_coordinate() -> None:
 
 @pytest.mark.parametrize("kind", [Gaussian(), Rademacher()], ids=lambda k: k.name)
 def test_dense_values_of_a_shard(kind: Gaussian | Rademacher) -> None:
-    whole = kind.values(Draw(1, 2), slot(1), 2**31 - 50, 300)
-    assert torch.equal(kind.values(Draw(1, 2), slot(1), 2**31 + 5, 100), whole[55:155])
+    whole = kind.values_of(Draw(1, 2), Elements([(7, 2**31 - 50, 300)]))
+    assert torch.equal(kind.values_of(Draw(1, 2), Elements([(7, 2**31 + 5, 100)])), whole[55:155])
 
 
 REFUSALS = {
@@ -303,9 +305,10 @@ def test_released_excludes_other_choices(extra: dict[str, object]) -> None:
 
 
 def test_the_laws_notice_a_wrong_stream_and_an_ignored_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Slot.count.fget
+    real = samples.listed
     with monkeypatch.context() as broken:
-        broken.setattr("jaguar.directions._local", lambda s, i, g: (i[i < original(s)], g[i < original(s)]))
+        ignorant = lambda slots, *rest: real([dataclasses.replace(s, start=0) for s in slots], *rest)  # noqa: E731
+        broken.setattr("jaguar.samples.listed", ignorant)
         with pytest.raises(AssertionError):
             test_pieces_of_a_tensor_have_the_pieces_of_its_sample("fraction")
     with monkeypatch.context() as broken:

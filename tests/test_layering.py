@@ -21,6 +21,7 @@ LAYERS = [
     {"saved_values"},
     {"record", "journal", "interrupts", "module_state", "rng", "storage", "params", "rules", "schemes"}
     | {"triton_kernels"},
+    {"samples"},
     {"isolation", "rounding", "directions", "estimators", "iteration", "extension"},
     {"reference"},
     {"fused"},

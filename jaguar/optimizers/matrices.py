@@ -45,7 +45,7 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
         raise TypeError(f"param_groups takes a torch.nn.Module, got {type(model).__name__}")
     outside = _outside(model)
     roles: dict[Any, Role] = {}
-    for name, parameter, role in roles_of(model):
+    for parameter, role in roles_of(model):
         # A tie has one role, whatever its names: that of an embedding, if it is one.
         if role is Role.LOOKUP or _key(parameter) not in roles:
             roles[_key(parameter)] = role

@@ -39,8 +39,8 @@ def is_factor(name: str) -> bool:
     return bool(_FACTOR.search(name)) and not _LOOKED_UP_FACTOR.search(name)
 
 
-def roles_of(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
-    """Qualified name, parameter and role, once per name.
+def roles_of(model: nn.Module) -> Iterator[tuple[Tensor, Role]]:
+    """Parameters and their roles, tied ones as often as they are held.
 
     LoRA factors, weights of linear, bilinear and convolution layers are matrices (those of depthwise convolutions are
     filters, one per channel), weights of embeddings are looked up. Of other modules, transformers' and users' own:
@@ -58,7 +58,7 @@ def roles_of(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 qualified = f"{path}.{name}" if path else name
-                yield qualified, parameter, _role(owner, qualified, prefix + name, parameter)
+                yield parameter, _role(owner, qualified, prefix + name, parameter)
 
 
 def _owner(modules: dict[str, nn.Module], path: str, module: nn.Module) -> tuple[nn.Module, str]:
@@ -75,17 +75,16 @@ def _role(owner: nn.Module, qualified: str, name: str, parameter: Tensor) -> Rol
     kind, shape = type(owner).__name__, parameter.shape
     if len(shape) < 2:
         return Role.TABLE
-    convolution = isinstance(owner, _ConvNd)
     if _LOOKED_UP_FACTOR.search(qualified):
         return Role.LOOKUP
     if _FACTOR.search(qualified):
-        return Role.FLATTEN if convolution or len(shape) > 3 else Role.MATRIX
+        return Role.FLATTEN if isinstance(owner, _ConvNd) or len(shape) > 3 else Role.MATRIX
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or ("Embedding" in kind and name == "weight"):
         return Role.LOOKUP
     vectors = sum(n != 1 for n in shape) < 2
     if name == "weight" or (name.startswith("weight_") and not vectors):  # `weight_v`: split into norm and direction
-        if convolution:
-            depthwise = owner.groups == owner.in_channels > 1
+        if isinstance(owner, _ConvNd):
+            depthwise = 1 < owner.groups == owner.in_channels
             return Role.TABLE if depthwise else Role.FLATTEN
         if isinstance(owner, (nn.Linear, nn.Bilinear)) or "Linear" in kind or kind == "Conv1D":
             return Role.MATRIX

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from jaguar import rng, rules
 from jaguar.params import Slot
+from jaguar.reference.pieces import Piece, pieces
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype, needs_noise, store
+from jaguar.rules import Scalars
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,19 @@ class Launches:
     stochastic: bool
     two_sided: bool
 
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The tensors, small ones together."""
+        return pieces(self.slots)
+
+    def work(
+        self, scalars: Sequence[Scalars], momenta: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Piece, Scalars, list[Tensor]]]:
+        """Every piece with its scalars and its momenta, none where there is no momentum."""
+        for piece in self.pieces:
+            own = [m for i in piece.where if (m := momenta[i]) is not None]
+            yield piece, scalars[piece.where[0]], own
+
     @property
     def wrote(self) -> bool:
         """Whether the last `update_` came to write anything: torch does not say."""
@@ -41,16 +57,17 @@ class Launches:
         return moved(x, e, tau), moved(x, e, -tau) if self.two_sided else x
 
     def stored(
-        self, value: Tensor, dtype: torch.dtype, draw: Draw, slot: Slot, where: Tensor | slice, purpose: Purpose
+        self, value: Tensor, dtype: torch.dtype, draw: Draw, piece: Piece, where: Tensor | slice, purpose: Purpose
     ) -> Tensor:
-        """`value` as `dtype`, rounded with the noise of the local elements `where`."""
+        """`value` as `dtype`, rounded with the noise of the elements `where` of the piece."""
         if not (self.stochastic and needs_noise(dtype)):
             return store(value, dtype)
         key = draw.key(purpose)
         if isinstance(where, slice):
-            start, count = slot.start + where.start, where.stop - where.start
-            return store(value, dtype, rng.noise16(key, slot.stream, start, count, purpose, value.device))
-        return store(value, dtype, rng.noise16_at(key, slot.stream, slot.start + where, purpose))
+            noise = rng.noise16_of(key, piece.elements(where), purpose)
+        else:
+            noise = rng.noise16_at(key, *piece.at(where), purpose)
+        return store(value, dtype, noise)
 
 
 def moved(x: Tensor, e: Tensor, scale: float) -> Tensor:

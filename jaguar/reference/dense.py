@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 from torch import Tensor
 
@@ -13,11 +14,15 @@ from jaguar.directions import Gaussian, Rademacher
 from jaguar.estimators import Lost, Probe
 from jaguar.params import Slot
 from jaguar.reference.common import Launches, moved
+from jaguar.reference.pieces import Piece
 from jaguar.reference.probes import CopyProbe, ModuleProbe, WalkProbe
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype
 from jaguar.rules import Scalars
-from jaguar.storage import flat_, ranges
+from jaguar.storage import CHUNK, flat_, ranges
+
+# Elements of small tensors' directions that are kept from the first perturbation of a step to its update.
+_KEPT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class DenseSteps(Launches):
     direction: Gaussian | Rademacher
     restore: str
     rule: str = "sgd"
+    _drawn: dict[tuple[Draw, Piece], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def takes_back(self) -> bool:
@@ -48,31 +54,49 @@ class DenseSteps(Launches):
         """What moves the parameters along each direction and back; `taus` has one length per slot."""
         probes: list[Probe] = []
         walk: WalkProbe | None = None
+        work = [(piece, taus[piece.where[0]]) for piece in self.pieces]
         for draw in draws:
             move = partial(self.move_, draw=draw)
             if self.restore == "walk":
-                walk = WalkProbe(self.slots, taus, move, before=walk)
+                walk = WalkProbe(work, move, before=walk)
                 probes.append(walk)
+            elif self.restore == "copy":
+                probes.append(CopyProbe(work, move))
             else:
-                probes.append((CopyProbe if self.restore == "copy" else ModuleProbe)(self.slots, taus, move))
+                probes.append(ModuleProbe(self.slots, taus, partial(self._move_slot_, draw=draw)))
         return probes
 
-    def move_(self, slot: Slot, scale: float, *, draw: Draw) -> None:
-        """x <- x + scale e, rounded to nearest, for one slot."""
+    def move_(self, piece: Piece, scale: float, origin: Tensor | None = None, *, draw: Draw) -> None:
+        """x <- x + scale e, or origin + scale e, rounded to nearest."""
+        with piece.flat_(piece.tensors) as x:
+            for part in ranges(piece.count):
+                x[part] = moved((x if origin is None else origin)[part], self._values(piece, draw, part), scale)
+
+    def _move_slot_(self, slot: Slot, scale: float, *, draw: Draw) -> None:
+        """`move_` of one slot, along what its piece has drawn if that is kept."""
+        piece, first = self._places[slot]
+        if not self._keeps(piece):
+            self.move_(Piece([0], [slot]), scale, draw=draw)
+            return
+        e = self._values(piece, draw, slice(0, piece.count))[first : first + slot.count]
         with flat_(slot.tensor) as x:
-            for part in ranges(slot.count):
-                x[part] = moved(x[part], self._values(slot, draw, part), scale)
+            x.copy_(moved(x, e, scale))
+
+    @cached_property
+    def _places(self) -> dict[Slot, tuple[Piece, int]]:
+        return {slot: (piece, sum(piece.counts[:k])) for piece in self.pieces for k, slot in enumerate(piece.slots)}
 
     def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
         """The perturbations that rounding swallows, per tensor."""
-        report = []
-        for slot, tau in zip(self.slots, taus, strict=True):
-            lost, x = 0, slot.tensor.reshape(-1)
-            for part in ranges(slot.count):
-                plus, other = self.endpoints(x[part], self._values(slot, draw, part), tau)
-                lost += int((plus == other).sum())
-            report.append(Lost(slot.name, lost, slot.count))
-        return report
+        report: dict[int, int] = {}
+        for piece in self.pieces:
+            lost, x = [0] * len(piece.slots), piece.read(piece.tensors)
+            for part in ranges(piece.count):
+                plus, other = self.endpoints(x[part], self._values(piece, draw, part), taus[piece.where[0]])
+                per_slot = (plus == other).split(piece.counts) if len(lost) > 1 else [plus == other]
+                lost = [n + int(share.sum()) for n, share in zip(lost, per_slot, strict=True)]
+            report.update(zip(piece.where, lost, strict=True))
+        return [Lost(slot.name, report[i], slot.count) for i, slot in enumerate(self.slots)]
 
     def update_(
         self,
@@ -85,18 +109,29 @@ class DenseSteps(Launches):
         if held is not None:
             held.abort()
         step = rules.sign_step if self.rule == "sign" else rules.sgd_step
-        for slot, s, m in zip(self.slots, scalars, momenta, strict=True):
-            wide = compute_dtype(slot.tensor.dtype)
-            with flat_(slot.tensor) as x:
-                for part in ranges(slot.count):
-                    g = rules.mean_gradient([self._values(slot, draw, part).to(wide) for draw in draws], s.rho)
+        for piece, s, own in self.work(scalars, momenta):
+            wide = compute_dtype(piece.dtype)
+            with piece.flat_(piece.tensors) as x, piece.flat_(own) if own else nullcontext() as m:
+                for part in ranges(piece.count):
+                    g = rules.mean_gradient([self._values(piece, draw, part).to(wide) for draw in draws], s.rho)
                     if m is not None:
-                        flat = m.view(-1)
-                        g = rules.heavy_ball(flat[part].to(wide), g, s.beta)
-                        flat[part] = self.stored(g, m.dtype, draws[0], slot, part, Purpose.ROUND_STATE)
-                        g = flat[part].to(wide)
+                        g = rules.heavy_ball(m[part].to(wide), g, s.beta)
+                        m[part] = self.stored(g, m.dtype, draws[0], piece, part, Purpose.ROUND_STATE)
+                        g = m[part].to(wide)
                     value = step(x[part].to(wide), g, s.decay, s.lr)
-                    x[part] = self.stored(value, x.dtype, draws[0], slot, part, Purpose.ROUND)
+                    x[part] = self.stored(value, x.dtype, draws[0], piece, part, Purpose.ROUND)
+        self._drawn.clear()
 
-    def _values(self, slot: Slot, draw: Draw, part: slice) -> Tensor:
-        return self.direction.values(draw, slot, slot.start + part.start, part.stop - part.start)
+    def _keeps(self, piece: Piece) -> bool:
+        """Whether the directions of a piece are drawn once a step."""
+        return piece.count <= CHUNK
+
+    def _values(self, piece: Piece, draw: Draw, part: slice) -> Tensor:
+        if not self._keeps(piece):
+            return self.direction.values_of(draw, piece.elements(part))
+        if (draw, piece) not in self._drawn:
+            kept = sum(e.numel() for e in self._drawn.values())
+            if kept + piece.count > _KEPT or any(d.step != draw.step for d, _ in self._drawn):
+                self._drawn.clear()
+            self._drawn[draw, piece] = self.direction.values_of(draw, piece.elements(part))
+        return self._drawn[draw, piece]

@@ -10,6 +10,7 @@ from torch import Tensor
 from jaguar import rules
 from jaguar.params import Slot
 from jaguar.reference.common import Launches
+from jaguar.reference.pieces import Piece
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype
 from jaguar.rules import Scalars
@@ -23,8 +24,8 @@ class MatrixSteps(Launches):
     def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
         """One step; a matrix and a Scalars per slot, the matrices contiguous, in any dtype."""
         for slot, factor, s in zip(slots, factors, scalars, strict=True):
-            wide = compute_dtype(slot.tensor.dtype)
+            piece, wide = Piece([0], [slot]), compute_dtype(slot.tensor.dtype)
             with flat_(slot.tensor) as x:
                 for part in ranges(slot.count):
                     value = rules.sgd_step(x[part].to(wide), factor.view(-1)[part].to(wide), s.decay, s.lr)
-                    x[part] = self.stored(value, x.dtype, draw, slot, part, Purpose.ROUND)
+                    x[part] = self.stored(value, x.dtype, draw, piece, part, Purpose.ROUND)

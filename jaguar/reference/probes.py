@@ -10,34 +10,40 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from jaguar.params import Slot, identity
+from jaguar.reference.pieces import Piece
 
-# move(slot, scale): x <- x + scale e of one slot, rounded to nearest.
-Move: TypeAlias = Callable[[Slot, float], None]
+# move(piece, scale, origin): x <- origin (None: x) + scale e, rounded to nearest.
+Move: TypeAlias = Callable[..., None]
+Work: TypeAlias = Sequence[tuple[Piece, float]]
 
 
 class CopyProbe:
-    """Restores from a copy of all trained tensors."""
+    """Restores from a copy of all trained tensors.
 
-    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Move) -> None:
-        self._work, self._move = list(zip(slots, taus, strict=True)), move
+    Args:
+        work: pieces with their lengths tau.
+        move: moves a piece.
+    """
+
+    def __init__(self, work: Work, move: Move) -> None:
+        self._work, self._move = work, move
         self._saved: list[Tensor] = []
 
     def plus(self) -> None:
         """x <- x + tau e."""
-        for slot, tau in self._work:
-            self._saved.append(slot.tensor.detach().clone())
-            self._move(slot, tau)
+        for piece, tau in self._work:
+            self._saved.append(piece.read(piece.tensors))
+            self._move(piece, tau, self._saved[-1])
 
     def minus(self) -> None:
         """x <- x - tau e, from the copies."""
-        for (slot, tau), saved in zip(self._work, self._saved, strict=True):
-            slot.tensor.copy_(saved)
-            self._move(slot, -tau)
+        for (piece, tau), saved in zip(self._work, self._saved, strict=True):
+            self._move(piece, -tau, saved)
 
     def finish(self) -> None:
-        """x <- the copies; tensors that a failed `plus` did not reach have none."""
-        for (slot, _), saved in zip(self._work, self._saved, strict=False):
-            slot.tensor.copy_(saved)
+        """x <- the copies; pieces that a failed `plus` did not reach have none."""
+        for (piece, _), saved in zip(self._work, self._saved, strict=False):
+            piece.write_(piece.tensors, saved)
         self._saved.clear()
 
     abort = finish
@@ -50,7 +56,7 @@ class ModuleProbe:
     module that owns them; one that no module used during an evaluation is an error, not a silent zero.
     """
 
-    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Move) -> None:
+    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Callable[[Slot, float], None]) -> None:
         self._by_identity = {identity(slot.tensor): (slot, tau) for slot, tau in zip(slots, taus, strict=True)}
         self._move = move
         self._sign = 0.0
@@ -128,8 +134,8 @@ class WalkProbe:
     the update, walks back first, so that a replay which does the same walks meets the same bits.
     """
 
-    def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Move, before: WalkProbe | None) -> None:
-        self._work, self._move, self._before = list(zip(slots, taus, strict=True)), move, before
+    def __init__(self, work: Work, move: Move, before: WalkProbe | None) -> None:
+        self._work, self._move, self._before = work, move, before
         self._at = [0.0] * len(self._work)
 
     def plus(self) -> None:
@@ -150,7 +156,7 @@ class WalkProbe:
         self._walk(0.0)
 
     def _walk(self, to: float) -> None:
-        for i, (slot, tau) in enumerate(self._work):
+        for i, (piece, tau) in enumerate(self._work):
             if self._at[i] != to:
-                self._move(slot, (to - self._at[i]) * tau)
+                self._move(piece, (to - self._at[i]) * tau)
                 self._at[i] = to
