@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 _HEAD = struct.Struct("<QBHH")  # step, flags, number of learning rates, number of losses
 _CHECKSUM = struct.Struct("<I")
-_SKIPPED = 1
+_FROZEN = struct.Struct("<I")  # stands before the checksum, if its flag is set
+_SKIPPED, _HAS_FROZEN = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,14 @@ class Record:
         losses: measured losses in order of evaluation, exact in the loss dtype; two-sided: f(x + tau e), f(x - tau e)
             for each direction; one-sided: f(x), then f(x + tau e) for each direction.
         skipped: a loss was not finite; the step counts, and nothing moves.
+        frozen: which of the optimizer's tensors took no part, because they had requires_grad=False; 0: all took part.
     """
 
     step: int
     lrs: tuple[float, ...]
     losses: tuple[float, ...]
     skipped: bool = False
+    frozen: int = 0
 
     @property
     def loss(self) -> float:
@@ -38,8 +41,8 @@ class Record:
         finite = bool(self.losses) and all(map(math.isfinite, self.losses))
         return math.fsum(self.losses) / len(self.losses) if finite else math.nan
 
-    def check(self, *, step: int, n_lrs: int, n_losses: int) -> None:
-        """Raises ValueError unless this is the record of step number `step` with so many rates and losses."""
+    def check(self, *, step: int, n_lrs: int, n_losses: int, frozen: int = 0) -> None:
+        """Raises ValueError unless it is of step number `step`, with so many rates and losses and these frozen."""
         if self.step != step:
             raise ValueError(f"this record is of step {self.step}, but the optimizer has finished {step} steps")
         if len(self.lrs) != n_lrs:
@@ -48,14 +51,23 @@ class Record:
             raise ValueError(f"the record's learning rates must be finite and at least 0, got {self.lrs}")
         if len(self.losses) != n_losses:
             raise ValueError(f"the record has {len(self.losses)} losses; this optimizer measures {n_losses} a step")
+        if self.frozen != frozen:
+            then, now = ("some" if marked else "none" for marked in (self.frozen, frozen))
+            raise ValueError(
+                f"the record was measured with other tensors frozen (then {then}, now {now}): requires_grad must be "
+                "what it was in that step"
+            )
         if not self.skipped and not all(map(math.isfinite, self.losses)):
             raise ValueError(f"the record has a non-finite loss {self.losses} but is not marked as skipped")
 
     def pack(self) -> bytes:
         """The record as bytes, little-endian, with a CRC-32 at the end."""
         numbers = self.lrs + self.losses
-        body = _HEAD.pack(self.step, _SKIPPED * self.skipped, len(self.lrs), len(self.losses))
+        flags = _SKIPPED * self.skipped | _HAS_FROZEN * bool(self.frozen)
+        body = _HEAD.pack(self.step, flags, len(self.lrs), len(self.losses))
         body += struct.pack(f"<{len(numbers)}d", *numbers)
+        if self.frozen:
+            body += _FROZEN.pack(self.frozen)
         return body + _CHECKSUM.pack(zlib.crc32(body))
 
     @classmethod
@@ -68,10 +80,12 @@ class Record:
         if len(data) < _HEAD.size + _CHECKSUM.size:
             raise ValueError(f"a record has at least {_HEAD.size + _CHECKSUM.size} bytes, got {len(data)}")
         step, flags, n_lrs, n_losses = _HEAD.unpack_from(data)
-        size = _HEAD.size + 8 * (n_lrs + n_losses)
+        end = _HEAD.size + 8 * (n_lrs + n_losses)
+        size = end + (_FROZEN.size if flags & _HAS_FROZEN else 0)
         if len(data) != size + _CHECKSUM.size:
             raise ValueError(f"this record has {size + _CHECKSUM.size} bytes, got {len(data)}")
         if _CHECKSUM.unpack_from(data, size)[0] != zlib.crc32(data[:size]):
             raise ValueError(f"the record of step {step} does not meet its checksum")
         numbers = struct.unpack_from(f"<{n_lrs + n_losses}d", data, _HEAD.size)
-        return cls(step, numbers[:n_lrs], numbers[n_lrs:], bool(flags & _SKIPPED))
+        frozen = _FROZEN.unpack_from(data, end)[0] if flags & _HAS_FROZEN else 0
+        return cls(step, numbers[:n_lrs], numbers[n_lrs:], bool(flags & _SKIPPED), frozen)

@@ -173,6 +173,11 @@ def numpy_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64).numpy().copy()
 
 
+def skipping() -> Any:
+    """Around steps that are skipped for the first, or the 2^k-th time."""
+    return pytest.warns(UserWarning, match=r"was skipped, because .*: nothing moved\.")
+
+
 def warned(opt: JaguarSignSGD | ZOSGD, closure: object, steps: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

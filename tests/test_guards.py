@@ -11,7 +11,7 @@ import time
 import pytest
 import test_measure
 import torch
-from conftest import CONFIGS, Bag, all_bits, bits, every_form, make, state_bits, warned, weights
+from conftest import CONFIGS, Bag, all_bits, bits, every_form, make, skipping, state_bits, warned, weights
 from torch import nn
 
 import jaguar.params
@@ -93,7 +93,8 @@ def test_a_non_finite_loss_skips_the_step(config: str, bad: float) -> None:
     opt.step(bag)
     params = list(bag.parameters())
     before, calls = (all_bits(params), state_bits(opt, params)), []
-    loss = opt.step(lambda: (calls.append(1), bag() * (bad if len(calls) == 2 else 1.0))[1])
+    with skipping():
+        loss = opt.step(lambda: (calls.append(1), bag() * (bad if len(calls) == 2 else 1.0))[1])
     assert math.isnan(loss.item()) and opt.last_record.skipped and not math.isfinite(opt.last_record.losses[1])
     assert (all_bits(params), state_bits(opt, params)) == before, "no decay, no momentum"
     assert opt.steps_done == 2 and opt.n_skipped == 1 and "skipped: 1" in repr(opt)
@@ -107,8 +108,11 @@ def test_too_many_skipped_steps_in_a_row_raise() -> None:
     opt = make("fraction", bag.named_parameters())
     opt.max_skipped = 4
     nan = bag.p0.detach().new_tensor(math.nan)
-    for finite in (True, True, False, False, False, True, False, False, False):
-        opt.step(bag if finite else lambda: nan)
+    with skipping() as told:
+        for finite in (True, True, False, False, False, True, False, False, False):
+            opt.step(bag if finite else lambda: nan)
+    assert [str(w.message)[:6] for w in told] == ["step 2", "step 3", "step 6"]  # the first, second and fourth
+    assert "4 of 7 steps were skipped so far" in str(told[-1].message)
     before = bits(bag.p0)
     with pytest.raises(RuntimeError, match=r"4 steps in a row.*last finite step: 5"):
         opt.step(lambda: nan)
@@ -119,8 +123,10 @@ def test_too_many_skipped_steps_in_a_row_raise() -> None:
 
 def test_default_of_max_skipped_and_no_finite_step_at_all() -> None:
     opt = JaguarSignSGD([torch.zeros(3, requires_grad=True)])
-    for _ in range(24):
-        opt.step(lambda: torch.tensor(math.nan))
+    with skipping() as told:
+        for _ in range(24):
+            opt.step(lambda: torch.tensor(math.nan))
+    assert len(told) == 5  # 1, 2, 4, 8, 16
     with pytest.raises(RuntimeError, match=r"25 steps in a row.*last finite step: none"):
         opt.step(lambda: torch.tensor(math.nan))
 
@@ -128,8 +134,9 @@ def test_default_of_max_skipped_and_no_finite_step_at_all() -> None:
 def test_skipped_steps_move_on_to_new_directions() -> None:
     bag = Bag([weights(torch.float32, 300)])
     opt = make("fraction", bag.named_parameters())
-    for _ in range(2):
-        opt.step(lambda: bag() * math.nan)
+    with skipping():
+        for _ in range(2):
+            opt.step(lambda: bag() * math.nan)
     assert bits(bag.seen[0][0]) != bits(bag.seen[2][0])
 
 
@@ -368,7 +375,8 @@ def test_a_derivative_that_overflows_skips_the_step():
     x = torch.ones(200, requires_grad=True)
     optimizer = JaguarSignSGD([x], coordinates=1.0, tau=1e-3)
     calls = iter([1e37, -1e37, 1.0, 0.5])
-    optimizer.step(lambda: torch.tensor(next(calls)))
+    with pytest.warns(UserWarning, match="too far apart for a finite derivative"):
+        optimizer.step(lambda: torch.tensor(next(calls)))
     assert optimizer.n_skipped == 1 and torch.equal(x.detach(), torch.ones(200))
     optimizer.step(lambda: torch.tensor(next(calls)))
     assert optimizer.n_skipped == 1 and bool((x != 1).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from conftest import (
     make,
     noise_at,
     patch_slot,
+    skipping,
     state_bits,
     step_key_ints,
     stream_ints,
@@ -362,11 +364,13 @@ def test_a_walk_replays_bit_for_bit(dtype: torch.dtype, changes: dict[str, objec
             opt.measure(bag)
         with pytest.raises(RuntimeError, match="before saving"):
             opt.state_dict()
-        opt.apply_(records[-1]) if t % 2 else opt.step()
+        with skipping() if t == 3 else contextlib.nullcontext():
+            opt.apply_(records[-1]) if t % 2 else opt.step()
         bad += records[-1].skipped
     fresh, again = walk(dtype, **changes)
-    for record in records:
-        again.apply_(record)
+    with skipping():
+        for record in records:
+            again.apply_(record)
     assert bad == 1 and not fresh.seen
     assert all_bits(list(bag.parameters())) == all_bits(list(fresh.parameters()))
     assert state_bits(opt, list(bag.parameters())) == state_bits(again, list(fresh.parameters()))

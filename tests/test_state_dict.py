@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, DTYPES, Bag, all_bits, bits, dtype_id, every_form, make, state_bits, weights
+from conftest import CONFIGS, DTYPES, Bag, all_bits, bits, dtype_id, every_form, make, skipping, state_bits, weights
 from torch import nn
 
 from jaguar import ZOSGD, JaguarSignSGD
@@ -38,8 +38,9 @@ def continue_law(config: str, dtype: torch.dtype, **changes: object) -> None:
     """Saved after 4 steps, loaded into a fresh optimizer, continued for 4: the bits of 8 uninterrupted steps."""
     bag, fresh = every_form(dtype), every_form(dtype)
     opt = make(config, bag.named_parameters(), **changes)
-    for t in range(4):
-        opt.step(bag if t != 2 else (lambda: bag() * float("nan")))
+    with skipping():
+        for t in range(4):
+            opt.step(bag if t != 2 else (lambda: bag() * float("nan")))
     state, model = through_a_file(opt.state_dict()), through_a_file(bag.state_dict())
     assert plain(state)
     again = make(config, fresh.named_parameters(), **(changes | {"seed": 1}))

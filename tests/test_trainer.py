@@ -331,12 +331,13 @@ def test_a_nan_skips_its_step_and_the_log_says_so(tmp_path):
             moved.append(model.weight.detach().clone())
 
     trainer.add_callback(Look())
-    trainer.train()
+    with pytest.warns(UserWarning, match="step 1 was skipped, because a loss was nan"):
+        trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[1], moved[2])
     assert logs[0]["loss"] > 0 and logs[1]["loss"] != logs[1]["loss"] and logs[1]["skipped_steps"] == 1
     assert logs[2]["loss"] > 0 and logs[3]["skipped_steps"] == 1 and trainer.zeroth_order.n_skipped == 1
-    with pytest.raises(NonFiniteLoss, match="25 steps in a row"):
+    with pytest.raises(NonFiniteLoss, match="25 steps in a row"), pytest.warns(UserWarning, match="was skipped"):
         ZOTrainer(Bad(bad=set(range(100))), arguments(tmp_path, 40), train_dataset=labelled()).train()
 
 

@@ -15,9 +15,11 @@ from jaguar.estimators import ESTIMATORS, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
 from jaguar.module_state import ModuleState
-from jaguar.optimizers.checkpoint import checked, counters, exact_state
+from jaguar.optimizers.checkpoint import packed, unpack
+from jaguar.optimizers.contract import Contract, with_step_hooks
+from jaguar.optimizers.freezing import Frozen
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
-from jaguar.optimizers.guards import LossGuard, warn_of_lost
+from jaguar.optimizers.guards import LossGuard, explained, warn_of_lost, warn_of_skipped
 from jaguar.optimizers.options import checked_seed, common_options
 from jaguar.optimizers.roster import Kind, Roster
 from jaguar.optimizers.shown import shown
@@ -32,7 +34,7 @@ class NonFiniteLoss(RuntimeError):
     """Too many losses in a row were NaN or infinite."""
 
 
-class ZerothOrder(torch.optim.Optimizer):
+class ZerothOrder(Contract):
     """Base of the zero-order optimizers: a step is measured into a record, and a record is applied.
 
     Subclasses name their group keys and build their launches; everything that a step must guarantee is here:
@@ -62,6 +64,7 @@ class ZerothOrder(torch.optim.Optimizer):
         rho_clip: float | None,
         rounding: str | None,
         momentum_dtype: torch.dtype | None,
+        maximize: bool,
         seed: int,
         backend: str,
     ) -> None:
@@ -71,7 +74,9 @@ class ZerothOrder(torch.optim.Optimizer):
             rho_clip=rho_clip,
             rounding=rounding,
             momentum_dtype=momentum_dtype,
+            maximize=maximize,
         )
+        self._maximize = maximize
         self._seed, self._backend = checked_seed(seed), ops.choose(backend)
         self._estimator, self._n_directions, self._rho_clip = ESTIMATORS[estimator], n_directions, rho_clip
         self._stochastic, self._momentum_dtype = rounding != "nearest", momentum_dtype
@@ -84,6 +89,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._last_record: Record | None = None
         self._n_frozen = 0
         self._slots: list[Slot] = []
+        self._frozen = Frozen()
         self._steps: ops.Steps | None = None
         self._roster = Roster([], {})
         self._watch = Watch((*self.group_keys, *self.group_flags))
@@ -138,15 +144,22 @@ class ZerothOrder(torch.optim.Optimizer):
     def apply_(self, record: Record) -> None:
         """Moves parameters and state by a measured step; needs no model, no data and no closure.
 
+        Step hooks run around it, as they do around `step`.
+
         Raises:
             TypeError, ValueError: the record does not belong to this optimizer at this step; nothing was changed.
             RuntimeError: the optimizer is broken by an earlier failure.
         """
+        self._hooked_apply(record)
+
+    def _apply(self, record: Record) -> None:
         self._check_usable()
         if not isinstance(record, Record):
             raise TypeError(f"apply_ takes a jaguar.Record, got {type(record).__name__}")
+        if record is not self._pending and self._moved is None:  # else a step has begun, and freezing is for the next
+            self._read_frozen()
         n_losses = self._estimator.n_losses(self._n_directions)
-        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses)
+        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=self._frozen.mark)
         self._watch.check(self.param_groups)
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
         scalars = self._scalars(record)
@@ -170,6 +183,10 @@ class ZerothOrder(torch.optim.Optimizer):
                 raise
             self._finish(record)
             torch.clear_autocast_cache()
+        if record.skipped:
+            warn_of_skipped(record, self._skipped)
+
+    _hooked_apply = with_step_hooks(_apply)
 
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """measure(closure) and apply_ in one; without a closure, applies what was measured last.
@@ -183,7 +200,7 @@ class ZerothOrder(torch.optim.Optimizer):
             record = self._measure_and_apply(closure)
         elif self._pending is not None:
             record = self._pending
-            self.apply_(record)
+            self._apply(record)
         else:
             raise RuntimeError(
                 "step() without a closure applies a measured step, and nothing was measured: call "
@@ -238,6 +255,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
         self._watch.check(self.param_groups)
         self._pending = None
+        self._read_frozen()
         steps = self._launches()
         if self._step == 0 and self.lost_share is None:
             with torch.no_grad():
@@ -255,13 +273,15 @@ class ZerothOrder(torch.optim.Optimizer):
         with surroundings as isolation, torch.no_grad():
 
             def evaluate() -> float:
-                with interrupts.let_through():
+                with interrupts.let_through(), explained():
                     return self._guard.as_float(isolation.evaluate(closure, seed), double)
 
             probes = steps.probes(draws, self._taus())
             losses = self._estimator.measure(evaluate, probes, hold)
             self._moved = probes[-1] if hold else None
-            record = Record(self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)))
+            record = Record(
+                self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)), frozen=self._frozen.mark
+            )
             if not record.skipped and not _finite(self._scalars(record)):
                 record = replace(record, skipped=True)  # finite losses, but rho overflows
             if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
@@ -279,7 +299,7 @@ class ZerothOrder(torch.optim.Optimizer):
         with HeldInterrupts() as interrupts:
             try:
                 record = self._evaluate(closure, steps, interrupts, hold=self._walks or steps.takes_back)
-                self.apply_(record)
+                self._apply(record)
             except BaseException:
                 if not self._broken:  # nothing was written: the parameters go back to where the step began
                     self.discard_()
@@ -297,12 +317,17 @@ class ZerothOrder(torch.optim.Optimizer):
         """The launches, over tensors that were seen to be in their places."""
         if self._steps is None:
             self._slots = self._with_roles(self._slots)
-            self._steps, self._roster = self._make_steps(self._slots), Roster(self._slots, self.state)
+            trained = [slot for slot in self._slots if slot.tensor.requires_grad]
+            self._steps, self._roster = self._make_steps(trained), Roster(trained, self.state)
         elif self._roster.state is not self.state:
-            self._roster = Roster(self._slots, self.state)
+            self._roster = Roster(self._roster.slots, self.state)
         if self._roster.check():
             self._steps.check(self._roster.momenta())
         return self._steps
+
+    def _read_frozen(self) -> None:
+        if self._frozen.read(self._slots):
+            self._steps = None
 
     def _taus(self) -> list[float]:
         kinds = {k: rules.rounded(self.param_groups[k.group]["tau"], k.double) for k in self._roster.kinds}
@@ -315,7 +340,7 @@ class ZerothOrder(torch.optim.Optimizer):
             group = self.param_groups[kind.group]
             rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=kind.double)
             made[kind] = rules.step_scalars(
-                rho,
+                [-r for r in rho] if self._maximize else rho,
                 lr=record.lrs[kind.group] * kind.rate,
                 gain=kind.gain,
                 beta=group.get(self.momentum_key, 0.0),
@@ -329,7 +354,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _momenta(self) -> list[Tensor | None]:
         """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
         momenta = self._roster.momenta()
-        missing = [slot for slot, m in zip(self._slots, momenta, strict=True) if m is None]
+        missing = [slot for slot, m in zip(self._roster.slots, momenta, strict=True) if m is None]
         for slot in missing:
             if self._has_momentum(self.param_groups[slot.group]):
                 own = torch.bfloat16 if slot.tensor.dtype == torch.float16 else slot.tensor.dtype
@@ -392,35 +417,14 @@ class ZerothOrder(torch.optim.Optimizer):
         self._n_frozen += n_frozen
         self._steps = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict, with step counter, seed and options under "jaguar"; loads with weights_only=True."""
+    def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_usable()
         if self._moved is not None:
             raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            for key in (*self.group_keys, "initial_lr"):
-                if key in group and not isinstance(group[key], Tensor):
-                    group[key] = float(group[key])  # a numpy scalar would not load with weights_only=True
-        return state | {"jaguar": counters(self)}
+        return packed(self, state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, in the dtypes that were saved; nothing changes if it does not fit.
-
-        Parameters are matched by name where there are names, else by position.
-
-        Raises:
-            ValueError: it is of another optimizer, other options or other parameters; the first difference is named.
-        """
-        fitting = checked(self, state_dict)
-        state = exact_state(self, fitting)
-        super().load_state_dict({key: fitting[key] for key in ("state", "param_groups")})
-        for tensor, values in state.items():
-            self.state[tensor] = values
-        own = fitting["jaguar"]
-        self._step, self._seed = own["step"], own["seed"]
-        self._skipped, self._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
-        self._last_finite = None if own["last_finite"] < 0 else own["last_finite"]
+    def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
+        unpack(self, state, load)
         self._broken, self._pending, self._moved, self._last_record = False, None, None, None
         self._watch.restart(self.param_groups if self._step else None)
         self._slots, self._steps = build_slots(self.param_groups), None

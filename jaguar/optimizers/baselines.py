@@ -36,6 +36,7 @@ class ZOSGD(ZerothOrder):
         n_directions: directions per step; g is their mean, in order.
         estimator: "two-sided", or "one-sided": (f(x + tau z) - f(x)) / tau.
         rho_clip: bound on |rho|.
+        maximize: make the loss larger, as in torch.optim.
         seed: of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
 
@@ -66,6 +67,7 @@ class ZOSGD(ZerothOrder):
         n_directions: int = 1,
         estimator: str = "two-sided",
         rho_clip: float | None = None,
+        maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -83,6 +85,7 @@ class ZOSGD(ZerothOrder):
             estimator=estimator,
             n_directions=n_directions,
             rho_clip=rho_clip,
+            maximize=maximize,
             rounding=rounding,
             momentum_dtype=momentum_dtype,
             seed=seed,

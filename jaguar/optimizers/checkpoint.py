@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,36 @@ from jaguar.params import canonical_name
 
 if TYPE_CHECKING:
     from jaguar.optimizers.base import ZerothOrder
+
+
+# Options that earlier versions did not have, and what they did.
+_SINCE = {"maximize": False}
+
+
+def packed(optimizer: ZerothOrder, state: dict[str, Any]) -> dict[str, Any]:
+    """Torch's state_dict with the optimizer's own part, and with numbers that load with weights_only=True."""
+    for group in state["param_groups"]:
+        for key in (*optimizer.group_keys, "initial_lr"):
+            if key in group and not isinstance(group[key], Tensor):
+                group[key] = float(group[key])  # a numpy scalar would not load
+    return state | {"jaguar": counters(optimizer)}
+
+
+def unpack(optimizer: ZerothOrder, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
+    """Takes what `packed` gave, torch's part by `load`; state, counters and seed are set.
+
+    Raises:
+        ValueError: it does not fit the optimizer; nothing was changed.
+    """
+    fitting = checked(optimizer, state_dict)
+    state = exact_state(optimizer, fitting)
+    load({key: fitting[key] for key in ("state", "param_groups")})
+    for tensor, values in state.items():
+        optimizer.state[tensor] = values
+    own = fitting["jaguar"]
+    optimizer._step, optimizer._seed = own["step"], own["seed"]
+    optimizer._skipped, optimizer._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
+    optimizer._last_finite = None if own["last_finite"] < 0 else own["last_finite"]
 
 
 def counters(optimizer: ZerothOrder) -> dict[str, Any]:
@@ -37,8 +68,9 @@ def checked(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> dict[str, Any
             "this state_dict was not made by a jaguar optimizer: its entry 'jaguar' (step counter, seed, options) is "
             "missing or incomplete"
         )
-    for key in own["options"] | saved["options"]:
-        a, b = own["options"].get(key), saved["options"].get(key)
+    options = _SINCE | saved["options"]
+    for key in own["options"] | options:
+        a, b = own["options"].get(key), options.get(key)
         if a != b or type(a) is not type(b):  # 1 and 1.0 are equal, but one is a count and the other a fraction
             raise ValueError(f"the state_dict was saved with {key}={b!r}, this optimizer has {key}={a!r}")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]

@@ -66,18 +66,20 @@ class CoordinateMomentum(ZerothOrder):
         } | options
         defaults = {key: values[key] for key in (*self.group_keys, *self.group_flags) if key in values}
         super().__init__(params, defaults, options=options, **common)
-        total = sum(slot.total for slot in self._slots)
-        if isinstance(sampling.coordinates, int) and sampling.coordinates > total:
-            raise ValueError(
-                f"coordinates={coordinates} is more than the {total} there are; a float in (0, 1] is a fraction"
-            )
+        self._check_enough(self._slots)
+
+    def _check_enough(self, slots: Sequence[Slot]) -> None:
+        count, total = self._options["coordinates"], sum(slot.total for slot in slots)
+        if isinstance(count, int) and count > total:
+            raise ValueError(f"coordinates={count} is more than the {total} there are; a float in (0, 1] is a fraction")
 
     @property
     def fraction(self) -> float:
         """p: the probability that a coordinate is sampled in a step (of a matrix, with a block layout)."""
-        return self._direction.fraction(sum(slot.total for slot in self._slots))
+        return self._direction.fraction(sum(slot.total for slot in self._slots if slot.tensor.requires_grad))
 
     def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
+        self._check_enough(slots)
         return ops.coordinate_steps(self._backend, slots, self._direction, **self._how)
 
     @property

@@ -45,7 +45,7 @@ def check_group(keys: Sequence[str], group: dict[str, Any], where: str, flags: S
             continue
         try:
             value = float(group[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # of a tensor with more than one element
             raise ValueError(f"{key}={group[key]!r} of {where} is not a number") from None
         if key == "tau" and not (0.0 < value < math.inf and rounded(value) > 0.0):
             raise ValueError(

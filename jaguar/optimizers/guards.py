@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from jaguar.estimators import Lost
 from jaguar.params import Slot
+from jaguar.record import Record
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
@@ -83,6 +86,32 @@ class LossGuard:
         if what not in self._told:
             self._told.add(what)
             warnings.warn(message, stacklevel=4)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a closure: torch's words for a backward pass without a graph do not say what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise RuntimeError(
+                "the closure asks for gradients, and there are none here: leave loss.backward() out of it. A closure "
+                "computes the loss and returns it"
+            ) from error
+        raise
+
+
+def warn_of_skipped(record: Record, n_skipped: int) -> None:
+    """Says that a step was skipped, at the first and at every power of two of them."""
+    if n_skipped & (n_skipped - 1) == 0:
+        bad = [loss for loss in record.losses if not math.isfinite(loss)]
+        why = f"a loss was {bad[0]}" if bad else "the losses were too far apart for a finite derivative"
+        warnings.warn(
+            f"step {record.step} was skipped, because {why}: nothing moved. {n_skipped} of {record.step + 1} steps "
+            "were skipped so far; lower lr or tau, or look at the data",
+            stacklevel=4,
+        )
 
 
 def check_storage(slots: Sequence[Slot], momenta: Sequence[Tensor | None]) -> None:

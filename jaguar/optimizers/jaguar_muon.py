@@ -68,6 +68,7 @@ class JaguarMuon(CoordinateMomentum):
         n_directions: directions per step; entry updates in order, then one step.
         estimator: "two-sided", or "one-sided": (f(x + tau e) - f(x)) / tau.
         rho_clip: bound on |rho|.
+        maximize: make the loss larger, as in torch.optim.
         seed: of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists; "cuda": Newton-Schulz in csrc, other launches as "auto".
         released: see above; excludes the sampling, beta, update, ns and vector_lr arguments.
@@ -105,6 +106,7 @@ class JaguarMuon(CoordinateMomentum):
         n_directions: int = 1,
         estimator: str = "two-sided",
         rho_clip: float | None = None,
+        maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",
         released: bool = False,
@@ -156,6 +158,7 @@ class JaguarMuon(CoordinateMomentum):
             estimator=estimator,
             n_directions=n_directions,
             rho_clip=rho_clip,
+            maximize=maximize,
             rounding=rounding,
             momentum_dtype=momentum_dtype,
             seed=seed,
@@ -239,7 +242,7 @@ def _ratio(vector_lr: float | None, lr: float) -> float:
     if vector_lr is None:
         return _VECTOR_RATIO
     for name, value in (("lr", lr), ("vector_lr", vector_lr)):
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
             raise ValueError(f"{name}={value!r} is not a number")
     if not 0.0 <= vector_lr < math.inf:
         raise ValueError(f"vector_lr={vector_lr} must be at least 0")

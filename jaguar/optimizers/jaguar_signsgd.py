@@ -39,6 +39,7 @@ class JaguarSignSGD(CoordinateMomentum):
         n_directions: directions per step; entry updates in order, then one sign step.
         estimator: "two-sided", or "one-sided": (f(x + tau e) - f(x)) / tau.
         rho_clip: bound on |rho|.
+        maximize: make the loss larger, as in torch.optim.
         seed: of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         released: what the authors' released code computes (one joint block of 10 % of the rows x 10 % of the columns
@@ -70,6 +71,7 @@ class JaguarSignSGD(CoordinateMomentum):
         n_directions: int = 1,
         estimator: str = "two-sided",
         rho_clip: float | None = None,
+        maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",
         released: bool = False,
@@ -94,6 +96,7 @@ class JaguarSignSGD(CoordinateMomentum):
             estimator=estimator,
             n_directions=n_directions,
             rho_clip=rho_clip,
+            maximize=maximize,
             rounding=rounding,
             momentum_dtype=momentum_dtype,
             seed=seed,

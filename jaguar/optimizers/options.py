@@ -19,6 +19,7 @@ def common_options(
     rho_clip: float | None,
     rounding: str | None,
     momentum_dtype: torch.dtype | None,
+    maximize: bool,
 ) -> dict[str, Any]:
     """The options as plain values.
 
@@ -38,6 +39,8 @@ def common_options(
             f"momentum_dtype={momentum_dtype}: choose one of {', '.join(map(str, _MOMENTUM_DTYPES))}, "
             "or None for the parameters' precision"
         )
+    if not isinstance(maximize, bool):
+        raise ValueError(f"maximize={maximize!r}: choose True, to make the loss larger, or False")
     return {
         "rng": rng.TAG,
         "estimator": estimator,
@@ -45,6 +48,7 @@ def common_options(
         "rho_clip": rho_clip,
         "rounding": rounding or "stochastic",
         "momentum_dtype": str(momentum_dtype) if momentum_dtype else None,
+        "maximize": maximize,
     }
 
 

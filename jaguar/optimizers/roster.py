@@ -29,6 +29,7 @@ class Roster:
 
     Attributes:
         state: the optimizer's state; another object needs another roster.
+        slots: the slots.
         kinds: the kinds that occur.
         double: whether losses are fp64: one of the parameters is.
         devices: where the parameters are.
@@ -36,7 +37,7 @@ class Roster:
     """
 
     def __init__(self, slots: Sequence[Slot], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        self.state, self._slots = state, slots
+        self.state, self.slots = state, slots
         self._kind_of = [Kind(s.group, s.tensor.dtype == torch.float64, s.rate, s.gain) for s in slots]
         self.kinds: list[Kind] = list(dict.fromkeys(self._kind_of))
         self.double = any(kind.double for kind in self.kinds)
@@ -71,6 +72,6 @@ class Roster:
         places += [0 if m is None else m.data_ptr() for m in momenta]
         if places == self._places and all(map(operator.is_, momenta, self._momenta)):
             return False
-        check_storage(self._slots, momenta)
+        check_storage(self.slots, momenta)
         self._places, self._momenta = places, momenta
         return True

@@ -16,11 +16,14 @@ def shown(optimizer: ZerothOrder) -> str:
     count = sum(slot.count for slot in slots)
     backend = ops.summary(optimizer._backend, slots, optimizer._direction, optimizer._n_directions)
     frozen = f", {n_frozen} frozen tensors left out" if n_frozen else ""
+    later = sum(not slot.tensor.requires_grad for slot in slots)
+    frozen += f", {later} of them frozen now" if later else ""
     lines = [f"parameters: {len(slots)} tensors, {count:,} elements{frozen}", *optimizer._describe()]
     lines += [
         f"backend: {backend}, seed: {optimizer._seed}, steps done: {optimizer.steps_done}, "
         f"skipped: {optimizer.n_skipped}"
     ]
+    lines += ["maximizes the loss"] * optimizer._maximize
     for i, group in enumerate(optimizer.param_groups):
         # A learning rate may be a tensor of one element.
         values = [f"{key}={float(group[key]):g}" for key in optimizer.group_keys]
