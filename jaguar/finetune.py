@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, set_seed
 
 from jaguar.checkpoints import check_weights, recover_all
 from jaguar.evaluation import make_scorer, peak_memory, versions
+from jaguar.flags import underscored
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import load, save_task, select_trainable
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
@@ -188,12 +190,11 @@ class Finetuning:
         return f"the last checkpoint is {last}\n{self._go_on(last)}"
 
     def _go_on(self, folder: Path) -> str:
-        words = [
-            word
-            for i, word in enumerate(sys.argv[1:], 1)
-            if not word.startswith("--resume_from_checkpoint") and sys.argv[i - 1] != "--resume_from_checkpoint"
-        ]
-        return f"go on with: {_program()} {shlex.join(words)} --resume_from_checkpoint {folder}"
+        words, flag = [], "--resume_from_checkpoint"
+        for before, word in itertools.pairwise(sys.argv):
+            if underscored(word).partition("=")[0] != flag and underscored(before) != flag:
+                words.append(word)
+        return f"go on with: {_program()} {shlex.join([*words, flag, str(folder)])}"
 
     def test(self, what: str) -> Scores:
         """Scores the held-out rows."""
@@ -314,7 +315,16 @@ class Finetuning:
         if "auc" in before and "auc" in after:
             change["auc"] = f"{after['auc'] - before['auc']:+.4f}"
         columns = {"zero-shot": before, "tuned": after}
-        self.console.print(score_table(f"{metrics['method']}, {len(self.test_set)} held-out rows", columns, change))
+        count = metrics["skipped_steps"]
+        skipped = f"{count} of {metrics['steps']}" if count else ""
+        title = f"{metrics['method']}, {len(self.test_set)} held-out rows"
+        self.console.print(score_table(title, columns, change, skipped))
+        if skipped:
+            self._say(
+                f"warning: {skipped} steps were skipped, because their loss was not finite: lower the learning rate or "
+                "tau, or look at the data",
+                "yellow",
+            )
         if metrics["best_step"] is not None:
             value = f"dev {metrics['best_metric']} {metrics['best_value']:.4f}"
             self._say(f"the model is that of step {metrics['best_step']}, {value}")

@@ -43,7 +43,8 @@ class Bar(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Advances it."""
         if self._bar is not None:
-            self._bar.update(state.global_step, self._losses.values)
+            skipped = getattr(bare(others["optimizer"]), "n_skipped", 0)
+            self._bar.update(state.global_step, self._losses.values, skipped)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **others: Any

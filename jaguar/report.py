@@ -53,11 +53,11 @@ class StepBar:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def update(self, done: int, losses: Sequence[float]) -> None:
-        """Shows the running mean of the last steps."""
+    def update(self, done: int, losses: Sequence[float], skipped: int = 0) -> None:
+        """Shows the running mean of the last steps, and how many had no finite loss."""
         rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-9)
         mean = f"loss {running_mean(losses[-_WINDOW:])[-1]:.4f}  " if losses else ""
-        figures = f"{mean}{rate:.2f} steps/s"
+        figures = f"{mean}{rate:.2f} steps/s" + f"  {skipped} skipped" * bool(skipped)
         self._bar.update(self._task, completed=done, figures=figures)
         if not self._console.is_terminal and (done % self._every == 0 or done == self._total):
             say(self._console, f"step {done}/{self._total}  {figures}")
@@ -79,8 +79,10 @@ def row_bar(console: Console, what: str, rows: int) -> tuple[Progress, Any]:
     return bar, lambda count: bar.advance(task, count)
 
 
-def score_table(title: str, columns: dict[str, dict[str, float]], change: dict[str, str] | None = None) -> Table:
-    """Accuracy, AUC and loss, a column per model; `change` adds a last column by figure."""
+def score_table(
+    title: str, columns: dict[str, dict[str, float]], change: dict[str, str] | None = None, skipped: str = ""
+) -> Table:
+    """Accuracy, AUC and loss, a column per model; `change` adds a last column by figure, `skipped` a last row."""
     table = Table(title=title, title_justify="left")
     table.add_column("held-out text")
     for name in columns:
@@ -91,6 +93,8 @@ def score_table(title: str, columns: dict[str, dict[str, float]], change: dict[s
         if all(key in figures for figures in columns.values()):
             cells = [form.format(figures[key]) for figures in columns.values()]
             table.add_row(label, *cells, *([change.get(key, "")] if change else []))
+    if skipped:
+        table.add_row("skipped steps", *[""] * (len(columns) - 1), skipped)
     return table
 
 
@@ -105,19 +109,25 @@ class Points:
     errors: list[float] | None = None
 
 
-def draw_curves(path: Path, *, title: str, losses: Sequence[float], points: Sequence[Points]) -> None:
-    """A PNG: training loss by step with its running mean, and loss and accuracy of dev and held-out rows."""
+def curves(*, title: str, losses: Sequence[float], points: Sequence[Points]) -> Any:
+    """A figure: training loss by step with its running mean, and loss and accuracy of dev and held-out rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, parse_math=False)
     left, right = figure.subplots(1, 2)
     if losses:
         steps = range(1, len(losses) + 1)
-        left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training batch, perturbed")
-        left.plot(steps, running_mean(losses), color="tab:blue", linewidth=1.6, label=f"mean of {_WINDOW} batches")
+        one = "." if len(losses) == 1 else None  # of which a line shows nothing
+        left.plot(
+            steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, marker=one, label="training batch, perturbed"
+        )
+        if one is None:
+            mean = f"mean of {min(_WINDOW, len(losses))} batches"
+            left.plot(steps, running_mean(losses), color="tab:blue", linewidth=1.6, label=mean)
     for color, found in zip(("tab:red", "tab:green"), points, strict=False):
         left.plot(found.steps, found.losses, color=color, marker="o", label=found.name)
         name = found.name + (", +- 1 standard error" if found.errors else "")
@@ -126,5 +136,12 @@ def draw_curves(path: Path, *, title: str, losses: Sequence[float], points: Sequ
         axes.set_xlabel("step")
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        # Below: "best" inside does not know of error bars.
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    return figure
+
+
+def draw_curves(path: Path, *, title: str, losses: Sequence[float], points: Sequence[Points]) -> None:
+    """The curves as a PNG."""
+    curves(title=title, losses=losses, points=points).savefig(path, dpi=120)

@@ -91,14 +91,24 @@ def classifier(folder: Path) -> Path:
     return folder
 
 
-def refused(capsys, *argv):
-    """Runs a command line that must be refused, and returns its one line."""
+def later_wins(words):
+    """A command line with only the last of several values of a flag, so that tests can change what all have."""
+    parts = [[]]
+    for word in words:
+        if word.startswith("--"):
+            parts.append([])
+        parts[-1].append(word)
+    return [word for part in {part[0]: part for part in parts if part}.values() for word in part]
+
+
+def refused(capsys, *argv, code=2):
+    """Runs a command line that must be refused (2) or fail (1), and returns its one line."""
     try:
-        code = cli.main(list(argv))
+        found = cli.main(list(argv))
     except SystemExit as stop:
-        code = stop.code
+        found = stop.code
     error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+    assert found == code and error.count("\n") == 1 and "Traceback" not in error, error
     return error
 
 
