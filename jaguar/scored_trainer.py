@@ -42,7 +42,10 @@ def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> 
             "leave 'inputs' out"
         )
     args.remove_unused_columns = False
-    return {"data_collator": scorer.collate, "compute_metrics": accuracy} | others
+    usual: dict[str, Any] = {"data_collator": scorer.collate}
+    if not args.batch_eval_metrics and others.get("preprocess_logits_for_metrics") is None:
+        usual["compute_metrics"] = accuracy
+    return usual | others
 
 
 class ScoredTrainer(Trainer):

@@ -43,7 +43,8 @@ def filled(scores: Tensor, width: int) -> Tensor:
 
 def accuracy(found: EvalPrediction) -> dict[str, float]:
     """Share of rows whose label has the largest score; a row with a NaN is wrong."""
-    scores, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+    whole = (np.concatenate(x) if isinstance(x, list) else x for x in (found.predictions, found.label_ids))
+    scores, labels = map(torch.as_tensor, whole)
     return {"accuracy": Scores(scores, labels, torch.empty(0)).correct.mean().item()}
 
 
