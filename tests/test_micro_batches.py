@@ -183,6 +183,7 @@ def test_also_with_label_smoothing_and_losses_of_ones_own(tmp_path, head):
         assert found[1:] == [pytest.approx(found[0], rel=2e-6)] * 3, more
 
 
+@pytest.mark.filterwarnings("ignore:.*was skipped, because a loss was nan")
 def test_every_window_counts_what_it_holds(tmp_path):
     """A short window at the end of an epoch; and one that has no labels at all is skipped, as its large batch is."""
     model = model_of(tf.BartForCausalLM, tf.BartConfig, BART)
