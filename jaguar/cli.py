@@ -17,11 +17,16 @@ from rich.table import Table
 import jaguar
 from jaguar.choices import ADAPTERS
 from jaguar.flag_groups import EVAL_BATCH
-from jaguar.flags import parse, trainer_flags
+from jaguar.flags import parse
+from jaguar.report import say
 
 
 class Refused(Exception):
     """Bad input; the message is for the user."""
+
+
+class Failed(Exception):
+    """A run that was set up and could not be finished; the message is for the user."""
 
 
 @contextlib.contextmanager
@@ -31,30 +36,33 @@ def _refusals() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, Unavailable, ImportError, RuntimeError) as error:  # libraries raise the last two for what lacks
+    # Libraries raise the last two for what lacks.
+    except (ValueError, OSError, Unavailable, ImportError, RuntimeError) as error:
         raise Refused(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    args, rest = parse(argv)
-    args.trainer = trainer_flags(rest) if rest else {}
-    command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    console = Console()
+    """Runs the command line and returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    name, console = "jaguar", Console()
     try:
+        args = parse(argv)
+        name = f"jaguar {args.command}"
+        command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: not to our users
-            warnings.showwarning = lambda message, *_, **__: console.print(
-                f"warning: {message}", style="yellow", markup=False, highlight=False
-            )
+            warnings.showwarning = lambda message, *_, **__: say(console, f"warning: {message}", "yellow")
             return command(args, console)
     except KeyboardInterrupt:
-        print(f"jaguar {args.command}: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
-    except (Refused, OSError) as error:
-        print(f"jaguar {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # whoever read the output has left: `jaguar info | head`
+        with contextlib.suppress(OSError, ValueError):  # what is left to write goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Refused, Failed, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, Refused) else 1
 
 
 def _quiet_transformers() -> None:
@@ -95,10 +103,11 @@ def _adapter(args: argparse.Namespace) -> Any:
 
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:
+    import torch
+
     from jaguar.data import Data
     from jaguar.finetune import Finetuning, Interrupted
     from jaguar.optimizers.base import NonFiniteLoss
-    from jaguar.report import say
     from jaguar.run import Run
     from jaguar.training_args import ZOTrainingArguments
 
@@ -128,8 +137,8 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     except Interrupted as stop:
         say(console, str(stop))
         return 130
-    except NonFiniteLoss as error:
-        raise Refused(str(error)) from error
+    except (NonFiniteLoss, torch.OutOfMemoryError) as error:
+        raise Failed(str(error)) from error
     return 0
 
 

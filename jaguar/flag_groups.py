@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+from collections.abc import Sequence
 from typing import Any
 
-from jaguar.choices import METHOD, METHODS, TRAINABLE
+from jaguar import values
+from jaguar.choices import METHOD, METHODS, OPTIONS, SCHEDULES, TRAINABLE
+from jaguar.values import finite, natural, positive, seed
 
 TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
 
 # What a run takes where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
-DEFAULTS = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}
+DEFAULTS: dict[str, Any] = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}
 EVAL_BATCH = 32
+# What a run has for fields of TrainingArguments instead of their own defaults; None: that depends on the other flags.
+OF_THE_RUN = DEFAULTS | {"per_device_eval_batch_size": EVAL_BATCH, "report_to": "none", "save_total_limit": 1}
+OF_THE_RUN |= {"disable_tqdm": True, "num_train_epochs": None, "eval_strategy": None, "save_strategy": None}
+OF_THE_RUN |= {"load_best_model_at_end": None, "dataloader_pin_memory": None}
 
 # What the authors' released step decides: neither a preset nor a user can say otherwise.
 RELEASED_FIXES = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
 RELEASED_FIXES |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
 
 
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n")
-
-
-def _coordinates(text: str) -> int | float:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of coordinates (100) nor a fraction (0.01)")
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _flag(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, options
 
 
+class Switch(argparse.Action):
+    """A flag that may also be given as `--flag true` or `--flag false`; what is off is as if it were not there."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Any = None
+    ) -> None:
+        """Keeps what is on."""
+        if value:
+            setattr(namespace, self.dest, True)
+        else:
+            vars(namespace).pop(self.dest, None)
+
+
 def _switch(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return (name,), {"action": "store_true", "help": text}
+    bare = {"nargs": "?", "const": True, "type": values.boolean, "metavar": "true|false"}
+    return (name,), {"action": Switch, "help": text} | bare
+
+
+def _option(name: str, text: str, default: str = "") -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An option of an optimizer that is one of a few words, each of which is in the help."""
+    text += f" (default: {default or OPTIONS[name][0]})"
+    return (f"--{name}",), {"choices": OPTIONS[name], "type": values.dtype, "help": text}
 
 
 _MODEL = (
@@ -88,7 +91,7 @@ _DATA = (
         _flag(
             "--template",
             metavar="PROMPT",
-            type=_unescaped,
+            type=values.unescaped,
             help=r"prompt; {text} stands for the text, \n for a new line, {mask} for the place of a masked LM's answer "
             "(default: as saved beside the model, else '{text}')",
         ),
@@ -101,20 +104,25 @@ _DATA = (
         ),
         _flag(
             "--max_length",
-            type=_positive,
+            type=positive,
             metavar="N",
             help="tokens of a prompt; longer texts lose their end (default: longer than the model takes is an error)",
         ),
         _flag(
             "--num_eval",
-            type=_positive,
+            type=positive,
             metavar="N",
             help="test rows (default: all; 1000 for sst2, copa and winogrande)",
         ),
-        _flag("--train_set_seed", type=_natural, metavar="N", help="of the permutation that samples rows (default: 0)"),
+        _flag(
+            "--train_set_seed",
+            type=natural,
+            metavar="N",
+            help="of the permutation that samples rows (default: 0)",
+        ),
         _flag(
             "--per_device_eval_batch_size",
-            type=_positive,
+            type=positive,
             metavar="N",
             help=f"rows per forward pass when scoring (default: {EVAL_BATCH})",
         ),
@@ -128,17 +136,20 @@ _TRAINING_DATA = (
         _flag("--train_file", metavar="FILE", help="rows to train on (and dev rows, see --num_dev), .csv or .jsonl"),
         _flag("--dev_file", metavar="FILE", help="dev rows (default: drawn from the training rows)"),
         _flag(
-            "--num_train", type=_positive, metavar="N", help="training rows (default: all; 1000 for the three tasks)"
+            "--num_train",
+            type=positive,
+            metavar="N",
+            help="training rows (default: all; 1000 for the three tasks)",
         ),
         _flag(
             "--num_dev",
-            type=_natural,
+            type=natural,
             metavar="N",
             help="dev rows (default: 0; 500 for sst2, 100 for copa and winogrande)",
         ),
         _flag(
             "--num_k_shot",
-            type=_positive,
+            type=positive,
             metavar="K",
             help="MeZO's k-shot protocol instead: K rows of each label to train on and K others as dev rows",
         ),
@@ -167,14 +178,14 @@ _ADAPTER = (
             help="parameters of the model itself; norm: weights and biases of the normalisation layers (default: all)",
         ),
         _switch("--lora", "LoRA factors on queries and values instead, by PEFT"),
-        _flag("--lora_r", type=_positive, metavar="N", help="rank (default: 8)"),
-        _flag("--lora_alpha", type=_positive, metavar="N", help="scale is alpha / rank (default: 16)"),
+        _flag("--lora_r", type=positive, metavar="N", help="rank (default: 8)"),
+        _flag("--lora_alpha", type=positive, metavar="N", help="scale is alpha / rank (default: 16)"),
         _flag(
             "--lora_target_modules", nargs="+", metavar="NAME", help="modules that get factors (default: PEFT's choice)"
         ),
         _switch("--prefix_tuning", "a trained prefix of keys and values instead"),
         _switch("--prompt_tuning", "trained tokens before the prompt instead"),
-        _flag("--num_virtual_tokens", type=_positive, metavar="N", help="length of prefix or prompt (default: 5)"),
+        _flag("--num_virtual_tokens", type=positive, metavar="N", help="length of prefix or prompt (default: 5)"),
     ],
 )
 
@@ -184,7 +195,6 @@ _TRAINING = (
     [
         _flag(
             "--method",
-            "--optim-zo",
             "--optim_zo",
             choices=tuple(METHODS),
             dest="optim_zo",
@@ -192,87 +202,134 @@ _TRAINING = (
         ),
         _flag(
             "--max_steps",
-            type=_positive,
+            type=positive,
             metavar="N",
             help="steps, two forward passes each unless --estimator or --n_directions say otherwise (default: 100)",
         ),
-        _flag("--per_device_train_batch_size", type=_positive, metavar="N", help="rows per forward pass (default: 16)"),
+        _flag(
+            "--per_device_train_batch_size",
+            type=positive,
+            metavar="N",
+            help="rows per forward pass (default: 16)",
+        ),
         _flag(
             "--gradient_accumulation_steps",
-            type=_positive,
+            type=positive,
             metavar="N",
             help="batches per step, all evaluated at the same two points (default: 1)",
         ),
         _flag(
             "--lr_scheduler_type",
-            choices=("linear", "constant", "cosine", "constant_with_warmup"),
-            help="linear and cosine fall to 0 over the run (default: linear)",
+            choices=SCHEDULES,
+            metavar="NAME",
+            help=f"{', '.join(SCHEDULES)}; their options with --lr_scheduler_kwargs (default: linear)",
         ),
-        _flag("--warmup_steps", type=_natural, metavar="N", help="steps over which lr rises from 0 (default: 0)"),
+        _flag(
+            "--warmup_steps",
+            type=values.warm_up,
+            metavar="N|P",
+            help="steps over which lr rises from 0, or their share of the run (default: 0)",
+        ),
         _flag(
             "--eval_steps",
-            type=_natural,
+            type=natural,
             metavar="N",
             help="score the dev rows every N steps and keep the best; without dev rows the held-out rows, for the "
             "picture only; 0: before and after only (default: 0)",
         ),
         _flag(
-            "--logging_steps", type=_positive, metavar="N", help="a line, and a log entry, every N steps (default: 10)"
+            "--logging_steps",
+            type=positive,
+            metavar="N",
+            help="a line, and a log entry, every N steps (default: 10)",
         ),
         _flag(
             "--save_steps",
-            type=_natural,
+            type=natural,
             metavar="N",
             help="a checkpoint every N steps; 0: only on Ctrl-C (default: 0)",
         ),
-        _flag("--seed", type=_natural, metavar="N", help="of directions, rounding noise and batch order (default: 0)"),
+        _flag("--seed", type=seed, metavar="N", help="of directions, rounding noise and batch order (default: 0)"),
     ],
 )
 
 _OPTIMIZER = (
     "optimizer",
-    "what is left out keeps the default of the optimizer",
+    "an option that the chosen method does not have is refused",
     [
-        _flag("--learning_rate", type=float, metavar="X", help="length of a step"),
-        _flag("--tau", type=float, metavar="X", help="length of the perturbation"),
-        _flag("--weight_decay", type=float, metavar="X", help="decoupled, multiplied by the learning rate"),
-        _flag("--beta", type=float, metavar="X", help="momentum factor of the jaguar methods"),
-        _flag("--momentum", type=float, metavar="X", help="momentum factor of zo-sgd, zo-signsgd and fo-sgd"),
+        _flag(
+            "--learning_rate",
+            type=finite,
+            metavar="X",
+            help="length of a step (default: jaguar-signsgd 1e-4, 1e-6 with --update all; jaguar-muon and fo-sgd 1e-3; "
+            "zo-sgd and zo-signsgd 1e-6)",
+        ),
+        _flag("--tau", type=finite, metavar="X", help="length of the perturbation (default: 1e-3)"),
+        _flag(
+            "--weight_decay",
+            type=finite,
+            metavar="X",
+            help="decoupled, multiplied by the learning rate (default: 0)",
+        ),
+        _flag("--beta", type=finite, metavar="X", help="momentum factor of the jaguar methods (default: 0.9)"),
+        _flag(
+            "--momentum",
+            type=finite,
+            metavar="X",
+            help="momentum factor of zo-sgd, zo-signsgd and fo-sgd (default: 0)",
+        ),
         _flag(
             "--coordinates",
-            type=_coordinates,
+            type=values.coordinates,
             metavar="K|P",
             help="perturbed coordinates: 100 is a number over the whole set, 0.01 a fraction of every tensor "
-            "(1 is one, 1.0 is all)",
+            "(1 is one, 1.0 is all; default: 0.01)",
         ),
-        _flag("--layout", help="uniform or block"),
-        _flag("--signs", help="rademacher or ones"),
-        _flag("--update", help="sampled: the sign step moves the sampled coordinates; all: every one"),
-        _flag("--ns_steps", type=int, metavar="N", help="Newton-Schulz iterations of jaguar-muon"),
-        _flag("--ns_coefficients", help="cubic, quintic or polar_express"),
-        _flag("--ns_dtype", metavar="DTYPE", help="of Newton-Schulz: bfloat16, float32 or float64"),
+        _option("layout", "coordinates by elements, or by rows x columns of each matrix"),
+        _option("signs", "of the perturbed coordinates: random, or all +1"),
+        _option("update", "the sign step moves the sampled coordinates, or every one"),
+        _flag(
+            "--ns_steps",
+            type=positive,
+            metavar="N",
+            help="Newton-Schulz iterations of jaguar-muon (default: 10 for cubic, 5 for quintic, 8 for polar_express)",
+        ),
+        _option("ns_coefficients", "of Newton-Schulz; the paper's are cubic"),
+        _option("ns_dtype", "of Newton-Schulz"),
         _flag(
             "--ns_period",
-            type=int,
+            type=positive,
             metavar="R",
-            help="orthogonalise 1/R of the matrices in each step, which move by R lr",
+            help="orthogonalise 1/R of the matrices in each step, which move by R lr (default: 1)",
         ),
         _flag(
-            "--vector_lr", type=float, metavar="X", help="step of what Newton-Schulz does not move (a hundredth of lr)"
+            "--vector_lr",
+            type=finite,
+            metavar="X",
+            help="step of what Newton-Schulz does not move (default: a hundredth of lr)",
         ),
-        _flag("--adjust_lr", help="original or match_rms_adamw: lr by the shape of the matrix"),
+        _option("adjust_lr", "lr by the shape of the matrix", "lr as it is"),
         _switch("--released", "what the authors' released code computes"),
-        _flag("--distribution", help="gaussian or rademacher direction of zo-sgd and zo-signsgd"),
-        _flag("--restore", help="how zo-sgd and zo-signsgd get back to their parameters: copy, module or walk"),
-        _flag("--n_directions", type=int, metavar="N", help="directions per step"),
-        _flag("--estimator", help="two-sided or one-sided"),
-        _flag("--rho_clip", type=float, metavar="X", help="bound on the directional derivative"),
-        _flag("--momentum_dtype", metavar="DTYPE", help="float32, bfloat16 or float8_e5m2"),
-        _flag("--rounding", help="stochastic or nearest, for weights stored in less than float32"),
-        _flag("--backend", help="auto, or a name that `jaguar info` lists"),
+        _option("distribution", "direction of zo-sgd and zo-signsgd"),
+        _option(
+            "restore",
+            "how zo-sgd and zo-signsgd get back to their parameters",
+            "copy where it needs under a tenth of the free memory, else module",
+        ),
+        _flag("--n_directions", type=positive, metavar="N", help="directions per step (default: 1)"),
+        _option("estimator", "two evaluations per direction, or one more than there are directions"),
+        _flag("--rho_clip", type=finite, metavar="X", help="bound on the directional derivative (default: none)"),
+        _option("momentum_dtype", "what momentum is stored in", "as the weights; bfloat16 for float16"),
+        _option("rounding", "of weights and momentum stored in less than float32"),
+        _option("backend", "`jaguar info` says which can run here"),
     ],
 )
 
 FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER)
 EVAL = (_MODEL, _DATA)
 INFO = (("model", None, [_flag("--model", metavar="DIR", help="folder in Hugging Face form, or a name on the hub")]),)
+
+
+def named(sections: Sequence[Any]) -> dict[str, str]:
+    """Every spelling of the flags -> the first one."""
+    return {name: names[0] for _, _, flags in sections for names, _ in flags for name in names}

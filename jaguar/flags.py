@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 from rich_argparse import RawDescriptionRichHelpFormatter
@@ -15,6 +15,9 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 import jaguar
 from jaguar import flag_groups as groups
 from jaguar.choices import ADAPTERS, METHOD
+
+if TYPE_CHECKING:
+    from jaguar import settings_file
 
 FINETUNE = """\
 Fine-tunes a language model with forward passes only: SST-2, COPA, WinoGrande, or labelled text of your own.
@@ -57,40 +60,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        return None if isinstance(arg_string, Written) else super()._parse_optional(arg_string)
+
+
+class Written(str):
+    """A value from a file, which no look of it makes a flag."""
+
+    __slots__ = ()
 
 
 class _HelpAll(argparse.Action):
     """Like --help, and then what TrainingArguments has."""
 
     def __call__(self, parser: argparse.ArgumentParser, *others: Any) -> NoReturn:
+        from jaguar import trainer_flags
+
         parser.print_help()
-        print("\nEvery flag of transformers.TrainingArguments\n")
-        print(_trainer_parser().format_help().split("\n\n", 1)[1])
+        print("\nEvery other flag of transformers.TrainingArguments, with the defaults of this command\n")
+        print(trainer_flags.help_text())
         parser.exit()
-
-
-def _trainer_parser() -> Any:
-    """The fields of TrainingArguments as flags without defaults: what is not given is not there."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parser: Any = HfArgumentParser(
-        cast(Any, TrainingArguments), add_help=False, prog="jaguar finetune", allow_abbrev=False
-    )
-    parser.error = Parser.error.__get__(parser)
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return parser
-
-
-def trainer_flags(words: Sequence[str]) -> dict[str, Any]:
-    """The given fields of TrainingArguments that have no flag of ours; anything else ends the program."""
-    parser = _trainer_parser()
-    found, unknown = parser.parse_known_args(list(words))
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    given: dict[str, Any] = vars(found)
-    return given
 
 
 def make_parser() -> Parser:
@@ -133,64 +124,102 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """What was given, and the flags that are none of ours: fields of TrainingArguments, or mistakes.
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was given; `trainer` has the fields of TrainingArguments that have no flag of ours.
 
     Settings come from the preset of the chosen model, task, method and adapter, then from the file of --config, then
     from the command line; later ones win.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
+    _refuse_two_values(words)
+    preset = None
     if words[:1] == ["finetune"]:
-        words = ["finetune", *_from_file(parser, words[1:]), *words[1:]]
+        words = ["finetune", *_from_file(words[1:]), *words[1:]]
         given, _ = parser.parse_known_args(words)
         preset = _preset(given)
         if preset is not None:
             fixed = groups.RELEASED_FIXES if "released" in given else set()
             if any(word.startswith("--num_train_epochs") for word in words):
                 fixed = fixed | {"max_steps"}
-            settings = {key: value for key, value in preset.settings.items() if key not in fixed}
+            settings = {key: str(value) for key, value in preset.settings.items() if key not in fixed}
             words = ["finetune", *_words(settings), *words[1:]]
-        args, rest = parser.parse_known_args(words)
-        args.preset_found = preset
-        return args, rest
     args, rest = parser.parse_known_args(words)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args, []
+    args.preset_found, args.trainer = preset, {}
+    if rest and args.command == "finetune":
+        from jaguar import trainer_flags
+
+        args.trainer = trainer_flags.parsed(rest, functools.partial(_refuse, args.command))
+    elif rest:
+        _refuse(args.command, f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
-def _from_file(parser: Parser, words: list[str]) -> list[str]:
+def underscored(word: str) -> str:
+    """A flag's one spelling, --max_steps, for --max-steps too; other words are left alone."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _refuse(command: str, message: str) -> NoReturn:
+    Parser(prog=f"jaguar {command}").error(message)
+
+
+def _refuse_two_values(words: Sequence[str]) -> None:
+    """Nobody knows which of two values of a flag was meant."""
+    aliases = groups.named(groups.FINETUNE)
+    parts: list[list[str]] = []
+    for word in words[1:]:
+        if word.startswith("--"):
+            parts.append([word])
+        elif parts:
+            parts[-1].append(word)
+    first: dict[str, tuple[list[str], list[str]]] = {}
+    for part in parts:
+        flag, equals, value = part[0].partition("=")
+        values = [*[value] * bool(equals), *part[1:]] or ["true"]
+        if flag not in aliases and flag.startswith("--no_"):  # how a field of TrainingArguments is switched off
+            flag, values = f"--{flag[5:]}", ["false"]
+        before, said = first.setdefault(aliases.get(flag, flag), (values, part))
+        if before != values:
+            _refuse(words[0], f"{' '.join(said)} and {' '.join(part)}: give one of them")
+
+
+def _from_file(words: list[str]) -> list[str]:
     """The settings of --config as words of a command line, so that they pass the same checks."""
     finder = Parser(add_help=False, prog="jaguar finetune")
     finder.add_argument("--config")
     path = finder.parse_known_args(words)[0].config
     if path is None:
         return []
-    import yaml
+    from jaguar import settings_file
 
+    own = groups.named(groups.FINETUNE)
+    given: dict[str, str] = {}
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {' '.join(str(error).split())}")
-    if not isinstance(found, dict):
-        parser.error(f"--config {path}: a file of settings has lines like 'learning_rate: 1e-4'")
-    return _words(found)
+        settings = settings_file.read(path)
+        for name, value in settings.items():
+            flag = f"--{name}"
+            if name in ("config", "help", "help_all", "h"):
+                raise ValueError(f"{name} is for the command line")
+            if (other := given.setdefault(own.get(flag, flag), name)) != name:
+                raise ValueError(f"{other} and {name}: give one of them")
+            if isinstance(value, dict) and flag in own:
+                raise ValueError(f"{name}: put text that begins with a brace in quotes")
+    except ValueError as error:
+        _refuse("finetune", f"--config {path}: {error}")
+    return _words(settings)
 
 
-def _words(settings: dict[str, Any]) -> list[str]:
-    switches = {names[0] for _, _, flags in groups.FINETUNE for names, options in flags if "action" in options}
+def _words(settings: Mapping[str, settings_file.Setting]) -> list[str]:
     words = []
     for key, value in settings.items():
-        flag = f"--{key}"
         if isinstance(value, list):
-            words += [flag, *map(str, value)]
+            words += [f"--{key}", *map(Written, value)]
         elif isinstance(value, dict):
-            words.append(f"{flag}={json.dumps(value)}")
-        elif isinstance(value, bool) and flag in switches:
-            words += [flag] * value
+            words.append(f"--{key}={json.dumps(value)}")
         elif value is not None:
-            words.append(f"{flag}={value}")
+            words.append(f"--{key}={value}")
     return words
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from jaguar import checkpoints
+from jaguar import checkpoints, trainer_flags
 from jaguar.adapters import Adapter
 from jaguar.data import Data
-from jaguar.flag_groups import DEFAULTS, EVAL_BATCH, RELEASED_FIXES
+from jaguar.dry_run import check
+from jaguar.flag_groups import OF_THE_RUN, RELEASED_FIXES
 from jaguar.tasks import Example
 from jaguar.training_args import OPTIONS, ZOTrainingArguments
 
@@ -56,16 +59,28 @@ class Run:
             ValueError: they contradict each other, or the optimizer does not know them; the flag is named.
         """
         given = dict(self.arguments)
-        defaults: dict[str, Any] = dict(DEFAULTS) | {"per_device_eval_batch_size": EVAL_BATCH, "report_to": "none"}
+        defaults = {name: value for name, value in OF_THE_RUN.items() if value is not None}
         if "num_train_epochs" in given:
             if "max_steps" in given:
                 raise ValueError("--max_steps and --num_train_epochs: give one of them")
             del defaults["max_steps"]
-        if "optim" in given:
-            raise ValueError("--optim is of Trainer's own optimizers; choose one of jaguar's with --method")
+        for name, why in trainer_flags.REFUSED.items():
+            if name in given and given[name] != TrainingArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"--{name} {why}")
         metric = str(given.get("metric_for_best_model", "loss")).removeprefix("eval_")
         if metric not in ("loss", "accuracy"):
             raise ValueError(f"--metric_for_best_model {metric}: there is loss and accuracy")
+        if given.get("prediction_loss_only") and metric != "loss":
+            raise ValueError(f"--prediction_loss_only leaves no {metric} for --metric_for_best_model")
+        if given.get("dataloader_drop_last") and (given.get("eval_steps") or given.get("eval_strategy", "no") != "no"):
+            raise ValueError("--dataloader_drop_last would drop rows of the evaluations too: leave one of them out")
+        for name, why in trainer_flags.without_effect(given).items():
+            warnings.warn(f"--{name} has no effect: {why}", stacklevel=2)
+            del given[name]  # ZOTrainingArguments would say it again
+        for what in ("eval", "save"):
+            strategy = given.get(f"{what}_strategy", "steps")
+            if given.get(f"{what}_steps") and strategy != "steps":
+                raise ValueError(f"--{what}_steps and --{what}_strategy {strategy}: give one of them")
         eval_steps, save_steps = given.pop("eval_steps", 0), given.pop("save_steps", 0)
         has_dev = self.data.has_dev(self.model)
         if eval_steps:
@@ -77,13 +92,16 @@ class Run:
         defaults["save_strategy"] = "steps" if save_steps else "best" if eval_steps and has_dev else "no"
         if save_steps:
             defaults |= {"save_steps": save_steps}
-        defaults |= {"save_total_limit": 1, "disable_tqdm": True}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns that it cannot
         if given.get("released") and (fixed := RELEASED_FIXES & given.keys()):
             raise ValueError(f"--released fixes sampling, beta and update, so --{min(fixed)} cannot be given with it")
-        args = ZOTrainingArguments(self.output_dir, **(defaults | given))
+        try:
+            args = ZOTrainingArguments(self.output_dir, **(defaults | given))
+        except TypeError as error:  # a key that AcceleratorConfig does not have, say
+            raise ValueError(str(error)) from error
         if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "constant" and args.warmup_steps:
             raise ValueError("--lr_scheduler_type constant has no warm-up; choose constant_with_warmup")
+        check(args)
         return args
 
     def state(self, args: ZOTrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""What a run would trip over only after its model is loaded, or in the middle of training, found before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from jaguar.optimizers import JaguarMuon
+from jaguar.training_args import ZOTrainingArguments
+
+
+def check(args: ZOTrainingArguments) -> None:
+    """Makes the optimizer, the schedule, the reports and the data loader of these arguments, for one small matrix.
+
+    Raises:
+        ValueError: one of them does not take its options.
+    """
+    optimizer, steps = _optimizer(args), max(int(args.max_steps), 2)
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    options: Any = args.lr_scheduler_kwargs or {}
+    with _said_of(f"lr_scheduler_type {name}"):
+        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, dict(options))
+    with _said_of("report_to"):
+        get_reporting_integration_callbacks(args.report_to)
+    with _said_of("dataloader_num_workers and the like"):
+        DataLoader(
+            range(0),  # type: ignore[arg-type]
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+
+@contextmanager
+def _said_of(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, AttributeError) as error:  # as libraries have it
+        raise ValueError(f"--{flag}: {error}") from error
+
+
+def _optimizer(args: ZOTrainingArguments) -> torch.optim.Optimizer:
+    options = args.optimizer_options()
+    coordinates = options.get("coordinates")
+    if isinstance(coordinates, int) and coordinates > 1:
+        options["coordinates"] = 1  # whether there are as many is the model's affair
+    weight = torch.nn.Parameter(torch.zeros(256, 256, device=args.device))
+    group: dict[str, Any] = {"params": [("weight", weight)], "weight_decay": args.weight_decay}
+    if issubclass(args.optimizer_class, JaguarMuon):
+        group["ns"] = True
+    return args.optimizer_class([group], **options)
