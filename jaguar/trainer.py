@@ -234,7 +234,8 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        window, self._window = self._window, []
+        # What a stream left over at its end is no part of the next window.
+        window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
         model.eval()  # unequal dropout masks would drown the difference of the losses
         record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from test_trainer import QUIET, Bad, arguments, bits, classifier, equal, examples, labelled, scored
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.hyperparameter_search import HPSearchBackend
 
@@ -278,6 +279,18 @@ def test_what_an_interrupted_window_held_is_forgotten(tmp_path):
     trainer.remove_callback(Interrupt)
     trainer.train()
     assert trainer.forward_passes == 2 * 2 + 3 * 2 * 2
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(labelled(30))
+
+
+def test_what_a_stream_leaves_over_is_no_part_of_the_next_window(tmp_path):
+    args = arguments(tmp_path, 4, gradient_accumulation_steps=3, per_device_train_batch_size=4)
+    trainer = ZOTrainer(classifier(), args, train_dataset=Stream())  # 8 batches
+    trainer.train()
+    assert trainer.zeroth_order.steps_done == 4 and trainer.forward_passes == 4 * 3 * 2
 
 
 @contextlib.contextmanager
