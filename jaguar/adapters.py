@@ -49,7 +49,7 @@ class Adapter:
         try:
             import peft
         except ImportError:
-            raise ValueError(f"--{ADAPTERS[self.kind]} needs PEFT: pip install 'jaguar-zo[peft]'") from None
+            raise ValueError(f"--{ADAPTERS[self.kind]} needs PEFT: pip install peft") from None
         if self.kind != "lora" and model_kind != "causal":
             raise ValueError(
                 f"--{ADAPTERS[self.kind]} adds tokens before the prompt, which PEFT does for causal LMs only; use "

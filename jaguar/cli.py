@@ -210,11 +210,17 @@ def _print_paths(name: str, console: Console) -> None:
 
     _quiet_transformers()
     groups = jaguar.param_groups(load(name, use_cpu=True).model)
+    seen: set[int] = set()  # a tied head is there under its own name too, and moved once
     table = Table(title=f"{name} under JAGUAR Muon", title_justify="left")
     for column in ("moved by", "tensors", "shape", "count"):
         table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
     for ns in (True, "flatten", False):
-        named = [entry for group in groups if group["ns"] == ns for entry in group["params"]]
+        named = []
+        for group in groups:
+            for n, parameter in group["params"]:
+                if group["ns"] == ns and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named.append((n, parameter))
         for pattern, shape, count in collapsed(named):
             table.add_row("Newton-Schulz" if ns else "sign rule", pattern, shape, str(count))
     console.print(table)

@@ -77,7 +77,7 @@ def unavailable() -> dict[str, str]:
     if reason := extension.missing():
         missing["cuda"] = reason
     if importlib.util.find_spec("triton") is None:
-        missing["triton"] = "triton is not installed (pip install 'jaguar-zo[triton]')"
+        missing["triton"] = "triton is not installed (pip install triton)"
     elif not interpreted() and not torch.cuda.is_available():
         missing["triton"] = (
             "there is no NVIDIA GPU (with TRITON_INTERPRET=1 in the environment, Triton's interpreter runs the "

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import Trainer
 
 from jaguar.attempts import Attempt
@@ -183,6 +184,12 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
 
     def _prepare_for_training(self, *args: Any, **others: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **others)  # type: ignore[no-untyped-call]
+        if self._zeroth_order and (still := _running_statistics(self.model)):
+            warnings.warn(
+                f"the running statistics of {len(still)} modules ({still[0]}{', ...' * (len(still) > 1)}) do not move: "
+                "the model is measured in evaluation mode, where they are constants",
+                stacklevel=2,
+            )
         if self._zeroth_order and self.args.world_size > 1:  # what DDP would have done
             for group in self.zeroth_order.param_groups:
                 for parameter in group["params"]:
@@ -308,6 +315,15 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
             super().create_model_card(*args, **others)
         finally:
             self.args = kept
+
+
+def _running_statistics(model: Any) -> list[str]:
+    """Modules whose statistics a forward pass in training mode moves: BatchNorm and its kin."""
+    return [
+        f"{name} of type {type(module).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+    ]
 
 
 def bare(optimizer: Any) -> Any:

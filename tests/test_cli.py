@@ -1,6 +1,7 @@
 """The command line, run as a user runs it, on tiny models."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -395,7 +396,26 @@ def test_info_says_which_tensor_takes_which_path(folder, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"Newton-Schulz .*model\.layers\.\*\.self_attn\.q_proj\.weight .*32 x 32 .*2", printed)
     assert re.search(r"sign rule .*model\.embed_tokens\.weight .*64 x 32 .*1", printed)
+    assert "lm_head" not in printed  # tied to the embedding: one tensor, moved once
     assert cli.main(["info", "--model", str(folder / "nowhere")]) == 2
+
+
+def test_info_counts_every_parameter_once(tmp_path, capsys):
+    for tied in (True, False):
+        tiny.saved(tmp_path / f"m{tied}", "gpt2", tie_word_embeddings=tied)
+        assert cli.main(["info", "--model", str(tmp_path / f"m{tied}")]) == 0
+        rows = re.findall(r"(\S+) +│ +(\d+(?: x \d+)*) +│ +(\d+)", capsys.readouterr().out)
+        found = sum(math.prod(map(int, shape.split(" x "))) * int(count) for _, shape, count in rows)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"m{tied}")
+        assert found == sum(p.numel() for p in model.parameters())
+        assert [name for name, _, _ in rows].count("lm_head.weight") == (not tied)
+
+
+def test_what_to_install_is_on_an_index():
+    """The package itself is not, so its extras cannot be asked for by name."""
+    sources = [path.read_text() for path in Path(cli.__file__).parent.rglob("*.py")]
+    named = {word for text in sources for word in re.findall(r"pip install ([^\s:,;)\"]+)", text)}
+    assert named >= {"peft", "triton", "datasets", "bitsandbytes"} and not [n for n in named if "jaguar" in n]
 
 
 def test_muon_trains_from_the_command_line(folder, tmp_path, capsys):

@@ -386,7 +386,7 @@ def test_help_shows_the_defaults_of_the_optimizers():
     said = {"lr": "learning_rate"}
     for cls in (jaguar.JaguarSignSGD, jaguar.JaguarMuon, jaguar.ZOSGD, jaguar.ZOSignSGD):
         for name, parameter in inspect.signature(cls).parameters.items():
-            if name in ("params", "seed", "released") or parameter.default is None:
+            if name in ("params", "seed", "released", "maximize") or parameter.default is None:
                 continue
             default = str(parameter.default).removeprefix("torch.")
             found = re.search(r"default: ([^)]*)", _text(said.get(name, name)))

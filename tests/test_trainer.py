@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import logging
+import warnings
 
 import pytest
 import synthetic
@@ -399,6 +400,50 @@ def test_the_wrapped_optimizer_is_reached_and_stepped(tmp_path):
     trainer.train()
     assert type(trainer.optimizer).__name__ == "AcceleratedOptimizer" and not hasattr(trainer.optimizer, "measure")
     assert trainer.zeroth_order.steps_done == 6 and trainer.zeroth_order.last_record.lrs[0] < 1e-2 / 5
+
+
+class _WithNorm(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.embed, self.norm, self.head = torch.nn.Embedding(400, 6), norm, torch.nn.Linear(6, 2)
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.norm(self.embed(input_ids).transpose(1, 2)).mean(2)
+        logits = self.head(hidden)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("norm", "moves"),
+    [
+        (torch.nn.BatchNorm1d(6), True),
+        (torch.nn.InstanceNorm1d(6, track_running_stats=True), True),
+        (torch.nn.SyncBatchNorm(6), True),
+        (torch.nn.Sequential(torch.nn.Identity(), torch.nn.BatchNorm1d(6, affine=False)), True),
+        (torch.nn.BatchNorm1d(6, track_running_stats=False), False),
+        (torch.nn.InstanceNorm1d(6), False),
+        (torch.nn.GroupNorm(2, 6), False),
+    ],
+    ids=lambda value: "" if isinstance(value, bool) else str(value).split("(")[0],
+)
+def test_running_statistics_that_stand_still_are_told(tmp_path, norm, moves):
+    trainer = ZOTrainer(_WithNorm(norm), arguments(tmp_path, 2), train_dataset=labelled())
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(w.message) for w in said if "running statistics of 1 modules (norm" in str(w.message)]
+    assert len(told) == moves
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+
+
+def test_the_baseline_with_gradients_moves_running_statistics(tmp_path):
+    norm = torch.nn.BatchNorm1d(6)
+    trainer = ZOTrainer(
+        _WithNorm(norm), arguments(tmp_path, 2, optim_zo="fo-sgd", tau=None, coordinates=None), train_dataset=labelled()
+    )
+    trainer.train()
+    assert norm.running_mean.abs().sum() > 0
 
 
 def test_flops_count_forward_passes(tmp_path):

@@ -60,7 +60,7 @@ def hub_rows(dataset: str, config: str | None, splits: Sequence[str], columns: M
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
-            f"reading {dataset!r} needs the package datasets: pip install 'jaguar-zo[tasks]', or give files of your "
+            f"reading {dataset!r} needs the package datasets: pip install datasets, or give files of your "
             "own with --train_file and --test_file"
         ) from None
     local = Path(dataset).is_dir()
