@@ -84,6 +84,12 @@ class ExactTrainer(Trainer):
         else:
             checkpoints.load_weights(self._bare_model, Path(self.state.best_model_checkpoint))
 
+    def _determine_best_metric(self, *args: Any, **others: Any) -> bool:
+        is_best = super()._determine_best_metric(*args, **others)
+        if is_best and self.args.load_best_model_at_end:  # Trainer would forget a best step between two checkpoints
+            self.control.should_save = True
+        return is_best
+
     def _init_training_state(self, *args: Any, **others: Any) -> Any:
         start = super()._init_training_state(*args, **others)  # type: ignore[no-untyped-call]
         if self._resumed is not None:

@@ -167,6 +167,21 @@ def test_the_best_model_is_that_of_the_best_step(tmp_path, name):
     assert equal(bits(run.model), seen[2]) and not equal(seen[2], seen[3])
 
 
+def test_a_best_step_between_two_checkpoints_is_kept(tmp_path):
+    losses, seen = {1: 3.0, 2: 2.0, 3: 1.0, 4: 2.0}, {}
+    run = trainer(tmp_path, make("tied"), save_steps=2, eval_steps=1, eval_strategy="steps",
+                  load_best_model_at_end=True, save_total_limit=1)  # fmt: skip
+
+    def evaluate(*args, **others):
+        seen[run.state.global_step] = bits(run.model)
+        return {"eval_loss": losses[run.state.global_step]}
+
+    run.evaluate = evaluate
+    run.train()
+    assert run.state.best_global_step == 3 and equal(bits(run.model), seen[3]) and not equal(seen[3], seen[4])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
 def test_most_weights_are_stored_once(tmp_path):
     """A copy of its own is kept only of what `save_pretrained` fuses, or does not save."""
     for name, expected in (("mixtral", 0), ("gpt-neox", 0), ("tied", 0), ("nomic-bert", 6), ("p-tuning", 7)):

@@ -141,6 +141,28 @@ def test_a_different_option_is_named(case: str) -> None:
     refuse(opt, state, f"saved with {message}")
 
 
+class Mine(ZOSGD):
+    """A user's own subclass."""
+
+
+@pytest.mark.parametrize("restores", [("copy", "module"), ("module", None), (None, "copy")])
+@pytest.mark.parametrize("classes", [(ZOSGD, ZOSGD), (ZOSGD, Mine), (Mine, ZOSGD)])
+def test_what_decides_no_bits_is_not_compared(restores, classes) -> None:
+    """How a step gets back to its parameters, and the name of a subclass."""
+    modules = [nn.Linear(4, 3) for _ in range(2)]
+    saving, loading = (
+        kind(module.named_parameters(), lr=1e-2, momentum=0.9, restore=restore, seed=5)
+        for kind, module, restore in zip(classes, modules, restores, strict=True)
+    )
+    data = torch.arange(8.0).view(2, 4)
+    saving.step(lambda: modules[0](data).square().sum().detach())
+    modules[1].load_state_dict(modules[0].state_dict())
+    loading.load_state_dict(saving.state_dict())
+    for opt, module in zip((saving, loading), modules, strict=True):
+        opt.step(lambda module=module: module(data).square().sum().detach())
+    assert torch.equal(modules[0].weight, modules[1].weight) and loading.steps_done == 2
+
+
 def refuse(opt: torch.optim.Optimizer, state: dict, message: str) -> None:
     """load_state_dict raises and changes nothing."""
     before, momenta = repr(opt), [bits(s["momentum"]) for s in opt.state.values() if "momentum" in s]

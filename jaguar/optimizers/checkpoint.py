@@ -52,8 +52,19 @@ def counters(optimizer: ZerothOrder) -> dict[str, Any]:
         "skipped": optimizer._skipped,
         "skipped_in_a_row": optimizer._skipped_in_a_row,
         "last_finite": -1 if optimizer._last_finite is None else optimizer._last_finite,
-        "options": dict(optimizer._options),
+        "options": _deciding(optimizer),
     }
+
+
+def _deciding(optimizer: ZerothOrder) -> dict[str, Any]:
+    """The options that decide bits: not how a step gets back, unless it walks, nor the name of a subclass of a user."""
+    options = dict(optimizer._options)
+    if options.get("restore") != "walk" and "restore" in options:
+        options["restore"] = None
+    if "optimizer" in options:
+        own = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("jaguar.")]
+        options["optimizer"] = own[0]
+    return options
 
 
 def checked(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> dict[str, Any]:
