@@ -197,7 +197,7 @@ def test_an_output_that_does_not_come_back_is_no_success(place, tmp_path, capsys
                   folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
 
     monkeypatch.setattr(finetune, "write_model", forgetful)
-    error = refused(capsys, *words(place, tmp_path / "out"))
+    error = refused(capsys, *words(place, tmp_path / "out"), code=1)
     assert "is not the tuned one: model.norm.weight does not come back" in error
 
 
