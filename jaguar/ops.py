@@ -17,6 +17,7 @@ from torch import Tensor
 from jaguar import extension, iteration, reference
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.estimators import Lost, Probe
+from jaguar.kept import keeping
 from jaguar.muon import Moves, MuonSteps, Orthogonaliser
 from jaguar.params import Slot
 from jaguar.parts import Parts
@@ -264,7 +265,8 @@ def muon_steps(
         two_sided=two_sided,
         n_directions=n_directions,
     )
-    return MuonSteps(slots, stacked, entries, newton_schulz, _MatrixSteps(backend, stochastic, two_sided), period)
+    moves = _MatrixSteps(backend, stochastic, two_sided)
+    return keeping(MuonSteps(slots, stacked, entries, newton_schulz, moves, period), slots)
 
 
 class _MatrixSteps:
@@ -406,4 +408,4 @@ def _joined(
     for name in dict.fromkeys(assigned):
         where = [i for i, chosen in enumerate(assigned) if chosen == name]
         parts.append((where, make(name, [slots[i] for i in where])))
-    return parts[0][1] if len(parts) == 1 else Parts(parts)
+    return keeping(parts[0][1] if len(parts) == 1 else Parts(parts), slots)

@@ -43,6 +43,7 @@ class Slot:
         rate: its learning rate as a multiple of its group's.
         gain: length of its step as a multiple of its learning rate; weight decay has no part in it.
         signed: the sign rule moves it; else its launches update its momentum only, and something else moves it.
+        kept: a row that stays as it is.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Slot:
     rate: float = 1.0
     gain: float = 1.0
     signed: bool = True
+    kept: int | None = None
 
     @property
     def count(self) -> int:

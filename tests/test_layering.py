@@ -25,7 +25,7 @@ LAYERS = [
     {"isolation", "rounding", "directions", "estimators", "iteration", "extension"},
     {"reference"},
     {"fused"},
-    {"parts", "muon"},
+    {"parts", "muon", "kept"},
     {"ops"},
     {"polar"},
     {"optimizers"},

@@ -17,13 +17,14 @@ from jaguar.isolation import Isolation
 from jaguar.module_state import ModuleState
 from jaguar.optimizers.checkpoint import packed, unpack
 from jaguar.optimizers.contract import Contract, with_step_hooks
+from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.freezing import Frozen
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, explained, warn_of_lost, warn_of_skipped
 from jaguar.optimizers.options import checked_seed, common_options
 from jaguar.optimizers.roster import Kind, Roster
 from jaguar.optimizers.shown import shown
-from jaguar.params import Slot, build_slots
+from jaguar.params import Slot
 from jaguar.record import Record
 from jaguar.rng import Draw
 
@@ -410,7 +411,7 @@ class ZerothOrder(Contract):
         groups = list(self.param_groups)
         super().add_param_group(group)
         try:
-            self._slots = build_slots(self.param_groups)
+            self._slots = slots_of(self.param_groups, known=self._slots)
         except ValueError:
             self.param_groups[:] = groups
             raise
@@ -427,7 +428,7 @@ class ZerothOrder(Contract):
         unpack(self, state, load)
         self._broken, self._pending, self._moved, self._last_record = False, None, None, None
         self._watch.restart(self.param_groups if self._step else None)
-        self._slots, self._steps = build_slots(self.param_groups), None
+        self._slots, self._steps = slots_of(self.param_groups, known=self._slots), None
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a wrapper of this very object's step into the instance; a copy must not carry it.

@@ -64,6 +64,8 @@ def _deciding(optimizer: ZerothOrder) -> dict[str, Any]:
     if "optimizer" in options:
         own = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("jaguar.")]
         options["optimizer"] = own[0]
+    if rows := [f"{slot.name}[{slot.kept}]" for slot in optimizer._slots if slot.kept is not None]:
+        options["padding_rows"] = ", ".join(rows)
     return options
 
 

@@ -24,6 +24,7 @@ def shown(optimizer: ZerothOrder) -> str:
         f"skipped: {optimizer.n_skipped}"
     ]
     lines += ["maximizes the loss"] * optimizer._maximize
+    lines += [f"padding row {slot.kept} of {slot.name} stays as it is" for slot in slots if slot.kept is not None]
     for i, group in enumerate(optimizer.param_groups):
         # A learning rate may be a tensor of one element.
         values = [f"{key}={float(group[key]):g}" for key in optimizer.group_keys]
