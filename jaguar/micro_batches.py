@@ -55,25 +55,27 @@ class MicroBatches:
         return cls(type(model).__name__, share=share, tolerance=None if compiled else tolerance)
 
     def total(
-        self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss, alone: bool
+        self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss, processes: int = 1, spanned: int = 1
     ) -> tuple[Tensor, Tensor]:
         """The sum of the losses, fp64, and what to divide it by.
 
         Args:
             window: micro-batches.
-            n_items: labels that count in all of them, of all processes, if the loss may be divided by it.
+            n_items: labels that count in all of them, if the loss may be divided by it.
             loss_of: called under no_grad.
-            alone: there are no micro-batches in other processes.
+            processes: that have micro-batches of the step.
+            spanned: of them, those whose labels `n_items` counts.
         """
-        several = len(window) > 1 or not alone
+        several = len(window) * processes > 1
         if several:
             self._find_out(window, n_items, loss_of)
         kind = self._kind or (_LABELS if n_items is None else _SHARE)
         if kind == _MIXED:
-            n_items = n_items / len(window)
+            n_items = n_items / (len(window) * spanned)
         total = weight = torch.zeros((), dtype=torch.float64)
         for batch in window:
-            part = torch.tensor(1.0 / len(window) if kind in (_SHARE, _MIXED) else _count(batch, kind))
+            shares = len(window) * (spanned if kind == _SHARE else 1)
+            part = torch.tensor(1.0 / shares if kind in (_SHARE, _MIXED) else _count(batch, kind))
             if several and not part:
                 continue  # a mean over nothing is no number
             loss = loss_of(batch, n_items)

@@ -265,7 +265,8 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
                 window,
                 num_items_in_batch,
                 functools.partial(self._raw_loss, model),
-                alone=self.args.world_size == 1,
+                processes=self.args.world_size,
+                spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
             )
         both = torch.stack([total.to(self.args.device), weight.to(self.args.device)])
         if self.args.world_size > 1:
@@ -274,7 +275,12 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
         """What `compute_loss` says of a micro-batch."""
-        loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+        # Trainer would multiply the loss by the processes, which DDP's mean takes back.
+        kept, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+        finally:
+            self.args.average_tokens_across_devices = kept
         self.zeroth_order.watch_dtype(self._grain.dtype(loss))
         return loss
 
