@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from jaguar.scoring import Scorer
 from jaguar.scoring.evaluation import accuracy, by_length, filled, rearranged, widest
@@ -48,6 +48,21 @@ def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> 
     return usual | others
 
 
+class ByLength(LengthGroupedSampler):
+    """transformers' sampler of batches of similar length, in an order that the seed and the epoch decide.
+
+    So a run that goes on in its third epoch takes the rows that it would have taken.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        self._seed = seed
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins the order of an epoch."""
+        self.generator.manual_seed(self._seed + epoch)
+
+
 class ScoredTrainer(Trainer):
     """A Trainer whose batches, losses and predictions are a scorer's; without one it is Trainer itself."""
 
@@ -73,13 +88,21 @@ class ScoredTrainer(Trainer):
         return super()._get_dataloader(dataset, *args, **others)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.scorer is None or self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
+        strategy, args = self.args.train_sampling_strategy, self.args
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.scorer is None or strategy not in ("group_by_length", "batch_rebalance"):
+            return super()._get_train_sampler(train_dataset)
         lengths = [dataset[i].length for i in range(len(dataset))]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(seed)
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
+        if strategy == "group_by_length":
+            return ByLength(args.train_batch_size, lengths, args.seed if args.data_seed is None else args.data_seed)
+        return BatchRebalanceSampler(
+            lengths=lengths,
+            effective_batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            dp_size=args.world_size,
+            grad_accum=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            drop_last=args.dataloader_drop_last,
+        )
 
     def compute_loss(
         self,

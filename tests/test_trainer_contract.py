@@ -378,6 +378,22 @@ def test_a_resumed_run_tries_again_from_its_checkpoint(tmp_path):
     assert equal(bits(found[0].model), bits(third.model))
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance", "sequential"])
+def test_a_resumed_run_takes_the_rows_of_its_epoch(tmp_path, strategy):
+    """With a scorer; in whatever order it takes them."""
+    found, seen = [], []
+    for folder in ("whole", "again"):
+        more = {"save_strategy": "steps", "save_steps": 4, "train_sampling_strategy": strategy}
+        trainer = scored(tmp_path / folder, steps=8, **more)  # three steps an epoch
+        collate = trainer.data_collator
+        trainer.data_collator = lambda part, collate=collate: seen.append([e.choices for e in part]) or collate(part)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4") if found else None)
+        found.append(bits(trainer.model))
+    assert equal(*found)
+    assert seen[9:] == seen[4:9]  # the loader is a batch ahead
+    assert (seen[:3] == seen[3:6]) == (strategy == "sequential")
+
+
 # -- searches ----------------------------------------------------------------------------------------------------------
 
 
