@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# How libraries print what is not there; as text (in a CSV file, or in quotes) these are words.
+_MISSING = ("none", "nan", "nat", "<na>", "inf", "infinity")
+
 
 @dataclass(frozen=True)
 class Row:
-    """The fields of one row as stripped text, and where it stands: "train.csv, line 7"."""
+    """The fields of one row as stripped text, as written in its file, and where it stands: "train.csv, line 7"."""
 
     fields: Mapping[str, str]
     where: str
@@ -89,9 +93,12 @@ def _value(entry: Mapping[str, Any], column: str, field: str, where: str, hint: 
     if column not in entry:
         raise ValueError(f"{where}: no column {column!r} (there is: {', '.join(map(str, entry))}){hint and '; '}{hint}")
     value = entry[column]
-    if value is None or isinstance(value, (list, dict)):
-        kind = "nothing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{where}: the column {column!r} holds {kind} instead of a {field}")
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise ValueError(f"{where}: the column {column!r} holds a {type(value).__name__} instead of a {field}")
+    if not isinstance(value, str) and str(value).lower().lstrip("-") in _MISSING:
+        raise ValueError(f"{where}: the column {column!r} holds nothing ({value}) instead of a {field}")
+    if isinstance(value, bool):
+        value = json.dumps(value)
     text = str(value).strip()
     if not text:
         raise ValueError(f"{where}: empty {field}")
@@ -101,7 +108,7 @@ def _value(entry: Mapping[str, Any], column: str, field: str, where: str, hint: 
 
 
 def _csv_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
         reader = csv.DictReader(file, strict=True)
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
@@ -114,13 +121,25 @@ def _csv_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, entry
 
 
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lifts Python's limit of 131,072 characters a field."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
                 continue
             try:
-                entry = json.loads(text)
+                entry = json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=_fields)
+            except _Repeated as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 raise ValueError(
@@ -131,3 +150,16 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path}, line {line}: a {type(entry).__name__} instead of an object with named fields"
                 )
             yield line, entry
+
+
+class _Repeated(ValueError):
+    """Two fields of an object have the same name."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Repeated(f"two fields are called {twice!r}")
+    return fields
