@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from jaguar.choices import ADAPTERS
+from jaguar.errors import said
+from jaguar.tolerance import rounding
 
+# Tokens that a new prefix is tried with.
+_PROBE = 3
 _TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
 
 
@@ -21,15 +27,16 @@ class Adapter:
         kind: "none", "lora", "prefix" or "prompt".
         r: rank of LoRA's factors.
         alpha: LoRA's scale is alpha / r.
-        target_modules: modules that get LoRA factors; empty: PEFT's choice for the architecture (queries and values for
-            OPT, Llama, Mistral, Qwen, RoBERTa and BERT).
+        target_modules: modules that get LoRA factors, by the ends of their names, or as PEFT takes them in a single
+            string: "all-linear", or a pattern that a whole name matches; empty: PEFT's choice for the architecture
+            (queries and values for OPT, Llama, Mistral, Qwen, RoBERTa and BERT).
         num_virtual_tokens: length of the prefix or prompt.
     """
 
     kind: str = "none"
     r: int = 8
     alpha: int = 16
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str = ()
     num_virtual_tokens: int = 5
 
     def applied(self, model: Any, model_kind: str, prompt_ids: Sequence[int] = ()) -> Any:
@@ -55,45 +62,88 @@ class Adapter:
                 f"--{ADAPTERS[self.kind]} adds tokens before the prompt, which PEFT does for causal LMs only; use "
                 "--lora"
             )
+        places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if self.kind != "lora" and places and self.num_virtual_tokens >= places - _PROBE:
+            raise ValueError(
+                f"--num_virtual_tokens {self.num_virtual_tokens} leaves nothing to the prompt: a "
+                f"{type(model).__name__} has {places} positions"
+            )
         task_type = _TASK_TYPES.get(model_kind)
         if self.kind == "lora":
             config: Any = peft.LoraConfig(
                 task_type=task_type,
                 r=self.r,
                 lora_alpha=self.alpha,
-                target_modules=list(self.target_modules) or None,
+                target_modules=self._targets,
             )
         else:
             made = peft.PrefixTuningConfig if self.kind == "prefix" else peft.PromptTuningConfig
             config = made(task_type=task_type, num_virtual_tokens=self.num_virtual_tokens)
         try:
-            adapted = peft.get_peft_model(model, config)
-        except ValueError as error:
-            reason = (str(error).splitlines() or [""])[0]
-            advice = " (name modules with --lora_target_modules)" if self.kind == "lora" else ""
+            adapted = peft.get_peft_model(model, config).eval()
+            if self.kind != "lora":
+                self._begin_with(adapted, prompt_ids)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # PEFT fills caches without looking at their form, so nearly everything
+            advice = "name modules with --lora_target_modules" if self.kind == "lora" else "use --lora"
             raise ValueError(
-                f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {reason}{advice}"
+                f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {said(error)} ({advice})"
             ) from error
-        adapted.eval()
-        if self.kind != "lora" and prompt_ids:
-            self._begin_with(adapted, prompt_ids)
+        made = adapted.peft_config[adapted.active_adapter]
+        if made.base_model_name_or_path and Path(made.base_model_name_or_path).is_dir():
+            made.base_model_name_or_path = str(Path(made.base_model_name_or_path).resolve())
         return adapted
 
+    @property
+    def _targets(self) -> list[str] | str | None:
+        """As PEFT takes them: names in a list, anything else as the string that it is."""
+        given = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules)
+        patterns = [name for name in given if name == "all-linear" or re.search(r"[^\w.-]", name)]
+        if patterns and len(given) > 1:
+            raise ValueError(
+                f"--lora_target_modules {' '.join(given)}: give names, or a single pattern ({patterns[0]!r} is one)"
+            )
+        return patterns[0] if patterns else given or None
+
     def _begin_with(self, model: Any, prompt_ids: Sequence[int]) -> None:
+        """Makes the prefix or prompt the activations of a real one, and sees whether the model reads them as that.
+
+        Raises:
+            ValueError: it does not: its caches are not of keys and values that stand for tokens.
+        """
         import peft
 
         count = self.num_virtual_tokens
-        ids = torch.tensor([(list(prompt_ids) * count)[:count]], device=model.device)
-        with torch.no_grad(), model.disable_adapter():
-            if self.kind == "prefix":
-                cache = model(input_ids=ids, use_cache=True).past_key_values
-                peft.initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
-            else:
-                words = model.get_input_embeddings()(ids)[0]
-                model.prompt_encoder[model.active_adapter].embedding.weight.copy_(words)
+        begin = torch.tensor([(list(prompt_ids or [0]) * count)[:count]], device=model.device)
+        probe = torch.cat([begin, begin[:, :1]], 1)[:, -_PROBE:]
+        with torch.no_grad():
+            if not prompt_ids:
+                model(input_ids=probe, use_cache=False)  # it runs, at the least
+                return
+            with model.disable_adapter():
+                expected = model(input_ids=torch.cat([begin, probe], 1), use_cache=False).logits[:, count:].float()
+                if self.kind == "prefix":
+                    cache = model(input_ids=begin, use_cache=True).past_key_values
+                    peft.initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+                else:
+                    words = model.get_input_embeddings()(begin)[0]
+                    model.prompt_encoder[model.active_adapter].embedding.weight.copy_(words)
+            found = model(input_ids=probe, use_cache=False).logits[:, -probe.shape[1] :].float()
+        spread = (expected - expected.mean(-1, keepdim=True)).abs().max()
+        far = ((found - expected).abs().max() / spread).item()
+        if far > rounding(model):
+            raise ValueError(
+                f"it reads {count} tokens otherwise when they come as a {self.kind} (logits differ by {far:.0%})"
+            )
 
 
 def adds_tokens(model: Any) -> bool:
     """Whether the model's adapter puts virtual tokens before the prompt."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     return bool(config is not None and config.is_prompt_learning)
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many of its positions the model's adapter takes."""
+    return int(model.active_peft_config.num_virtual_tokens) if adds_tokens(model) else 0

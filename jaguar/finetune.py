@@ -8,7 +8,6 @@ import math
 import shlex
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaguar.checkpoints import check_weights, recover_all
 from jaguar.evaluation import make_scorer, peak_memory, versions
 from jaguar.flags import underscored
 from jaguar.interrupts import HeldInterrupts
-from jaguar.models import load, save_task, select_trainable
+from jaguar.models import adapted, load, save_task, select_trainable
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
 from jaguar.progress import Bar, Losses, Stop
 from jaguar.report import Points, draw_curves, row_bar, say, score_table
@@ -105,7 +104,7 @@ class Finetuning:
             raise ValueError(f"{run.model!r} is an adapter already: it is trained on; leave --lora and the like out")
         set_seed(int(self.args.seed))  # of LoRA's factors
         prompt = self.loaded.tokenizer(self.task.question(row, self.loaded.kind == "masked").prompt).input_ids
-        self.loaded = replace(self.loaded, model=run.adapter.applied(model, self.loaded.kind, prompt))
+        self.loaded = adapted(self.loaded, run.adapter.applied(model, self.loaded.kind, prompt))
 
     def _make_trainer(self, args: ZOTrainingArguments) -> ZOTrainer:
         eval_set = self.dev_set or self.test_set

@@ -181,7 +181,10 @@ _ADAPTER = (
         _flag("--lora_r", type=positive, metavar="N", help="rank (default: 8)"),
         _flag("--lora_alpha", type=positive, metavar="N", help="scale is alpha / rank (default: 16)"),
         _flag(
-            "--lora_target_modules", nargs="+", metavar="NAME", help="modules that get factors (default: PEFT's choice)"
+            "--lora_target_modules",
+            nargs="+",
+            metavar="NAME",
+            help="modules that get factors: ends of names, a single pattern, or all-linear (default: PEFT's choice)",
         ),
         _switch("--prefix_tuning", "a trained prefix of keys and values instead"),
         _switch("--prompt_tuning", "trained tokens before the prompt instead"),

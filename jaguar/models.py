@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from jaguar import tasks
+from jaguar.adapters import virtual_tokens
 from jaguar.choices import TRAINABLE
+from jaguar.errors import said
 from jaguar.tasks import Task
 
 _TASK_FILE = "jaguar_task.json"
@@ -57,26 +60,62 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool
     if not adapter.is_file():
         loaded = _load_base(name, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
         return replace(loaded, cut=(_saved(name) or {}).get("max_length"))
+    base, tried = _base_of(adapter)
     try:
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError):
-        raise ValueError(f"{adapter} is damaged: it names no base model") from None
-    loaded = _load_base(base, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
-    with _errors_of_loading(name, is_folder=True):
-        from peft import PeftConfig, PeftModel
+        loaded = _load_base(base, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+    except ValueError as error:
+        places = f" (no folder {_few(tried)})" if tried else ""
+        raise ValueError(f"{adapter} names the model {base!r}{places}: {error}") from error
+    with _errors_of_loading(f"the adapter {name!r}", is_folder=True):
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
+        held = [entry.name for entry in Path(name).glob("adapter_model.*")]
+        if not held:
+            raise ValueError("there is no adapter_model.safetensors beside adapter_config.json")
         is_prompt = PeftConfig.from_pretrained(name).is_prompt_learning
-        model = PeftModel.from_pretrained(loaded.model, name, is_trainable=not is_prompt)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error here
+            model = PeftModel.from_pretrained(loaded.model, name, is_trainable=not is_prompt)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if missing := sorted(set(expected) - set(load_peft_weights(name, device="cpu"))):
+            raise ValueError(f"its weights lack {_few(missing)}")
     if is_prompt:  # which PEFT does not load as trainable
         model.prompt_encoder.requires_grad_(True)
-    return replace(loaded, model=model.eval(), cut=(_saved(name) or {}).get("max_length"))
+    return replace(adapted(loaded, model.eval()), cut=(_saved(name) or {}).get("max_length"))
+
+
+def adapted(loaded: Loaded, model: Any) -> Loaded:
+    """The same with an adapter around the model, whose virtual tokens take some of the positions."""
+    return replace(loaded, model=model, max_length=_longest(model, loaded.tokenizer))
+
+
+def _base_of(adapter: Path) -> tuple[str, list[str]]:
+    """The model that an adapter is for; and the folders, from here and from its own up, if it is none of them."""
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter} is damaged: it names no base model")
+    folder = adapter.parent.resolve()
+    tried = [Path(base), *([] if Path(base).is_absolute() else [above / base for above in (folder, *folder.parents)])]
+    found = next((str(place) for place in tried if place.is_dir()), None)
+    return (found, []) if found else (base, [str(place.absolute()) for place in tried])
+
+
+def _is_a_path(name: str) -> bool:
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_folder(name: str) -> None:
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the model {name!r} is a file; give the folder that holds config.json and the weights")
-    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    if not folder.exists() and _is_a_path(name):
         raise ValueError(f"the model folder {name!r} does not exist")
 
 
@@ -85,7 +124,8 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded
 
     _check_folder(name)
     is_folder = Path(name).is_dir()
-    with _errors_of_loading(name, is_folder):
+    what = f"the model {name!r}"
+    with _errors_of_loading(what, is_folder):
         config = transformers.AutoConfig.from_pretrained(name)
     architecture = (getattr(config, "architectures", None) or ["(none named)"])[0]
     kind = next((kind for end, kind in _KINDS.items() if architecture.endswith(end)), None)
@@ -102,12 +142,17 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
-    with _errors_of_loading(name, is_folder):
+    with _errors_of_loading(f"the tokenizer of {what}", is_folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model, report = auto.from_pretrained(name, output_loading_info=True, **options)
-    if report["missing_keys"]:  # transformers would go on with random values
+    with _errors_of_loading(what, is_folder):
+        model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    # transformers would go on with random values, or refer to a report that it has logged.
+    if other := sorted(report["mismatched_keys"]):
+        shapes = [f"{key} ({tuple(found)} in the file, {tuple(wanted)} in the model)" for key, found, wanted in other]
+        raise ValueError(f"the weights of {name!r} are of another model than its config.json: {_few(shapes)}")
+    if report["missing_keys"]:
         raise ValueError(
-            f"the weights of {name!r} lack {', '.join(sorted(report['missing_keys'])[:3])}; the folder is incomplete"
+            f"the weights of {name!r} lack {_few(sorted(report['missing_keys']))}; the folder is incomplete"
         )
     model.eval()
     rows = model.get_input_embeddings().num_embeddings
@@ -134,12 +179,12 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded
 
 
 def _longest(model: Any, tokenizer: Any) -> int:
-    """Tokens that fit; RoBERTa's family loses the positions up to its padding id."""
+    """Tokens that fit; RoBERTa's family loses the positions up to its padding id, an adapter takes its own."""
     from jaguar.scoring.scorer import first_position
 
-    limits = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
-    places = limits[0] - first_position(model) if limits[0] else None
-    return min(int(limit) for limit in [places, limits[1], 10**6] if limit)
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    places = limits[0] - first_position(model) - virtual_tokens(model) if limits[0] else None
+    return min(int(limit) for limit in [places, limits[1], 10**6] if limit is not None)
 
 
 def _four_bits(dtype: Any) -> Any:
@@ -153,18 +198,17 @@ def _four_bits(dtype: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _errors_of_loading(name: str, is_folder: bool) -> Iterator[None]:
-    """transformers' long messages as one line that says what to do."""
+def _errors_of_loading(what: str, is_folder: bool) -> Iterator[None]:
+    """The libraries' long messages as one line that says what is wrong and what to do."""
     try:
         yield
     except Exception as error:  # the libraries below raise nearly everything, plain Exception included
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = (
             "the folder is incomplete or damaged"
             if is_folder
             else "give a local folder, or check the name and the network"
         )
-        raise ValueError(f"could not load the model {name!r}: {first} ({advice})") from error
+        raise ValueError(f"could not load {what}: {said(error)} ({advice})") from error
 
 
 def select_trainable(model: nn.Module, which: str) -> None:

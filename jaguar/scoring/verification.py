@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jaguar.errors import said
 from jaguar.tasks.questions import Choice, Example
+from jaguar.tolerance import rounding
 
 if TYPE_CHECKING:
     from jaguar.scoring.scorer import Scorer
 
 # Rows that share a forward pass: all of a batch, those of one length, or none.
 TOGETHER = ("padded", "equal", "one")
-
-# What rounding may move the scores by, as a share of the largest logit. Measured on 24 layers of six architectures: 1.8
-# times the spacing of a half-precision type, here four times; 1e-6 in fp32.
-_ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-_ROUNDING_FULL = 2e-4
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def first_right(scorer: Scorer, examples: Sequence[Example]) -> int:
     name = type(scorer.model).__name__
     alone, scale = _one_by_one(scorer, examples)
     again, _ = _one_by_one(scorer, examples[::-1])
-    tolerance = scale * _rounding(scorer.model)
+    tolerance = scale * rounding(scorer.model)
     if (moved := max(map(_distance, again[::-1], alone))) > tolerance:
         raise ValueError(
             f"a {name} scores the same rows otherwise the second time, by {moved:.2g} (dropout or random routing that "
@@ -79,7 +76,7 @@ def first_right(scorer: Scorer, examples: Sequence[Example]) -> int:
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError) as error:
             if _is_of_memory(error):
                 raise
-            reason = f"scoring a {name} fails: {_first_line(error)}"
+            reason = f"scoring a {name} fails: {said(error)}"
             continue
         if far <= tolerance:
             return number
@@ -124,7 +121,7 @@ def _one_by_one(scorer: Scorer, examples: Sequence[Example]) -> tuple[list[Tenso
                     raise
                 raise ValueError(
                     f"{example.where or 'a row'}: a {type(scorer.model).__name__} cannot read its {len(choice.ids)} "
-                    f"tokens: {_first_line(error)}"
+                    f"tokens: {said(error)}"
                 ) from error
             score, logits = _read(logits, choice, device)
             scores.append(score)
@@ -145,14 +142,6 @@ def _read(logits: Tensor, choice: Choice, device: torch.device) -> tuple[Tensor,
     return logits.log_softmax(1).gather(1, targets).mean()[None], logits
 
 
-def _rounding(model: Any) -> float:
-    if getattr(model, "is_quantized", False):
-        return _ROUNDING[torch.bfloat16]
-    is_tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    kind = torch.float16 if is_tf32 and model.dtype == torch.float32 else model.dtype  # TF32 has as many bits as fp16
-    return _ROUNDING.get(kind, _ROUNDING_FULL)
-
-
 def _distance(found: Tensor, expected: Tensor) -> float:
     """The largest difference, where the model alone has a finite score: a broken model says so itself in every loss."""
     far = (found - expected)[expected.isfinite()].abs()
@@ -161,10 +150,6 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 def _is_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def full(logits: Tensor) -> Tensor:

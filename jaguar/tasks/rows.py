@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaguar.errors import said
+
 # How libraries print what is not there; as text (in a CSV file, or in quotes) these are words.
 _MISSING = ("none", "nan", "nat", "<na>", "inf", "infinity")
 
@@ -71,10 +73,9 @@ def hub_rows(dataset: str, config: str | None, splits: Sequence[str], columns: M
     try:
         loaded = load_dataset(dataset, None if local else config)
     except Exception as error:  # the hub client and the builders raise nearly everything
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"could not load the data set {dataset!r}: {first} (give a folder or files of your own with --dataset or "
-            "--train_file and --test_file, or check the network)"
+            f"could not load the data set {dataset!r}: {said(error)} (give a folder or files of your own with "
+            "--dataset or --train_file and --test_file, or check the network)"
         ) from error
     found = []
     for split in splits:
