@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from jaguar.saved_values import Saved, SavedTensor, saved
+from jaguar.saved_values import Saved, SavedTensor, copies, saved
 
 # A look at everything costs a copy of all buffers: at the powers of two, and at every 64th step.
 _EVERY = 64
@@ -33,7 +33,8 @@ class ModuleState:
 
     Names that were set, deleted or made anew are noticed after every evaluation, by identity: a third of a microsecond
     for a module. What changes in place is found by comparing values in steps that look at everything (or, a step late,
-    by tensors' version counters); between these, only what was seen to change is copied and compared.
+    by tensors' version counters); between these, only what was seen to change is copied and compared. Frozen parameters
+    may be most of the memory, so of these only the counters are looked at: their first change in a run stays.
 
     A closure does not name its models. A step that looks sees them through a global hook; where torch.compile is in
     use, which would compile everything once more for the sake of a hook, it looks among all modules alive.
@@ -47,7 +48,7 @@ class ModuleState:
         self._names: list[Names] = []
         self._values: list[Any] = []
         self._contents: list[tuple[Place, Saved]] = []
-        self._written: list[tuple[Place, Tensor]] = []  # those tensors that may be, and their versions
+        self._tensors: list[tuple[Place, Tensor]] = []  # whose versions are looked at after every step
         self._versions: list[int] = []
         self._moving: dict[tuple[int, str], Place] = {}
 
@@ -69,6 +70,7 @@ class ModuleState:
         if self._looking or self._moving:
             self._perturbed = frozenset(tensor.untyped_storage().data_ptr() for tensor in perturbed)
         if not self._looking:
+            self._versions = [tensor._version for _, tensor in self._tensors]
             self._copy(self._moving.values())
             return
         self._n_looks += 1
@@ -83,6 +85,7 @@ class ModuleState:
             self._hook = register_module_forward_pre_hook(self._called)
         for root in roots:
             self._see(root)
+        self._copy(place for place in self._moving.values() if isinstance(place[0].get(place[1]), nn.Parameter))
 
     def rewind(self, seed: int) -> None:
         """Everything is as at `begin`, for another evaluation.
@@ -101,13 +104,11 @@ class ModuleState:
         if self._hook is not None:
             self._hook.remove()
         self._put_back()
-        if self._looking:
-            self._written = [(p, c.tensor) for p, c in self._contents if isinstance(c, SavedTensor)]
-        else:  # too late for this step, but not for the next
-            for (place, tensor), version in zip(self._written, self._versions, strict=True):
-                if tensor._version != version:
+        versions = [tensor._version for _, tensor in self._tensors]
+        if versions != self._versions:
+            for (place, _), before, now in zip(self._tensors, self._versions, versions, strict=True):
+                if now != before:
                     self._moving[id(place[0]), place[1]] = place
-        self._versions = [tensor._version for _, tensor in self._written]
         self._contents, self._memo, self._inside = [], {}, False
         if self._stale:
             self._forget()
@@ -139,13 +140,30 @@ class ModuleState:
             self._names += own
             self._values += chain.from_iterable(names.kept.values() for names in own)
             self._copy((names.holder, name) for names in own for name in names.kept if name not in _FORM)
+            if isinstance(frozen := module._parameters, dict):
+                self._note(((frozen, name), p) for name, p in frozen.items() if p is not None)
+
+    def _note(self, tensors: Iterable[tuple[Place, Tensor]]) -> None:
+        """Tensors whose version counters will tell of writing."""
+        for place, tensor in tensors:
+            if copies(tensor) and tensor.untyped_storage().data_ptr() not in self._perturbed:
+                self._tensors.append((place, tensor))
+                self._versions.append(tensor._version)
 
     def _copy(self, places: Iterable[Place]) -> None:
         n_known = len(self._memo)
+        content: Saved | None
         for holder, name in places:
-            content = saved(holder.get(name), self._perturbed, self._memo)
+            value, content = holder.get(name), None
+            if isinstance(value, nn.Parameter):  # frozen, and written to before
+                if value.untyped_storage().data_ptr() not in self._perturbed:
+                    content = SavedTensor(value)
+            else:
+                content = saved(value, self._perturbed, self._memo)
             if content is not None:
                 self._contents.append(((holder, name), content))
+                if self._looking and isinstance(content, SavedTensor):
+                    self._note([((holder, name), content.tensor)])
         for content in islice(self._memo.values(), n_known, None):
             if content is not None and self._seed is not None:
                 content.reseed(self._seed)
@@ -160,7 +178,7 @@ class ModuleState:
 
     def _forget(self) -> None:
         self._known, self._names, self._values, self._contents = set(), [], [], []
-        self._written, self._versions = [], []
+        self._tensors, self._versions = [], []
 
     def _died(self, _ref: weakref.ref[nn.Module]) -> None:
         """A model is gone: nothing of it is kept."""

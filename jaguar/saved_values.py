@@ -44,7 +44,7 @@ def saved(value: Any, apart: Collection[int], memo: dict[int, Saved | None]) -> 
     kind = type(value)
     made: Saved | None = None
     if isinstance(value, Tensor):
-        if _copies(value) and value.untyped_storage().data_ptr() not in apart:
+        if not isinstance(value, nn.Parameter) and copies(value) and value.untyped_storage().data_ptr() not in apart:
             made = SavedTensor(value)
     elif kind in (*_MAPPINGS, *_SEQUENCES, set) or isinstance(value, tuple):
         made = memo[id(value)] = SavedContainer(value)
@@ -64,21 +64,17 @@ def saved(value: Any, apart: Collection[int], memo: dict[int, Saved | None]) -> 
 
 
 class SavedTensor(Saved):
-    """A tensor's values.
-
-    batch_norm writes without raising the version counter, so values are compared; a tensor that was written to counts
-    as changed even if its values are what they were, because those of other inputs may not be.
-    """
+    """A tensor's values. batch_norm writes without raising the version counter, so values are compared."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._values, self._version = tensor, tensor.detach().clone(), tensor._version
+        self.tensor, self._values = tensor, tensor.detach().clone()
 
     def put_back(self) -> bool:
         """Compares, and copies where it must."""
         now, then = self.tensor, self._values
         same_form = (now.shape, now.dtype, now.device) == (then.shape, then.dtype, then.device)
         if same_form and torch.equal(now, then):
-            return now._version != self._version
+            return False
         with torch.no_grad():
             if same_form:
                 now.copy_(then)
@@ -191,10 +187,10 @@ class SavedGenerator(Saved):
         return generator.get_state(legacy=False)
 
 
-def _copies(tensor: Tensor) -> bool:
+def copies(tensor: Tensor) -> bool:
     """Whether values can be compared and written back: not those of subclasses, sparse, meta or inference tensors."""
     return (
-        type(tensor) in (Tensor, nn.Buffer)
+        type(tensor) in (Tensor, nn.Buffer, nn.Parameter)
         and tensor.layout == torch.strided
         and not (tensor.is_meta or tensor.is_inference() or tensor.is_quantized)
         and torch._debug_has_internal_overlap(tensor) != 1  # type: ignore[attr-defined]

@@ -329,6 +329,51 @@ def test_a_model_that_is_trained_later_is_looked_at_then() -> None:
         assert [bits(b) for b in model.buffers()] == before
 
 
+def test_frozen_parameters_that_follow_the_trained_ones() -> None:
+    """A momentum encoder: its first change is noticed when it is done, and no other follows."""
+
+    class Follows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.online, self.target = nn.Linear(4, 2), nn.Linear(4, 2).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                for p, q in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                    p.lerp_(q, 0.1)
+            return (self.online(x) - self.target(x)).square().mean()
+
+    model, x = Follows(), torch.randn(3, 4)
+    opt = JaguarSignSGD(model.online.parameters(), coordinates=0.5)
+    opt.step(lambda: model(x))
+    before = [bits(p) for p in model.target.parameters()]
+    met = []
+
+    def closure() -> Tensor:
+        met.append([bits(p) for p in model.target.parameters()])
+        return model(x)
+
+    for _ in range(10):
+        opt.step(closure)
+        assert [bits(p) for p in model.target.parameters()] == before
+    assert all(m == before for m in met)
+    model.target.weight.fill_(3.0)  # what its user writes stays
+    opt.step(lambda: model(x))
+    assert bool((model.target.weight == 3.0).all())
+
+
+def test_frozen_parameters_that_keep_still_are_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be most of the memory; not even when their user loads others."""
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 1))
+    opt = JaguarSignSGD(model[1].parameters(), coordinates=0.5)
+    saved: list[Any] = []
+    monkeypatch.setattr(jaguar.module_state, "SavedTensor", lambda t: saved.append(t))
+    for _ in range(10):
+        opt.step(lambda: model(torch.ones(2, 4)).mean())
+        model[0].load_state_dict(nn.Linear(4, 4).state_dict())
+    assert not saved
+
+
 def test_what_changes_between_steps_stays() -> None:
     model = Changing(setter(calls=0, mean=torch.zeros(2)), counted)
     opt = ZOSGD(model.parameters(), lr=0.0)
