@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ def check(args: ZOTrainingArguments) -> None:
     options: Any = args.lr_scheduler_kwargs or {}
     with _said_of(f"lr_scheduler_type {name}"):
         get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, dict(options))
+    accelerator: Any = args.accelerator_config
+    for f in fields(accelerator):
+        if isinstance(f.default, bool) and not isinstance(value := getattr(accelerator, f.name), bool):
+            raise ValueError(f"--accelerator_config: {f.name} is true or false, not {value!r}")
     with _said_of("report_to"):
         get_reporting_integration_callbacks(args.report_to)
     with _said_of("dataloader_num_workers and the like"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 import warnings
 from dataclasses import fields
 
 import pytest
+import tiny
 import torch
+import transformers
 from tiny import refused
 from transformers import TrainingArguments
 
@@ -203,7 +206,11 @@ def test_what_cannot_be_had_is_refused(name, settled, capsys):
         ("seed", ["4294967295"], ["4294967296", "٣", "1e3", "99999999999999999999999"]),
         ("save_total_limit", ["2147483647"], ["2147483648"]),
         ("lr_scheduler_kwargs", ['{"num_cycles": 2}'], ['{"cycles": 2}', "x", '{"num_cycles": 2']),
-        ("accelerator_config", ['{"even_batches": false}'], ['{"no_such": 1}', "no/such.json", "[]"]),
+        (
+            "accelerator_config",
+            ['{"even_batches": false}'],
+            ['{"no_such": 1}', "no/such.json", "[]", '{"even_batches": "no"}', '{"split_batches": 0}'],
+        ),
         ("include_num_input_tokens_seen", ["all", "non_padding", "no"], ["some"]),
         ("report_to", ["none"], ["x", "tensorboards"]),
         ("config", [], ["no/such.yaml", "/dev/null", "."]),
@@ -325,6 +332,54 @@ def test_what_does_nothing_says_so(name):
 def test_the_baseline_with_gradients_clips_them():
     run = Run("lm", "out", arguments={"optim_zo": "fo-sgd", "max_grad_norm": 0.5, "use_cpu": True})
     assert run.trainer_arguments().max_grad_norm == 0.5
+
+
+# -- to the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flags")
+    tiny.causal_lm(folder / "lm")
+    tiny.write_csv(folder / "train.csv", tiny.sentences(24, seed=1))
+    tiny.write_csv(folder / "test.csv", tiny.sentences(8, seed=2))
+    return folder
+
+
+@pytest.fixture
+def as_before():
+    """What some flags change in the whole process."""
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+    transformers.logging.set_verbosity_warning()
+
+
+def _runs(folder, out, words):
+    files = ["--train_file", str(folder / "train.csv"), "--test_file", str(folder / "test.csv")]
+    line = ["finetune", "--model", str(folder / "lm"), *files, "--output_dir", str(out), "--use_cpu"]
+    line += [] if "--num_train_epochs" in words else ["--max_steps", "2"]
+    line += ["--per_device_train_batch_size", "4", "--template", "{text}:", "--verbalizers", " negative", " positive"]
+    return cli.main(tiny.later_wins([*line, *words]))
+
+
+# What means something else in a run with these rows: names of files, columns and modules.
+NAMES_OF_THINGS = {*OWN["text"].split(), "task", "load_in_4bit", "max_length", "num_train"}
+RUNNING = sorted((KIND.keys() | WORDS.keys()) - NAMES_OF_THINGS)
+QUICK = {"save_total_limit", "eval_strategy", "dataloader_num_workers", "bf16", "lr_scheduler_type", "signs"}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNNING]
+)
+def test_what_is_taken_runs_to_the_end(name, folder, tmp_path, as_before):
+    taken = [WORDS[name]] if name in WORDS else KINDS[KIND[name]][0]
+    value = next(value for value in taken if value is not None)
+    assert _runs(folder, tmp_path / "out", [*WITH.get(name, []), f"--{name}", value]) == 0
 
 
 # -- eval and info -----------------------------------------------------------------------------------------------------
