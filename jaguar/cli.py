@@ -196,6 +196,8 @@ def _info(args: argparse.Namespace, console: Console) -> int:
     table.add_row(
         "Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference"
     )
+    own = "in bf16" if ops.multiplies_bf16() else "in fp32, rounded to bf16 (this CPU has no fast products in bf16)"
+    table.add_row("bf16 products on CPU", own)
     console.print(table)
     if "model" in args:
         with _refusals():

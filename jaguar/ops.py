@@ -21,6 +21,7 @@ from jaguar.kept import keeping
 from jaguar.muon import Moves, MuonSteps, Orthogonaliser
 from jaguar.params import Slot
 from jaguar.parts import Parts
+from jaguar.reference import multiplies_bf16 as multiplies_bf16
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
 from jaguar.schemes import SCHEMES, checked

@@ -21,7 +21,8 @@ def newton_schulz(
 
     A zero matrix stays zero; a matrix with a NaN or an infinity becomes NaN and leaves the rest of its batch alone.
     Kernels iterate in 16 bits with fp32 sums whatever G's dtype, on operands in fp16, which rounds 8 times finer than
-    bf16 and whose range normalised values fit; the reference iterates in `dtype` itself.
+    bf16 and whose range normalised values fit; the reference iterates in `dtype` itself (on CPUs without products in
+    bf16, such values are multiplied in fp32 and rounded, which is 30 times faster there).
 
     Args:
         G: (m, n), or a batch (b, m, n), of any floating dtype and any strides.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -230,3 +231,26 @@ def test_named_kernels_refuse_what_they_cannot_do(steps: int, dtype: torch.dtype
             ops.assigned(name, OnGpu(), steps, dtype)
     with pytest.raises(ops.Unavailable, match="the matrix is on cpu"):
         ops.assigned("cuda", torch.ones(2, 2), 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize("coefficients", ["cubic", "quintic"])
+@pytest.mark.parametrize("shape", [(24, 40), (3, 40, 24)])
+def test_bf16_on_a_cpu_without_products_in_bf16(
+    coefficients: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products in fp32, rounded: bf16 iterates, as far from fp64's as those of products in bf16."""
+    G = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    exact = jaguar.newton_schulz(G, dtype=torch.float64, coefficients=coefficients)
+    errors, seen = [], []
+    real = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda a, *rest, **scale: seen.append(a) or real(a, *rest, **scale))
+    for has in (False, True):
+        module = sys.modules["jaguar.reference.newton_schulz"]  # whose name is also its function's
+        monkeypatch.setattr(module, "multiplies_bf16", lambda: has)  # noqa: B023
+        out = jaguar.newton_schulz(G, dtype=torch.bfloat16, coefficients=coefficients, backend="reference")
+        assert {a.dtype for a in seen} == {torch.bfloat16 if has else torch.float32}
+        assert all(torch.equal(a, a.to(torch.bfloat16).to(a.dtype)) for a in seen)
+        errors.append((out - exact).norm() / exact.norm())
+        assert torch.equal(out, out.to(torch.bfloat16).float())
+        seen.clear()
+    assert errors[0] < 1.2 * errors[1] < 0.05

@@ -57,7 +57,8 @@ class JaguarMuon(CoordinateMomentum):
         update: what the sign rule moves: "sampled" or "all".
         ns_steps: iterations; None: 10 for cubic, 5 for quintic, 8 for polar_express.
         ns_coefficients: "cubic" (the paper's), "quintic" or "polar_express".
-        ns_dtype: torch.bfloat16, or float32 or float64, which the reference has.
+        ns_dtype: torch.bfloat16, or float32 or float64, which the reference has. CPUs without products in bf16 multiply
+            bf16 values in fp32 and round.
         ns_period: r, at least 1.
         vector_lr: learning rate of the sign rule; None: 0.01 lr. Groups keep it as its ratio to lr, so that schedulers
             scale both.

@@ -8,6 +8,8 @@ and tends to 1. `jaguar.schemes` has the coefficients.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ def newton_schulz(G: Tensor, coefficients: list[Coefficients], margin: float, dt
     """The iteration in `dtype`: (m, n) or (b, m, n) of any floating dtype -> the same shape, contiguous, in `dtype`.
 
     A zero matrix stays zero; a matrix with a NaN or an infinity becomes NaN and leaves the rest of its batch alone.
+    On a CPU without products in bf16, those of bf16 values are made in fp32 and rounded: the same but for the order
+    of the sums.
 
     Source: arXiv 2506.04430, Algorithm 2; quintic: K. Jordan, Muon, 2024; polar_express: arXiv 2505.16932.
     """
@@ -26,13 +30,26 @@ def newton_schulz(G: Tensor, coefficients: list[Coefficients], margin: float, dt
     tall = G.shape[-2] > G.shape[-1]
     X = normalised(G.mT if tall else G, margin, dtype)
     batch = X if X.dim() == 3 else X.unsqueeze(0)
+    wide = dtype == torch.bfloat16 and G.device.type == "cpu" and not multiplies_bf16()
+    batch = batch.to(torch.float32) if wide else batch
     with torch.autocast(G.device.type, enabled=False):  # which would make the products in its own precision
         for a, b, c in coefficients:
-            R = batch @ batch.mT
-            B = torch.baddbmm(R, R, R, beta=b, alpha=c) if c else R
-            batch = torch.baddbmm(batch, B, batch, beta=a, alpha=1.0 if c else b)
-    X = batch if X.dim() == 3 else batch.squeeze(0)
+            R = _rounded(batch @ batch.mT, wide)
+            B = _rounded(torch.baddbmm(R, R, R, beta=b, alpha=c), wide) if c else R
+            batch = _rounded(torch.baddbmm(batch, B, batch, beta=a, alpha=1.0 if c else b), wide)
+    X = (batch if X.dim() == 3 else batch.squeeze(0)).to(dtype)
     return (X.mT if tall else X).contiguous()
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether torch has fast products in bf16 on this CPU; its others take 30 times as long as those in fp32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _rounded(values: Tensor, to_bf16: bool) -> Tensor:
+    """fp32 that holds bf16 values."""
+    return values.to(torch.bfloat16).to(torch.float32) if to_bf16 else values
 
 
 def normalised(G: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
