@@ -77,7 +77,7 @@ _FIELDS = [
     (
         16,
         """q_lora_rank kv_lora_rank qk_head_dim o_lora_rank hc_lowrank gated_norm_rank laurel_rank adapter_rank d_rel
-        index_topk ssm_state_size state_size mamba_d_state time_step_rank mamba_dt_rank""",
+        ssm_state_size state_size mamba_d_state time_step_rank mamba_dt_rank""",
     ),
     (
         WINDOW,
@@ -85,6 +85,7 @@ _FIELDS = [
         local_attention keep_window_size
         chunk_size mamba_chunk_size""",
     ),
+    (64, "index_topk"),  # more than a row has: what a real model drops of its first 2048 tokens is nothing
     (
         128,
         """max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length
@@ -131,6 +132,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": _GEMMA_3N,
     "granitemoehybrid": _MAMBA | _MIXED,
     "hrm_text": {"num_layers_per_stack": None},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "jamba": _HYBRID,
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -138,7 +140,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "markuplm": {"max_depth": 4},
     "mistral4": {"qk_rope_head_dim": 4},
-    "mobilebert": {"intra_bottleneck_size": WIDTH},
+    "mobilebert": {"intra_bottleneck_size": WIDTH, "embedding_size": 16},
     "mt5": _START,
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8},
     "neomme": {"head_dim": 16},
