@@ -268,10 +268,12 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
                 processes=self.args.world_size,
                 spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
             )
-        both = torch.stack([total.to(self.args.device), weight.to(self.args.device)])
+        total, weight = total.to(self.args.device), weight.to(self.args.device)
         if self.args.world_size > 1:
+            both = torch.stack([total.reshape(()), weight])
             dist.all_reduce(both)
-        return both[0] / both[1]
+            total, weight = both
+        return total / weight
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
         """What `compute_loss` says of a micro-batch."""
@@ -281,6 +283,8 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
             loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
         finally:
             self.args.average_tokens_across_devices = kept
+        if loss.numel() != 1:
+            raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}; take its mean")
         self.zeroth_order.watch_dtype(self._grain.dtype(loss))
         return loss
 

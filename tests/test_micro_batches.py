@@ -259,6 +259,26 @@ def test_what_the_user_says_of_the_loss_counts(tmp_path):
     assert trainer.zeroth_order.last_record.losses == pytest.approx([4 * loss for loss in mean], rel=2e-6)
 
 
+class Columns(Shifting):
+    """A loss for each row, or their mean in a tensor of one element."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, input_ids, labels=None):
+        losses = F.cross_entropy(self.logits(input_ids).mean(1), labels, reduction="none")
+        return {"loss": losses.mean()[None] if self.mean else losses}
+
+
+@pytest.mark.parametrize("split", [(8, 1), (2, 4)], ids=str)
+def test_losses_of_other_shapes(tmp_path, split):
+    with pytest.raises(ValueError, match=r"the loss must be one number, got a tensor of shape \(.,\); take its mean"):
+        trained(tmp_path, Columns(mean=False), CLASSES, *split)
+    with pytest.warns(UserWarning, match=r"the closure's loss has shape \(1,\)"):
+        trained(tmp_path, Columns(mean=True), CLASSES, *split)
+
+
 # -- half precision ----------------------------------------------------------------------------------------------------
 
 
