@@ -28,7 +28,7 @@ def digest(model):
 out, rank, world = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 # A file and not a port: another process may take a port that is free now.
 torch.distributed.init_process_group("gloo", init_method=f"file://{{out}}/store", rank=rank, world_size=world)
-args = arguments(out + "/run", 4, per_device_train_batch_size=4)
+args = arguments(out + "/run", 4, per_device_train_batch_size=4, save_strategy="steps", save_steps=2)
 model = classifier()
 if args.process_index == 1:
     with torch.no_grad():
@@ -65,6 +65,9 @@ def run(folder, world):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "of_an_earlier_run").touch()
     one, other = run(tmp_path, 2)
     assert one == other  # bit for bit the same model, and the same records
     assert one[1] == "BertForSequenceClassification" and one[3] == 4
@@ -75,6 +78,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert list(alone.zeroth_order.last_record.losses) == one[2]
     data = b"".join(p.detach().numpy().tobytes() for p in alone.model.parameters())
     assert hashlib.sha256(data).hexdigest() == one[0]
+    # The checkpoint of both is whole, and one process goes on from it in the same way, saying what is other.
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "of_an_earlier_run").exists()
+    again = ZOTrainer(classifier(), args, train_dataset=labelled())
+    with pytest.warns(UserWarning, match=r"not as a run that never stopped: processes 2 then, 1 now$"):
+        again.train(resume_from_checkpoint=str(folder))
+    assert b"".join(p.detach().numpy().tobytes() for p in again.model.parameters()) == data
+    (folder / "rng_state_1.pth").unlink()
+    with pytest.raises(ValueError, match=r"rng_state_1\.pth is missing"):
+        again.train(resume_from_checkpoint=str(folder))
     # What a loss is a mean of makes no difference, nor that Trainer multiplies some by the number of processes.
     for head, losses in one[4].items():
         *made, data = HEADS[head]
