@@ -87,6 +87,9 @@ def test_batches_that_are_shown_one_by_one_come_in_order(tmp_path):
     trainer = scored(tmp_path, eval_do_concat_batches=False, per_device_eval_batch_size=4)
     output = trainer.predict(trainer.eval_dataset)
     assert [label for part in output.label_ids for label in part.tolist()] == [e.label for e in trainer.eval_dataset]
+    trainer = scored(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)  # the last two of ten rows
+    output = trainer.predict(trainer.eval_dataset)
+    assert output.label_ids.tolist() == [e.label for e in trainer.eval_dataset[:8]]
     trainer = scored(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=4)
     labels = []
 
