@@ -129,7 +129,7 @@ class ScoredTrainer(Trainer):
         return by_length(eval_dataset)  # rows of similar length share a batch
 
     def _by_length(self, dataset: Any) -> bool:
-        """Whether evaluation takes rows by length; not batches shown one by one, streams, and where rows are left out."""
+        """Whether evaluation takes rows by length: not streams, batches shown one by one, or with rows left out."""
         args = self.args
         whole = args.eval_do_concat_batches and not args.batch_eval_metrics and not args.dataloader_drop_last
         return self.scorer is not None and whole and not isinstance(dataset, IterableDataset)
