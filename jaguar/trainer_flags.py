@@ -85,7 +85,6 @@ _CHECKS: dict[str, Callable[[str], Any]] = {
     "gradient_checkpointing_kwargs": values.json_object,
     "parallelism_config": values.json_object,
 }
-_CHOICES = {"train_sampling_strategy": ("random", "sequential", "group_by_length")}
 
 
 @functools.cache
@@ -112,7 +111,6 @@ def _parser() -> Any:
         elif action.type is int:
             action.type = values.whole(-(2**31))
         action.type = _CHECKS.get(name, action.type) if action.nargs != 0 else None
-        action.choices = _CHOICES.get(name, action.choices)
         action.default, action.required = argparse.SUPPRESS, False
         # For the help; words are spelled with underscores before they are parsed.
         action.option_strings = [word for word in action.option_strings if "-" not in word[2:]]

@@ -80,7 +80,7 @@ WORDS = {
     "hub_strategy": "end",
     "metric_for_best_model": "accuracy",
     "dataloader_multiprocessing_context": "spawn",
-    "train_sampling_strategy": "sequential",
+    "train_sampling_strategy": "batch_rebalance",
     "debug": "underflow_overflow",
     "ddp_backend": "gloo",
     **{name: words[0] for name, words in choices.OPTIONS.items()},
