@@ -43,7 +43,7 @@ class Parts:
     def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
         """What moves the parameters along each direction and back; `taus` has one length per slot."""
         made = [steps.probes(draws, [taus[i] for i in where]) for where, steps in self.parts]
-        return [JointProbe(probes) for probes in zip(*made, strict=True)]
+        return [JointProbe([probes[k] for probes in made]) for k in range(len(draws))]  # also of no part at all
 
     def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
         """The perturbations that rounding swallows, per tensor."""

@@ -70,7 +70,7 @@ class CoordinateMomentum(ZerothOrder):
 
     def _check_enough(self, slots: Sequence[Slot]) -> None:
         count, total = self._options["coordinates"], sum(slot.total for slot in slots)
-        if isinstance(count, int) and count > total:
+        if slots and isinstance(count, int) and count > total:
             raise ValueError(f"coordinates={count} is more than the {total} there are; a float in (0, 1] is a fraction")
 
     @property

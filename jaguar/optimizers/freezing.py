@@ -18,30 +18,32 @@ class Frozen:
 
     def __init__(self) -> None:
         self.mark = 0
-        self._told = False
+        self._told: set[str] = set()
 
     def read(self, slots: Sequence[Slot]) -> bool:
-        """Looks at every tensor; returns whether the frozen ones are others than at the last call.
-
-        Raises:
-            ValueError: all are frozen.
-        """
+        """Looks at every tensor; returns whether the frozen ones are others than at the last call."""
         names = [slot.name for slot in slots if not slot.tensor.requires_grad]
         before, self.mark = self.mark, mark(names)
         if names and len(names) == len(slots):
-            raise ValueError(
-                f"no parameter to train: all {len(slots)} tensors of the optimizer have requires_grad=False by now; "
-                "call requires_grad_() on those that should train"
+            self._tell(
+                "all",
+                f"all {len(slots)} tensors of the optimizer have requires_grad=False by now, so its steps move "
+                "nothing: call requires_grad_() on those that should train, or make an optimizer for the adapter that "
+                "does",
             )
-        if names and not self._told:
-            self._told = True
+        elif names:
             some = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
-            warnings.warn(
+            self._tell(
+                "some",
                 f"{len(names)} of {len(slots)} tensors have requires_grad=False since the optimizer was made ({some}): "
                 "they stay as they are, with their state, until they require gradients again (said once)",
-                stacklevel=5,
             )
         return self.mark != before
+
+    def _tell(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(message, stacklevel=6)
 
 
 def mark(names: Sequence[str]) -> int:
