@@ -1,4 +1,4 @@
-"""Copies of what can change in place, and the way back: tensors, arrays, containers of them, random generators."""
+"""Copies of what can change in place, and the way back: tensors, arrays, containers and records of them, generators."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from operator import is_not
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ class Saved(ABC):
 def saved(value: Any, apart: Collection[int], memo: dict[int, Saved | None]) -> Saved | None:
     """What is needed to put `value` back; None for what cannot change in place, or is left alone.
 
-    Left alone are objects of other classes (their contents may be handles that live once), parameters, and tensors
-    that cannot be copied or compared.
+    Of objects, the fields of dataclasses and SimpleNamespaces are looked at. Left alone are objects of other classes
+    (their contents may be handles that live once), parameters, and tensors that cannot be copied or compared.
 
     Args:
         apart: addresses of storages whose tensors are left alone.
@@ -51,6 +53,9 @@ def saved(value: Any, apart: Collection[int], memo: dict[int, Saved | None]) -> 
         made.save_items(apart, memo)
         if isinstance(value, tuple) and not made.items:
             made = None
+    elif kind is SimpleNamespace or (is_dataclass(kind) and not isinstance(value, (dict, nn.Module))):
+        made = memo[id(value)] = SavedContainer(vars(value)) if hasattr(value, "__dict__") else SavedSlots(value)
+        made.save_items(apart, memo)
     elif isinstance(value, (torch.Generator, random.Random)):
         made = SavedGenerator(value)
     elif (numpy := sys.modules.get("numpy")) is not None:
@@ -107,7 +112,7 @@ class SavedContainer(Saved):
 
     def __init__(self, container: Any) -> None:
         self._container = container
-        self._held = dict(container) if isinstance(container, dict) else list(container)
+        self._held: Any = dict(container) if isinstance(container, dict) else list(container)
         self.items: list[Saved] = []
 
     def save_items(self, apart: Collection[int], memo: dict[int, Saved | None]) -> None:
@@ -142,6 +147,27 @@ class SavedContainer(Saved):
         if isinstance(then, dict):
             return not any(map(is_not, chain(now, now.values()), chain(then, then.values())))
         return not any(map(is_not, now, then))
+
+
+class SavedSlots(SavedContainer):
+    """What the fields of a dataclass with slots hold, and the contents of that."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+        super().__init__(self._now())
+
+    def put_back(self) -> bool:
+        """Contents first, then the fields, frozen ones too."""
+        self._container = self._now()
+        changed = super().put_back()
+        if changed:
+            for name, value in self._held.items():
+                object.__setattr__(self._record, name, value)
+        return changed
+
+    def _now(self) -> dict[str, Any]:
+        record = self._record
+        return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}
 
 
 class SavedGenerator(Saved):

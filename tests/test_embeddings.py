@@ -208,6 +208,18 @@ def test_sparse_means_nothing_without_gradients() -> None:
     assert rows(Bag(PAD, sparse=True)) == {"table.weight": PAD}
 
 
+def test_modules_are_looked_for_only_where_an_embedding_has_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Embedding):
+        """As transformers has them."""
+
+    monkeypatch.setattr("jaguar.optimizers.embeddings._modules", lambda: 1 / 0)
+    others = [Bag(PAD), Bag(0)]  # of another model
+    assert rows(Bag(None)) == {} and rows(nn.Linear(3, 2)) == {}
+    for model in (others[1], Bag(0, Scaled), Bag(0, nn.EmbeddingBag), Bag(None, Scaled, scale_grad_by_freq=True)):
+        with pytest.raises(ZeroDivisionError):
+            rows(model)
+
+
 def test_modules_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Bag(PAD)
     opt = jaguar.ZOSGD([{"params": [("table.weight", model.table.weight)]}])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import gc
 import itertools
 import pickle
 import random
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +33,10 @@ def plain(value: Any, depth: int = 9) -> Any:
         return ("tensor", tuple(value.shape), value.dtype, bits(value))
     if isinstance(value, nn.Module):
         return everything(value)
+    if isinstance(value, types.SimpleNamespace):
+        return plain(vars(value), depth)
+    if isinstance(value, (Record, SlottedRecord, FrozenRecord)):
+        return [plain(getattr(value, field.name), depth - 1) for field in dataclasses.fields(value)]
     if isinstance(value, dict):
         return {key: plain(v, depth - 1) for key, v in value.items()}
     if isinstance(value, (list, tuple, collections.deque)):
@@ -165,6 +171,33 @@ def grown(m: Any) -> Any:
     return m.cache.sum()
 
 
+@dataclasses.dataclass
+class Record:
+    calls: int = 0
+    seen: list[int] = dataclasses.field(default_factory=lambda: [0])
+    cache: Any = None
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedRecord:
+    calls: int = 0
+    seen: list[int] = dataclasses.field(default_factory=lambda: [0])
+    cache: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenRecord:
+    counts: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2))
+
+
+def in_record(m: Any, direct: bool = False) -> Any:
+    record = m if direct else m.record
+    record.calls += 1
+    record.seen[0] += 1
+    record.cache = torch.zeros(2) if record.cache is None else record.cache + 1
+    return record.calls + record.seen[0] + record.cache.sum()
+
+
 def trained(m: Any) -> Any:
     was = m.training
     m.train(not was)
@@ -206,6 +239,11 @@ STATES = {
     "an array": (setter(counts=np.zeros(3)), in_array),
     "a set": (setter(lengths={0}), added),
     "a tuple of tensors": (setter(state=(torch.ones(3), 1)), in_tuple),
+    "fields of a dataclass, bound in place": (setter(record=Record()), in_record),
+    "fields of a dataclass with slots, bound in place": (setter(record=SlottedRecord()), in_record),
+    "a namespace, bound in place": (setter(record=types.SimpleNamespace(calls=0, seen=[0], cache=None)), in_record),
+    "a dict of dataclasses": (setter(load={"a": Record()}), lambda m: in_record(m.load["a"], direct=True)),
+    "a frozen dataclass, in place": (setter(record=FrozenRecord()), lambda m: m.record.counts.add_(1).sum()),
     "the mode": (setter(), trained),
     "a list that holds itself": (tie, cyclic),
 }
