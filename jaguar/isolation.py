@@ -27,6 +27,7 @@ class Isolation:
     Covers the generators of python, numpy, torch's CPU and the given CUDA devices, and what `ModuleState` covers.
 
     Args:
+        closure: what will be evaluated.
         devices: whose generators closures may use.
         state: of the modules; kept from step to step.
         step: number of the step.
@@ -34,17 +35,22 @@ class Isolation:
     """
 
     def __init__(
-        self, devices: Iterable[torch.device], state: ModuleState, step: int, perturbed: Sequence[Tensor]
+        self,
+        closure: Callable[[], Any],
+        devices: Iterable[torch.device],
+        state: ModuleState,
+        step: int,
+        perturbed: Sequence[Tensor],
     ) -> None:
         cuda = {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
         self._generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in sorted(cuda))]
-        self._modules, self._step, self._perturbed = state, step, perturbed
+        self._closure, self._modules, self._step, self._perturbed = closure, state, step, perturbed
 
     def __enter__(self) -> Isolation:
         self._states = [generator.get_state() for generator in self._generators]
         self._python = random.getstate()
         self._numpy = _numpy_random().get_state(legacy=False) if _numpy_random() else None
-        self._modules.begin(self._step, self._perturbed)
+        self._modules.begin(self._closure, self._step, self._perturbed)
         return self
 
     def __exit__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from jaguar.reached import reached
 from jaguar.saved_values import Saved, SavedTensor, copies, saved
 
 # A look at everything costs a copy of all buffers: at the powers of two, and at every 64th step.
@@ -36,8 +37,9 @@ class ModuleState:
     by tensors' version counters); between these, only what was seen to change is copied and compared. Frozen parameters
     may be most of the memory, so of these only the counters are looked at: their first change in a run stays.
 
-    A closure does not name its models. A step that looks sees them through a global hook; where torch.compile is in
-    use, which would compile everything once more for the sake of a hook, it looks among all modules alive.
+    A step that looks sees the models that have trained tensors and are reached from the closure, by whatever method
+    they are entered, and through a global hook all others that are called; where torch.compile is in use, which would
+    compile everything once more for the sake of a hook, it looks among all modules alive.
     """
 
     def __init__(self) -> None:
@@ -55,10 +57,11 @@ class ModuleState:
     def __reduce__(self) -> tuple[type[ModuleState], tuple[()]]:
         return ModuleState, ()  # a copied optimizer looks for itself
 
-    def begin(self, step: int, perturbed: Iterable[Tensor]) -> None:
+    def begin(self, closure: Callable[..., Any], step: int, perturbed: Iterable[Tensor]) -> None:
         """Remembers the state before a step.
 
         Args:
+            closure: what will be evaluated.
             step: its number, which decides whether it looks at everything; it also does if something is not as it was.
             perturbed: the trained tensors; what shares their memory changes with them and stays out of this.
         """
@@ -83,6 +86,7 @@ class ModuleState:
             roots += [m for m in alive if {"_modules", "_buffers"} <= m.__dict__.keys()]  # the others are being made
         elif scheduled:
             self._hook = register_module_forward_pre_hook(self._called)
+            roots += filter(self._trains, reached(closure))
         for root in roots:
             self._see(root)
         self._copy(place for place in self._moving.values() if isinstance(place[0].get(place[1]), nn.Parameter))
@@ -126,6 +130,10 @@ class ModuleState:
     def _called(self, module: nn.Module, _inputs: Any) -> None:
         if not torch.compiler.is_compiling():
             self._see(module)
+
+    def _trains(self, module: nn.Module) -> bool:
+        """Whether it has trained tensors; what else a closure reaches, say metrics, may keep what it is told."""
+        return any(p.untyped_storage().data_ptr() in self._perturbed for p in module.parameters() if copies(p))
 
     def _see(self, root: nn.Module) -> None:
         """Remembers a module and all inside it, unless they are known."""

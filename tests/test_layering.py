@@ -18,7 +18,7 @@ SOURCES = sorted(p for p in ROOT.rglob("*.py") if "__pycache__" not in p.parts)
 
 # Bottom to top; a file imports only from layers below its own, or from its own package. The rest are outer leaves.
 LAYERS = [
-    {"saved_values"},
+    {"saved_values", "reached"},
     {"record", "journal", "interrupts", "module_state", "rng", "storage", "params", "rules", "schemes"}
     | {"triton_kernels"},
     {"samples"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import pickle
@@ -313,6 +314,84 @@ def test_generators_of_modules_draw_the_same_within_a_step_only(name: str, insid
         opt.step(model)
         assert plain(generator) == before
     assert drawn[0::2] == drawn[1::2] and len(set(drawn)) == 8
+
+
+class Entered(nn.Module):
+    """A model with methods of its own that are closures' ways in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weights(torch.float32, 8))
+        self.inner = nn.Linear(2, 2)
+        self.calls = 0
+
+    def training_step(self, scale: float = 1.0) -> Tensor:
+        self.calls += 1
+        return scale * (self.weight * self.weight).sum() + self.calls
+
+    forward = training_step
+
+
+class Algorithm:
+    def __init__(self, model: Any) -> None:
+        self.parts = {"policy": [model]}
+
+    def loss(self) -> Tensor:
+        return self.parts["policy"][0].training_step()
+
+    __call__ = loss
+
+
+def helped(model: Any) -> Callable[[], Tensor]:
+    def helper(scale: float) -> Tensor:
+        return model.training_step(scale)
+
+    return lambda: helper(1.0)
+
+
+WAYS: dict[str, Callable[[Any], Callable[[], Tensor]]] = {
+    "a method": lambda model: lambda: model.training_step(),
+    "forward": lambda model: model.forward,
+    "partial": lambda model: functools.partial(model.training_step, scale=1.0),
+    "a default": lambda model: lambda m=model: m.training_step(),
+    "a helper": helped,
+    "an object's method": lambda model: Algorithm(model).loss,
+    "a callable object": Algorithm,
+    "a wrapper": lambda model: (lambda wrapper: lambda: wrapper[0].training_step())(nn.Sequential(model)),
+    "a list": lambda model: lambda models=(None, [model]): models[1][0].training_step(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_models_that_are_entered_by_other_methods(way: str) -> None:
+    """No hook tells of them; the closure does."""
+    model = Entered()
+    closure = WAYS[way](model)
+    opt = ZOSGD(model.parameters(), lr=0.0)
+    for _ in range(6):
+        record = opt.measure(closure)
+        assert abs(record.losses[0] - record.losses[1]) < 0.1 and model.calls == 0
+        opt.apply_(record)
+
+
+def test_a_global_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "entered", Entered())
+    exec("def closure():\n    return entered.training_step()", globals())
+    opt = ZOSGD(globals()["entered"].parameters())
+    opt.step(globals().pop("closure"))
+    assert globals()["entered"].calls == 0
+
+
+def test_what_has_no_trained_tensors_and_is_not_called_keeps_what_it_is_told() -> None:
+    """A metric is no part of the function that is minimised."""
+    model, metric = Entered(), Entered()
+
+    def closure() -> Tensor:
+        metric.calls += 1
+        return model.training_step()
+
+    ZOSGD(model.parameters()).step(closure)
+    assert model.calls == 0 and metric.calls == 2
 
 
 def dynamic(kind: str) -> nn.Module:

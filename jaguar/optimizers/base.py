@@ -270,7 +270,7 @@ class ZerothOrder(Contract):
         draws, double = self._draws(), self._roster.double
         seed = rng.closure_seed(self._seed, self._step)
         lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        surroundings = Isolation(self._roster.devices, self._modules, self._step, self._roster.tensors)
+        surroundings = Isolation(closure, self._roster.devices, self._modules, self._step, self._roster.tensors)
         with surroundings as isolation, torch.no_grad():
 
             def evaluate() -> float:
