@@ -100,9 +100,14 @@ class MicroBatches:
     def _check(self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss, tolerance: float) -> None:
         """Compares a batch with two parts of it, where what its loss is a mean over may be seen.
 
-        Parts with the same number of labels cannot tell rows from labels: they are looked at once.
+        Parts with the same number of labels cannot tell rows from labels: they are looked at once. Parts with the very
+        same labels tell nothing, as classes may have weights.
         """
-        found = [splitting for splitting in _splittings(window) if all(_count(part, _LABELS) for part in splitting[1:])]
+        found = [
+            splitting
+            for splitting in _splittings(window)
+            if all(_count(part, _LABELS) for part in splitting[1:]) and not _alike(*splitting[1:])
+        ]
         telling = [parts for parts in found if _count(parts[1], _LABELS) != _count(parts[2], _LABELS)]
         best = next(iter(telling or ([] if self._looked else found)), None)
         kinds = [_SHARE]
@@ -239,6 +244,13 @@ def _splittings(window: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, An
             yield batch, *({key: value[half] for key, value in batch.items()} for half in halves)
         elif following is not None and _shapes(batch) == _shapes(following):
             yield {key: torch.cat([value, following[key]]) for key, value in batch.items()}, batch, following
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both have the same labels, in whatever order."""
+    labels = [batch.get("labels") for batch in (one, other)]
+    sets = [value.flatten().sort().values for value in labels if isinstance(value, Tensor)]
+    return len(sets) == 2 and torch.equal(*sets)
 
 
 def _shapes(batch: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,14 @@ class Contrastive(Shifting):
         return {"loss": F.cross_entropy(x @ x.T / 10, torch.arange(len(x)))}
 
 
+class Weighted(Shifting):
+    """Classes have weights, so that a row of a rare class counts more in the mean."""
+
+    def forward(self, input_ids, labels=None):
+        x = self.logits(input_ids).mean(1)[:, :2]
+        return {"loss": F.cross_entropy(x, labels, weight=torch.tensor([1.0, 9.0]))}
+
+
 class Counting(Shifting):
     """Takes the number of items, and adds something of its own."""
 
@@ -218,6 +226,18 @@ def test_what_depends_on_the_batch_is_said_once(tmp_path, cls, config, options, 
         warnings.warn(told[0], stacklevel=1)
     if cls is not Contrastive:  # an auxiliary loss has its weight, not that times the number of micro-batches
         assert losses == pytest.approx(trained(tmp_path, model, data, 8, 1, steps=2), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("split", "labels"),
+    [((1, 2), [0, 1, 1, 0]), ((1, 2), [1, 1, 0, 0, 1, 0]), ((2, 2), [0, 0, 1, 1, 0, 1, 1, 1])],
+    ids=["first window", "third window", "two rows"],
+)
+def test_weights_of_classes_are_said_where_the_classes_differ(tmp_path, split, labels):
+    model = model_of(Weighted, None, {})
+    data = [{"input_ids": ids, "labels": label} for ids, label in zip(IDS, labels, strict=False)]
+    with pytest.warns(UserWarning, match="loss of a Weighted depends on how its rows are batched"):
+        trained(tmp_path, model, data, *split, steps=3)
 
 
 def test_nothing_is_asked_where_one_batch_makes_the_step(tmp_path):
