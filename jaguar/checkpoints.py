@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,9 @@ def check(folder: Path, run: dict[str, Any]) -> None:
     """
     check_whole(folder, run["processes"])
     saved = _record(folder).get("run", {})
-    other = [f"{key.replace('_', ' ')} {saved[key]} then, {run[key]} now" for key in run if saved.get(key) != run[key]]
-    if saved and other:
+    known = [key for key in run if key in saved]  # nothing is known of checkpoints of others
+    other = [f"{key.replace('_', ' ')} {saved[key]} then, {run[key]} now" for key in known if saved[key] != run[key]]
+    if other:
         warnings.warn(
             f"going on from {str(folder)!r}, but not as a run that never stopped: {'; '.join(other)}", stacklevel=4
         )
@@ -130,7 +131,7 @@ def _lacking(folder: Path, processes: int) -> str:
         needed += states
     missing = [file for file in needed if not (folder / file).is_file()]
     if not missing:
-        return ""
+        return "" if "global_step" in _progress(folder) else f"{TRAINER_STATE_NAME} is damaged"
     why = " (save_only_model=True saves none)" if OPTIMIZER_NAME in missing else ""
     return f"it has no {', '.join(missing)}{why}; the optimizer and the order of the rows would begin anew"
 
@@ -158,7 +159,7 @@ def find_best(state: TrainerState, folder: Path) -> None:
 
     Says so if there was one and it is gone.
     """
-    saved = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    saved = _progress(folder).get("best_model_checkpoint")
     if saved is None or Path(saved).is_dir():
         return
     moved = folder.parent / Path(saved).name
@@ -169,13 +170,45 @@ def find_best(state: TrainerState, folder: Path) -> None:
     state.best_model_checkpoint = state.best_metric = state.best_global_step = None
 
 
+def say_what_stays(folder: Path, given: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Says which options of an optimizer are those of a checkpoint, where the run that goes on has others.
+
+    Args:
+        folder: the checkpoint.
+        given: the optimizer's groups before its state was loaded.
+        groups: and after; torch loads options, as it loads momentum.
+    """
+    # A scheduler moves lr, and keeps where it began.
+    names = {key: key for key in groups[0] if key not in ("params", "param_names", "lr")} | {"initial_lr": "lr"}
+    other = [
+        f"{name}={now[key]}, not {then[key]}"
+        for then, now in zip(given, groups, strict=True)
+        for key, name in names.items()
+        if key in then and key in now and then[key] != now[key]
+    ]
+    if other:
+        warnings.warn(
+            f"going on from {str(folder)!r} with what its optimizer had: {'; '.join(dict.fromkeys(other))}; for other "
+            "options begin a new run with its weights",
+            stacklevel=4,
+        )
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """How far the run was; empty if that cannot be read."""
+    try:
+        return dict(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {}
+
+
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         return {}  # of another program
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(f"{path} is damaged") from None
 
 

@@ -58,7 +58,6 @@ class ExactTrainer(Trainer):
             "training_rows": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
             "seed": args.seed,
             "data_seed": args.data_seed,
-            "learning_rate": args.learning_rate,
             "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         }
 
@@ -90,11 +89,31 @@ class ExactTrainer(Trainer):
             self.control.should_save = True
         return is_best
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._is_sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        given = [dict(group) for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if lacking := given[0].keys() - optimizer.param_groups[0].keys() - {"initial_lr", "param_names"}:
+            raise ValueError(
+                f"{checkpoint!r} is of a run with another optimizer: what it saved has no {', '.join(sorted(lacking))}"
+            )
+        checkpoints.say_what_stays(Path(checkpoint), given, optimizer.param_groups)
+
     def _init_training_state(self, *args: Any, **others: Any) -> Any:
         start = super()._init_training_state(*args, **others)  # type: ignore[no-untyped-call]
-        if self._resumed is not None:
-            checkpoints.find_best(self.state, self._resumed)
-        return start
+        if self._resumed is None:
+            return start
+        checkpoints.find_best(self.state, self._resumed)
+        if self.state.global_step < self.state.max_steps:
+            return start
+        warnings.warn(
+            f"{str(self._resumed)!r} is of step {self.state.global_step}, and the run has {self.state.max_steps}: no "
+            "step is taken",
+            stacklevel=4,
+        )
+        return self.state.num_train_epochs, 0  # Trainer would take one more
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         parent, args = Path(self._get_output_dir(trial)), self.args

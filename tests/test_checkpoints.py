@@ -333,7 +333,8 @@ def test_the_best_so_far_is_found_where_the_run_was_moved(tmp_path):
     run("a", 2).train()
     (tmp_path / "a").rename(tmp_path / "b")
     moved = run("c", 2)
-    moved.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    with pytest.warns(UserWarning, match="no step is taken"):
+        moved.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert moved.state.best_model_checkpoint == str(tmp_path / "b" / "checkpoint-2")
     state = json.loads((tmp_path / "b" / "checkpoint-2" / "trainer_state.json").read_text())
     state["best_model_checkpoint"] = str(tmp_path / "a" / "checkpoint-1")
