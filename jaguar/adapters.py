@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from jaguar.tolerance import rounding
 # Tokens that a new prefix is tried with.
 _PROBE = 3
 _TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
+# Types of layers whose memory is a running state, in the words of transformers' configurations.
+_RUNNING = ("linear_attention", "hybrid", "hybrid_sliding", "conv")
+
+
+class Unlike(ValueError):
+    """A prefix or prompt that a model reads otherwise than the tokens it is made of."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,14 @@ class Adapter:
                 "--lora"
             )
         places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if self.kind != "lora" and places and self.num_virtual_tokens >= places - _PROBE:
+        if self.kind != "lora" and places and 0 < places <= self.num_virtual_tokens + _PROBE:
             raise ValueError(
                 f"--num_virtual_tokens {self.num_virtual_tokens} leaves nothing to the prompt: a "
                 f"{type(model).__name__} has {places} positions"
             )
         task_type = _TASK_TYPES.get(model_kind)
         if self.kind == "lora":
+            self._refuse_unknown(model)
             config: Any = peft.LoraConfig(
                 task_type=task_type,
                 r=self.r,
@@ -86,14 +94,32 @@ class Adapter:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # PEFT fills caches without looking at their form, so nearly everything
-            advice = "name modules with --lora_target_modules" if self.kind == "lora" else "use --lora"
-            raise ValueError(
-                f"--{ADAPTERS[self.kind]} does not fit a {type(model).__name__}: {said(error)} ({advice})"
-            ) from error
+            raise self._unfit(type(model).__name__, self._why(model, error)) from error
         made = adapted.peft_config[adapted.active_adapter]
         if made.base_model_name_or_path and Path(made.base_model_name_or_path).is_dir():
             made.base_model_name_or_path = str(Path(made.base_model_name_or_path).resolve())
         return adapted
+
+    def check(self, config: Any) -> None:
+        """Looks at what a model's configuration says, before anything is read; the model itself decides.
+
+        Raises:
+            ValueError: the adapter cannot fit.
+        """
+        reason = _without_keys(config.get_text_config()) if self.kind == "prefix" else ""
+        if reason:
+            raise self._unfit((getattr(config, "architectures", None) or [type(config).__name__])[0], reason)
+
+    def _unfit(self, name: str, reason: str) -> ValueError:
+        advice = "name modules with --lora_target_modules" if self.kind == "lora" else "use --lora"
+        return ValueError(f"--{ADAPTERS[self.kind]} does not fit a {name}: {reason} ({advice})")
+
+    def _why(self, model: Any, error: Exception) -> str:
+        """The reason of an error in plain words, where it can be seen; the library's own behind it."""
+        if self.kind != "prefix" or isinstance(error, Unlike):
+            return said(error)
+        reason = _without_keys(model.config.get_text_config()) or _cached(model)
+        return f"{reason} (PEFT: {said(error)})"
 
     @property
     def _targets(self) -> list[str] | str | None:
@@ -106,11 +132,18 @@ class Adapter:
             )
         return patterns[0] if patterns else given or None
 
+    def _refuse_unknown(self, model: Any) -> None:
+        """PEFT is content with one name that it finds, and leaves the others out in silence."""
+        names = [f".{name}" for name, _ in model.named_modules()]
+        for target in self._targets if isinstance(self._targets, list) else ():
+            if not any(name.endswith(f".{target}") for name in names):
+                raise ValueError(f"--lora_target_modules {target}: a {type(model).__name__} has no module of this name")
+
     def _begin_with(self, model: Any, prompt_ids: Sequence[int]) -> None:
         """Makes the prefix or prompt the activations of a real one, and sees whether the model reads them as that.
 
         Raises:
-            ValueError: it does not: its caches are not of keys and values that stand for tokens.
+            Unlike: it does not: its caches are not of keys and values that stand for tokens.
         """
         import peft
 
@@ -133,9 +166,38 @@ class Adapter:
         spread = (expected - expected.mean(-1, keepdim=True)).abs().max()
         far = ((found - expected).abs().max() / spread).item()
         if far > rounding(model):
-            raise ValueError(
+            raise Unlike(
                 f"it reads {count} tokens otherwise when they come as a {self.kind} (logits differ by {far:.0%})"
             )
+
+
+def _without_keys(config: Any) -> str:
+    """Which part of a model has no keys and values that a prefix could be, as far as its configuration tells."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    running = [kind for kind in kinds if kind in _RUNNING]
+    if running:
+        return (
+            f"{len(running)} of its {len(kinds)} layers ({', '.join(sorted(set(running)))}) keep a running state of "
+            "what they read, and a prefix is keys and values in every layer"
+        )
+    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        return (
+            "its attention has a single head of keys and values for all queries (multi_query), and PEFT makes a "
+            "prefix with as many as there are heads of queries"
+        )
+    return ""
+
+
+def _cached(model: Any) -> str:
+    """Which part of a model has no keys and values that a prefix could be, as far as its cache tells."""
+    with contextlib.suppress(Exception), torch.no_grad():  # the error that is explained here is the one to be told
+        ids = torch.zeros(1, _PROBE, dtype=torch.long, device=model.device)
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+        if cache is None:
+            return "it keeps no keys and values of earlier tokens, which a prefix is"
+        if any(layer.keys.shape != layer.values.shape for layer in cache.layers):
+            return "the keys of its attention are of another size than the values, and those of a prefix are of one"
+    return "PEFT cannot make keys and values of the form that its attention keeps"
 
 
 def adds_tokens(model: Any) -> bool:

@@ -19,7 +19,7 @@ from jaguar.checkpoints import check_weights, recover_all
 from jaguar.evaluation import make_scorer, peak_memory, versions
 from jaguar.flags import underscored
 from jaguar.interrupts import HeldInterrupts
-from jaguar.models import adapted, load, save_task, select_trainable
+from jaguar.models import adapted, configuration, is_adapter, load, save_task, select_trainable
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
 from jaguar.progress import Bar, Losses, Stop
 from jaguar.report import Points, draw_curves, row_bar, say, score_table
@@ -54,6 +54,8 @@ class Finetuning:
             self._say(text, "yellow")
         state = run.state(args) if run.resume_from_checkpoint else None
         self.settings = run.settings_of(args)
+        if run.adapter.kind == "prefix" and not is_adapter(run.model):
+            run.adapter.check(configuration(run.model))
         with console.status("reading rows"):
             rows = run.data.splits(run.model)
         with console.status(f"loading {run.model}"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaguar import values
 from jaguar.choices import METHOD, METHODS, OPTIONS, SCHEDULES, TRAINABLE
-from jaguar.values import finite, natural, positive, seed
+from jaguar.values import filled, finite, natural, positive, seed
 
 TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
 
@@ -57,7 +57,13 @@ _MODEL = (
     "model",
     None,
     [
-        _flag("--model", required=True, metavar="DIR", help="folder in Hugging Face form, or a name on the hub"),
+        _flag(
+            "--model",
+            type=filled,
+            required=True,
+            metavar="DIR",
+            help="folder in Hugging Face form, or a name on the hub",
+        ),
         _flag(
             "--dtype",
             choices=("auto", "float32", "bfloat16", "float16"),
@@ -73,16 +79,18 @@ _DATA = (
     None,
     [
         _flag("--task", choices=TASKS, help="default: that of the model's folder, else text-classification"),
-        _flag("--test_file", metavar="FILE", help="held-out rows, .csv or .jsonl"),
+        _flag("--test_file", type=filled, metavar="FILE", help="held-out rows, .csv or .jsonl"),
         _flag(
             "--dataset",
+            type=filled,
             metavar="NAME|DIR",
             help="data set of the hub, or a folder that `datasets` reads, in place of files (default: the task's own)",
         ),
-        _flag("--text_column", metavar="NAME", help="column of the text (default: text)"),
-        _flag("--label_column", metavar="NAME", help="column of the label (default: label)"),
+        _flag("--text_column", type=filled, metavar="NAME", help="column of the text (default: text)"),
+        _flag("--label_column", type=filled, metavar="NAME", help="column of the label (default: label)"),
         _flag(
             "--choice_columns",
+            type=filled,
             nargs="+",
             metavar="NAME",
             help="columns of multiple-choice's options; the label is the number of the right one, from 0, or its text "
@@ -133,8 +141,13 @@ _TRAINING_DATA = (
     "training data and output",
     "with dev rows, the best checkpoint by dev loss is kept (see --eval_steps)",
     [
-        _flag("--train_file", metavar="FILE", help="rows to train on (and dev rows, see --num_dev), .csv or .jsonl"),
-        _flag("--dev_file", metavar="FILE", help="dev rows (default: drawn from the training rows)"),
+        _flag(
+            "--train_file",
+            type=filled,
+            metavar="FILE",
+            help="rows to train on (and dev rows, see --num_dev), .csv or .jsonl",
+        ),
+        _flag("--dev_file", type=filled, metavar="FILE", help="dev rows (default: drawn from the training rows)"),
         _flag(
             "--num_train",
             type=positive,
@@ -155,15 +168,24 @@ _TRAINING_DATA = (
         ),
         _flag(
             "--output_dir",
+            type=filled,
             required=True,
             metavar="DIR",
             help="gets the tuned model or adapter, training_curves.png and metrics.json",
         ),
         _switch("--overwrite_output_dir", "allow an output folder that already holds a model"),
         _flag(
-            "--resume_from_checkpoint", metavar="DIR", help="go on from a checkpoint that Ctrl-C or --save_steps left"
+            "--resume_from_checkpoint",
+            type=filled,
+            metavar="DIR",
+            help="go on from a checkpoint that Ctrl-C or --save_steps left",
         ),
-        _flag("--config", metavar="FILE", help="YAML or JSON with flags and their values; the command line wins"),
+        _flag(
+            "--config",
+            type=filled,
+            metavar="FILE",
+            help="YAML or JSON with flags and their values; the command line wins",
+        ),
         _switch("--no_preset", "do not take published settings"),
     ],
 )
@@ -182,6 +204,7 @@ _ADAPTER = (
         _flag("--lora_alpha", type=positive, metavar="N", help="scale is alpha / rank (default: 16)"),
         _flag(
             "--lora_target_modules",
+            type=filled,
             nargs="+",
             metavar="NAME",
             help="modules that get factors: ends of names, a single pattern, or all-linear (default: PEFT's choice)",
@@ -330,7 +353,13 @@ _OPTIMIZER = (
 
 FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER)
 EVAL = (_MODEL, _DATA)
-INFO = (("model", None, [_flag("--model", metavar="DIR", help="folder in Hugging Face form, or a name on the hub")]),)
+INFO = (
+    (
+        "model",
+        None,
+        [_flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub")],
+    ),
+)
 
 
 def named(sections: Sequence[Any]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
@@ -63,13 +65,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
     def _parse_optional(self, arg_string: str) -> Any:
-        return None if isinstance(arg_string, Written) else super()._parse_optional(arg_string)
+        return (
+            None if isinstance(arg_string, Written) or _is_number(arg_string) else super()._parse_optional(arg_string)
+        )
 
 
 class Written(str):
     """A value from a file, which no look of it makes a flag."""
 
     __slots__ = ()
+
+
+def _is_number(word: str) -> bool:
+    """Whether it is one; to argparse, -1e-4 would be a flag."""
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return False
 
 
 class _HelpAll(argparse.Action):
@@ -151,8 +163,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
         args.trainer = trainer_flags.parsed(rest, functools.partial(_refuse, args.command))
     elif rest:
-        _refuse(args.command, f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(args.command, unrecognized(rest, groups.named(groups.EVAL if args.command == "eval" else groups.INFO)))
     return args
+
+
+def unrecognized(words: Sequence[str], known: Iterable[str]) -> str:
+    """The error for words that are no flags, with the flag that was meant, if one is spelled alike."""
+    flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
+    alike = difflib.get_close_matches(flag, known, 1, 0.8) if flag else []
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {alike[0]}?" if alike else "")
 
 
 def underscored(word: str) -> str:

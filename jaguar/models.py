@@ -57,7 +57,7 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool
     """
     _check_folder(name)
     adapter = Path(name) / _ADAPTER_FILE
-    if not adapter.is_file():
+    if not is_adapter(name):
         loaded = _load_base(name, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
         return replace(loaded, cut=(_saved(name) or {}).get("max_length"))
     base, tried = _base_of(adapter)
@@ -119,14 +119,30 @@ def _check_folder(name: str) -> None:
         raise ValueError(f"the model folder {name!r} does not exist")
 
 
-def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded:
+def configuration(name: str) -> Any:
+    """What is known of a model before its weights are read.
+
+    Raises:
+        ValueError: the folder is missing or incomplete.
+    """
     import transformers
 
     _check_folder(name)
+    with _errors_of_loading(f"the model {name!r}", Path(name).is_dir()):
+        return transformers.AutoConfig.from_pretrained(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it is a folder of an adapter."""
+    return (Path(name) / _ADAPTER_FILE).is_file()
+
+
+def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded:
+    import transformers
+
     is_folder = Path(name).is_dir()
     what = f"the model {name!r}"
-    with _errors_of_loading(what, is_folder):
-        config = transformers.AutoConfig.from_pretrained(name)
+    config = configuration(name)
     architecture = (getattr(config, "architectures", None) or ["(none named)"])[0]
     kind = next((kind for end, kind in _KINDS.items() if architecture.endswith(end)), None)
     if kind is None:
@@ -183,7 +199,8 @@ def _longest(model: Any, tokenizer: Any) -> int:
     from jaguar.scoring.scorer import first_position
 
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
-    places = limits[0] - first_position(model) - virtual_tokens(model) if limits[0] else None
+    bounded = limits[0] and limits[0] > 0  # XLNet, whose positions are relative, says -1
+    places = limits[0] - first_position(model) - virtual_tokens(model) if bounded else None
     return min(int(limit) for limit in [places, limits[1], 10**6] if limit is not None)
 
 

@@ -11,7 +11,8 @@ from typing import Any, NoReturn, cast
 
 from jaguar import values
 from jaguar.choices import FIRST_ORDER
-from jaguar.flag_groups import FINETUNE, OF_THE_RUN
+from jaguar.flag_groups import FINETUNE, OF_THE_RUN, named
+from jaguar.flags import unrecognized
 
 _NO_ADAM = "--method names the optimizer, and it is not of Adam's kind"
 _ROWS = "the task says how rows are read"
@@ -154,7 +155,7 @@ def parsed(words: Sequence[str], error: Callable[[str], NoReturn]) -> dict[str, 
     parser.error = error
     found, unknown = parser.parse_known_args(list(words))
     if unknown:
-        error(f"unrecognized arguments: {' '.join(unknown)}")
+        error(unrecognized(unknown, [*named(FINETUNE), *parser._option_string_actions]))
     given: dict[str, Any] = vars(found)
     return given
 

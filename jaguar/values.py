@@ -14,9 +14,16 @@ _MOST = 2**31 - 1
 _TRUE, _FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
 
 
+def filled(text: str) -> str:
+    """A name or a path; an empty one is a variable of the shell that was never set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; leave the flag out for its default")
+    return text
+
+
 def unescaped(text: str) -> str:
     r"""The text, with a new line for every \n."""
-    return text.replace("\\n", "\n")
+    return filled(text).replace("\\n", "\n")
 
 
 def boolean(text: str) -> bool:

@@ -1,7 +1,9 @@
 """Adapters that do not fit are refused before anything runs; those that fit are found again and leave room."""
 
 import json
+import re
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -31,14 +33,38 @@ UNFIT = {  # models whose cache is not of keys and values of all heads
     "Mamba": recurrent,
     "Falcon": lambda: causal("Falcon"),
     "RecurrentGemma": lambda: recurrent("RecurrentGemma"),
+    "FalconH1": lambda: architectures.model_of("causal-falcon_h1"),
+    "Lfm2Moe": lambda: architectures.model_of("causal-lfm2_moe"),
+    "Rwkv": lambda: architectures.model_of("causal-rwkv"),
+    "DeepseekV3": lambda: architectures.model_of("causal-deepseek_v3"),
 }
+RUNNING = r"of its \d layers \(.*\) keep a running state of what they read"
+PART = {"Falcon": "its attention has a single head of keys and values", "Rwkv": "it keeps no keys and values"}
+PART |= {"DeepseekV3": "the keys of its attention are of another size than the values"}
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_prefix_that_a_model_cannot_hold_is_refused_in_one_line(name):
-    with pytest.raises(ValueError, match=rf"--prefix_tuning does not fit a {name}ForCausalLM: .* \(use --lora\)") as e:
+def test_a_prefix_that_a_model_cannot_hold_is_refused_in_one_line_that_says_which_part_cannot(name):
+    part = PART.get(name, RUNNING)
+    with pytest.raises(ValueError, match=rf"^--prefix_tuning does not fit a {name}ForCausalLM: .*{part}") as e:
         Adapter("prefix").applied(UNFIT[name](), "causal", (5, 6, 7))
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and re.search(r" \(PEFT: .*\) \(use --lora\)$", str(e.value))
+    if name in ("Rwkv", "DeepseekV3"):  # whose configurations do not tell
+        return
+    with pytest.raises(ValueError, match=part):
+        Adapter("prefix").check(UNFIT[name]().config)
+
+
+@pytest.mark.parametrize("name", ["gpt_bigcode", "lfm2", "gemma3_text", "falcon new", "opt", "lora"])
+def test_a_configuration_refuses_no_prefix_that_a_model_can_hold(name):
+    if name == "lora":
+        Adapter("lora").check(UNFIT["Qwen3_5"]().config)
+    elif name == "falcon new":
+        Adapter("prefix").check(transformers.FalconConfig(new_decoder_architecture=True))
+    else:
+        model = architectures.model_of(f"causal-{name}")
+        Adapter("prefix").check(model.config)
+        Adapter("prefix").applied(model, "causal", (5, 6, 7))
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
@@ -78,6 +104,9 @@ def test_the_command_line_says_so_in_one_line(tmp_path, capsys, name):
     capsys.readouterr()
     error = tiny.refused(capsys, *argv, *files)
     assert f"--prefix_tuning does not fit a {name}ForCausalLM" in error
+    train.unlink()  # it is said before rows are read
+    (tmp_path / "m" / "model.safetensors").unlink()
+    assert tiny.refused(capsys, *argv, *files) == error
 
 
 # -- which modules -----------------------------------------------------------------------------------------------------
@@ -106,8 +135,11 @@ def test_modules_are_named_by_their_ends_by_a_pattern_or_all(given, found):
     [
         ((r".*q_proj", "v_proj"), r"give names, or a single pattern \('.\*q_proj' is one\)"),
         (("all-linear", "v_proj"), "give names, or a single pattern"),
-        (("nothing",), "--lora does not fit a LlamaForCausalLM: Target modules .*nothing"),
+        (("nothing",), "--lora_target_modules nothing: a LlamaForCausalLM has no module of this name"),
         (("q_(proj",), "--lora does not fit a LlamaForCausalLM: "),
+        (("q_proj", "nothing"), "--lora_target_modules nothing: a LlamaForCausalLM has no module of this name"),
+        (("q_proj", "proj"), "--lora_target_modules proj: "),
+        (("attn.q_proj", "v_proj"), "--lora_target_modules attn.q_proj: "),
     ],
 )
 def test_modules_that_are_not_there_are_refused(given, message):
@@ -204,3 +236,10 @@ def test_the_command_line_counts_virtual_tokens(tmp_path, capsys):
         error = tiny.refused(capsys, *argv, *files, flag)
         assert "line 32: the prompt has" in error and "the model takes 108" in error
     assert cli.main([*argv, *files, "--prompt_tuning", "--max_length", "108"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+def test_positions_without_an_end_are_no_limit(tmp_path, kind):  # XLNet's configuration says -1
+    architectures.model_of(f"{kind}-xlnet").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert models.load(str(tmp_path), use_cpu=True).max_length == 64
