@@ -16,6 +16,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 import jaguar
 from jaguar import flag_groups as groups
+from jaguar import values
 from jaguar.choices import ADAPTERS, METHOD
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _refuse_two_values(words: Sequence[str]) -> None:
 def _from_file(words: list[str]) -> list[str]:
     """The settings of --config as words of a command line, so that they pass the same checks."""
     finder = Parser(add_help=False, prog="jaguar finetune")
-    finder.add_argument("--config")
+    finder.add_argument("--config", type=values.filled)
     path = finder.parse_known_args(words)[0].config
     if path is None:
         return []
@@ -245,10 +246,10 @@ def _words(settings: Mapping[str, settings_file.Setting]) -> list[str]:
 def _preset(given: argparse.Namespace) -> Any:
     from jaguar import presets
 
-    values = vars(given)
-    if values.get("no_preset") or "task" not in values:
+    said = vars(given)
+    if said.get("no_preset") or "task" not in said:
         return None
-    adapter = next((kind for kind, flag in ADAPTERS.items() if values.get(flag)), "none")
-    if "train" in values:
+    adapter = next((kind for kind, flag in ADAPTERS.items() if said.get(flag)), "none")
+    if "train" in said:
         return None  # published settings are of all parameters, or of an adapter
-    return presets.find(values["model"], values["task"], values.get("optim_zo", METHOD), adapter)
+    return presets.find(said["model"], said["task"], said.get("optim_zo", METHOD), adapter)

@@ -263,6 +263,12 @@ def test_a_missing_file_is_named(saved, tmp_path, file, recorded):
         resumed(folder, tmp_path)
 
 
+def test_a_whole_checkpoint_without_a_record_is_gone_on_from(saved, tmp_path):  # Trainer's own
+    folder = shutil.copytree(saved, tmp_path / "checkpoint-2")
+    (folder / checkpoints.RECORD).unlink()
+    assert resumed(folder, tmp_path).state.global_step > 2
+
+
 def test_a_missing_tensor_or_a_cut_file_is_named(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "checkpoint-2")
     path = folder / "model.safetensors"

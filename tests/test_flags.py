@@ -202,7 +202,7 @@ def test_what_cannot_be_had_is_refused(name, settled, capsys):
         ("warmup_steps", ["0", "3", "0.1"], ["-1", "1.5", "x", "nan"]),
         ("local_rank", ["0", "-1", "3"], ["-2", "x", "0.5"]),
         ("num_k_shot", ["3"], ["0", "-1", "x"]),
-        ("learning_rate", ["1_0"], ["1,0", "1e", "0x1p3"]),
+        ("learning_rate", ["1_0", "+1E-4"], ["1,0", "1e", "0x1p3", "-inf"]),
         ("seed", ["4294967295"], ["4294967296", "٣", "1e3", "99999999999999999999999"]),
         ("save_total_limit", ["2147483647"], ["2147483648"]),
         ("lr_scheduler_kwargs", ['{"num_cycles": 2}'], ['{"cycles": 2}', "x", '{"num_cycles": 2']),
@@ -213,7 +213,7 @@ def test_what_cannot_be_had_is_refused(name, settled, capsys):
         ),
         ("include_num_input_tokens_seen", ["all", "non_padding", "no"], ["some"]),
         ("report_to", ["none"], ["x", "tensorboards"]),
-        ("config", [], ["no/such.yaml", "/dev/null", "."]),
+        ("config", [], ["no/such.yaml", "/dev/null", ".", ""]),
         ("lora_target_modules", ["q_proj"], [None]),
         ("no_such_flag", [], ["1", None]),
         ("per_device_train_batch_siz", [], ["8"]),
@@ -227,6 +227,46 @@ def test_values_at_the_edge(name, taken, wrong, settled, capsys):
             settled(line(flag, value, more))
         for value in wrong:
             assert name.split("_")[0] in refused(capsys, *line(flag, value, more)).lower()
+
+
+@pytest.mark.parametrize("value", ["-1e-4", "-1E+3", "-.5", "-1."])
+def test_a_negative_number_is_no_flag(value, settled, capsys):
+    said = f"lr={float(value)} of the optimizer must be at least 0"
+    assert (
+        said in refused(capsys, *line("learning_rate", value)) == refused(capsys, *line(f"learning_rate={value}", None))
+    )
+
+
+PATHS = "test_file dataset text_column label_column choice_columns template train_file dev_file output_dir "
+PATHS += "resume_from_checkpoint lora_target_modules config model"
+
+
+@pytest.mark.parametrize("name", PATHS.split())
+def test_an_empty_name_is_refused(name, settled, capsys):  # --resume_from_checkpoint "$UNSET" would begin anew
+    for value in ("", " "):
+        error = refused(capsys, *line(name, value, WITH.get(name, [])))
+        assert f"{value!r} is empty; leave the flag out for its default" in error and f"--{name}" in error
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--learing_rate", "--learning_rate"),
+        ("--num-train-epoch=1", "--num_train_epochs"),
+        ("--max_step", "--max_steps"),
+        ("--metod", "--method"),
+        ("--grad_acumulation", None),
+        ("-seed", None),
+    ],
+)
+def test_a_flag_that_is_spelled_wrongly_is_told_the_one_that_was_meant(word, meant, settled, capsys):
+    error = refused(capsys, *line("logging_steps", "2"), word, "1")
+    assert (f"; did you mean {meant}?" in error) if meant else ("did you mean" not in error)
+
+
+def test_so_it_is_of_eval(scored, capsys):
+    assert "; did you mean --test_file?" in refused(capsys, "eval", "--model", "lm", "--testfile", "x")
+    assert "did you mean" not in refused(capsys, "eval", "--model", "lm", "--learning_rate", "1")
 
 
 def test_values_arrive_as_they_were_given(settled):
