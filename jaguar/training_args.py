@@ -111,7 +111,7 @@ class ZOTrainingArguments(TrainingArguments):
 
     def _say_what_does_nothing(self) -> None:
         for name, reason in (_WITHOUT_EFFECT_ANYWHERE if self.first_order else WITHOUT_EFFECT).items():
-            value = getattr(self, name)
+            value = getattr(self, name, None)  # some are newer than the oldest transformers
             if value and value != type(self).__dataclass_fields__[name].default:
                 warnings.warn(f"{name} has no effect: {reason}", stacklevel=4)
 
