@@ -76,6 +76,20 @@ def test_lost_share_of_dense_directions() -> None:
     assert not warned(opt, lambda: torch.rand(()), 1) and opt.lost_share == {"#0": 0.0}
 
 
+def test_a_fraction_of_too_few_parameters_is_told() -> None:
+    """One stratum of 1,000 elements, of which 15 are there: nothing would ever move, and nothing would say so."""
+    model = nn.Linear(4, 3)
+    opt = JaguarSignSGD(model.named_parameters(), coordinates=0.001)
+    x = torch.ones(2, 4)
+    before = all_bits(list(model.parameters()))
+    for _ in range(9):
+        opt.step(lambda: model(x).square().mean())
+    with pytest.warns(UserWarning, match="no coordinate was sampled in 10 steps in a row"):
+        opt.step(lambda: model(x).square().mean())
+    assert all_bits(list(model.parameters())) == before
+    opt.step(lambda: model(x).square().mean())  # said once
+
+
 def test_no_warning_below_five_percent() -> None:
     x = torch.where(torch.arange(1000) < 40, 1.0, 0.01).to(torch.bfloat16).requires_grad_()
     opt = JaguarSignSGD([x], tau=1e-3, coordinates=1.0)

@@ -292,7 +292,8 @@ class ZerothOrder(Contract):
                     f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data"
                 )
             self._pending = record
-        self._guard.watch(losses, steps.n_perturbed(draws[0]))
+        if self._roster.slots:
+            self._guard.watch(losses, steps.n_perturbed(draws[0]))
         return record
 
     def _measure_and_apply(self, closure: Closure) -> Record:
@@ -434,8 +435,7 @@ class ZerothOrder(Contract):
         # A scheduler puts a wrapper of this very object's step into the instance; a copy must not carry it.
         return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks") and key != "step"}
 
-    def __repr__(self) -> str:
-        return shown(self)
+    __repr__ = shown
 
     def _describe(self) -> list[str]:
         return [", ".join(f"{key}={value}" for key, value in self._options.items())]

@@ -26,7 +26,7 @@ class LossGuard:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
-        self._equal = self._zero = 0
+        self._equal = self._zero = self._empty = 0
 
     def as_float(self, loss: Any, double: bool) -> float:
         """The loss, rounded to fp32 unless `double`.
@@ -67,10 +67,17 @@ class LossGuard:
             )
 
     def watch(self, losses: Sequence[float], n_perturbed: int) -> None:
-        """Counts steps whose losses are all equal, or all exactly zero, and warns at ten in a row."""
+        """Counts steps that perturbed nothing, or whose losses are all equal or exactly zero; warns at ten in a row."""
         equal = len(set(losses)) == 1
         self._equal = self._equal + 1 if equal and n_perturbed >= _ENOUGH else 0
         self._zero = self._zero + 1 if equal and losses[0] == 0.0 else 0
+        self._empty = self._empty + 1 if n_perturbed == 0 else 0
+        if self._empty == _ROW:
+            self._tell(
+                "empty",
+                f"no coordinate was sampled in {_ROW} steps in a row, so nothing moves: the fraction is too small for "
+                "so few parameters; raise `coordinates` (1.0 is all of them, an int is a number of them)",
+            )
         if self._zero == _ROW:
             self._tell(
                 "zero", f"the loss was exactly 0.0 in {_ROW} steps in a row: labels masked out, or NaNs filtered away?"
