@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():  # before anything of jaguar is imported: it i
 from jaguar import ZOSGD, JaguarSignSGD
 
 torch.set_num_threads(1)
+
+# Shells start jobs in the background with SIGINT ignored, and Python then has no KeyboardInterrupt to test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 M32 = 0xFFFFFFFF
 CLOSURE, DIRECTION, COORDINATES, ROWS, COLUMNS, LAYERS, ROUND, ROUND_STATE = range(8)

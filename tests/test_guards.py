@@ -136,7 +136,7 @@ def test_too_many_skipped_steps_in_a_row_raise() -> None:
 
 
 def test_default_of_max_skipped_and_no_finite_step_at_all() -> None:
-    opt = JaguarSignSGD([torch.zeros(3, requires_grad=True)])
+    opt = JaguarSignSGD([torch.zeros(3, requires_grad=True)], coordinates=1.0)
     with skipping() as told:
         for _ in range(24):
             opt.step(lambda: torch.tensor(math.nan))

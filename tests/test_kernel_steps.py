@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, FORMS, TAU, Bag, all_bits, bits, dtype_id, make, weights
+from conftest import CONFIGS, FORMS, TAU, Bag, all_bits, bits, dtype_id, make, skipping, weights
 from test_measure import Trouble, failing, restore_law
 from torch import Tensor, nn
 
@@ -173,7 +173,8 @@ def test_a_failing_closure_leaves_no_trace(config: str, how: str) -> None:
     bag.seen.clear()
     closure = failing(bag, how)
     if how.startswith("nan"):
-        assert opt.step(closure).isnan() and reference.step(lambda: twin() * float("nan")).isnan()
+        with skipping():
+            assert opt.step(closure).isnan() and reference.step(lambda: twin() * float("nan")).isnan()
         assert opt.n_skipped == 1
     else:
         with pytest.raises(KeyboardInterrupt if how.startswith("interrupt") else Trouble):
@@ -253,7 +254,7 @@ def test_tensors_of_one_optimizer_on_two_backends(config: str, monkeypatch: pyte
 def test_auto_gives_gpus_to_triton_and_says_what_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def slot(name: str, contiguous: bool) -> Any:
         where = {"is_cuda": True, "device": torch.device("cuda"), "shape": (2, 3), "stride": lambda: (1, 2)}
-        return SimpleNamespace(name=name, tensor=SimpleNamespace(is_contiguous=lambda: contiguous, **where))
+        return SimpleNamespace(name=name, kept=None, tensor=SimpleNamespace(is_contiguous=lambda: contiguous, **where))
 
     monkeypatch.setattr(ops, "unavailable", dict)
     monkeypatch.setattr(ops, "interpreted", lambda: False)
