@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client would try for half a minute where there is no network
 if not torch.cuda.is_available():  # before anything of jaguar is imported: it is read when the kernels are made
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

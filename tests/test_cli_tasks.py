@@ -281,7 +281,7 @@ def test_fields_of_training_arguments_are_flags(folder, tmp_path, capsys):
         ("sst2", "opt", ("--lora", "--prefix_tuning"), "--lora and --prefix_tuning: choose one adapter"),
         ("sst2", "opt", ("--lora_r", "4"), "--lora_r needs --lora"),
         ("sst2", "opt", ("--lora", "--num_virtual_tokens", "4"), "--num_virtual_tokens needs --prefix_tuning"),
-        ("sst2", "opt", ("--lora", "--lora_target_modules", "nope"), "--lora does not fit a OPTForCausalLM"),
+        ("sst2", "opt", ("--lora", "--lora_target_modules", "nope"), "nope: a OPTForCausalLM has no module of this"),
         ("sst2", "opt", ("--lora", "--train", "norm"), "leave it out with an adapter"),
         ("sst2", "roberta", ("--prefix_tuning",), "which PEFT does for causal LMs only; use --lora"),
         ("sst2", "opt", ("--load_in_4bit",), "bitsandbytes|train an adapter beside them, with --lora"),

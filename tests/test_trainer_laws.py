@@ -33,6 +33,7 @@ DIFFERENCES = {
     "file contents": "optimizer.pt holds the optimizer's own state, training_args.bin its arguments",
     "file jaguar_checkpoint.json": "the checksums by which a checkpoint that is not whole is refused",
     "training mode": "the model is in evaluation mode while it is measured: no dropout",
+    "warning of a finished run": "that it takes no step is said; Trainer says nothing, or takes one step more",
     "random state": "that of a step's evaluations is the step's own; what a script draws is the same",
 }
 _MEASURED = ("_runtime", "_per_second", "_time")
@@ -273,7 +274,7 @@ SETTINGS = {
     "resumed from the newest": {"args": SEVEN | SAVE, "steps": [({}, "train"), ({"max_steps": 11}, ("train", True))]},
     "resumed within an epoch": {"args": SAVE | {"num_train_epochs": 2}, "steps": resumed(8)},
     "resumed between epochs": {"args": SAVE | {"num_train_epochs": 2}, "steps": resumed(6)},
-    "resumed at the end": {"args": SAVE | {"num_train_epochs": 2}, "steps": resumed(12)},
+    "resumed at the end": {"args": SAVE | {"num_train_epochs": 2}, "steps": resumed(12), "told": "no step is taken"},
     "resumed, accumulation": {
         "args": SAVE | {"gradient_accumulation_steps": 2, "num_train_epochs": 3},
         "steps": resumed(4),
@@ -356,7 +357,8 @@ def test_the_same_script_does_the_same(tmp_path, name):
     assert [file for file in our_files if not file.endswith("jaguar_checkpoint.json")] == files
     assert all(torch.equal(weights[key], our_weights[key]) for key in weights)  # lr = 0
     assert drawn == our_drawn
-    assert [text for text in other.warned if text not in one.warned] == []
+    told = SETTINGS[name].get("told")
+    assert all(told is not None and told in text for text in other.warned if text not in one.warned), other.warned
     assert isinstance(trainer, ZOTrainer)
 
 
