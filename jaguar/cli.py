@@ -107,7 +107,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
 
     from jaguar.data import Data
     from jaguar.finetune import Finetuning, Interrupted
-    from jaguar.optimizers.base import NonFiniteLoss
+    from jaguar.optimizers.guards import NonFiniteLoss
     from jaguar.run import Run
     from jaguar.training_args import ZOTrainingArguments
 

@@ -49,20 +49,6 @@ _COPY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Lost:
-    """How many perturbed coordinates of a tensor rounding put back where they were."""
-
-    name: str
-    lost: int
-    perturbed: int
-
-    @property
-    def share(self) -> float:
-        """Lost coordinates / perturbed coordinates."""
-        return self.lost / max(self.perturbed, 1)
-
-
-@dataclass(frozen=True)
 class TwoSided:
     """rho = (f(x + tau e) - f(x - tau e)) / (2 tau), both losses on the same batch."""
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from jaguar.estimators import Lost, Probe
+from jaguar.estimators import Probe
+from jaguar.launches import Launches, Lost
 from jaguar.params import Slot, identity
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
 
-if TYPE_CHECKING:
-    from jaguar.ops import Steps
 
-
-def keeping(steps: Steps, slots: Sequence[Slot]) -> Steps:
+def keeping(steps: Launches, slots: Sequence[Slot]) -> Launches:
     """`steps`, whose launches leave the kept rows of the slots as they are."""
     return KeptSteps(steps, slots) if any(slot.kept is not None for slot in slots) else steps
 
@@ -33,7 +31,7 @@ class KeptSteps:
         slots: their tensors.
     """
 
-    steps: Steps
+    steps: Launches
     slots: Sequence[Slot]
 
     @property

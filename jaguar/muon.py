@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from torch import Tensor
 
 from jaguar.directions import matrix_shape
-from jaguar.estimators import Lost, Probe
+from jaguar.estimators import Probe
+from jaguar.launches import Launches, Lost, Moves, Orthogonaliser
 from jaguar.params import Slot
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
-
-if TYPE_CHECKING:
-    from jaguar.ops import Steps
-
-# Matrices -> positions and polar factors, batch by batch.
-Orthogonaliser: TypeAlias = Callable[[Sequence[Tensor]], Iterator[tuple[Sequence[int], Sequence[Tensor]]]]
-
-
-class Moves(Protocol):
-    """x <- (1 - lr wd) x - lr O."""
-
-    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
-        """One step; a contiguous matrix and a Scalars per slot."""
 
 
 @dataclass
@@ -43,7 +30,7 @@ class MuonSteps:
 
     slots: Sequence[Slot]
     stacked: frozenset[int]
-    entries: Steps
+    entries: Launches
     orthogonalise: Orthogonaliser
     moves: Moves
     period: int

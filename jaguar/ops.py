@@ -9,16 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jaguar import extension, iteration, reference
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
-from jaguar.estimators import Lost, Probe
 from jaguar.kept import keeping
-from jaguar.muon import Moves, MuonSteps, Orthogonaliser
+from jaguar.launches import Direction, Launches, Moves, Orthogonaliser
+from jaguar.muon import MuonSteps
 from jaguar.params import Slot
 from jaguar.parts import Parts
 from jaguar.reference import multiplies_bf16 as multiplies_bf16
@@ -26,7 +25,6 @@ from jaguar.rng import Draw
 from jaguar.rules import Scalars
 from jaguar.schemes import SCHEMES, checked
 
-Direction: TypeAlias = Coordinates | ReleasedBlock | Gaussian | Rademacher
 NAMES = ("auto", "reference", "triton", "cuda")
 # Newton-Schulz steps that fit into the arguments of one launch.
 _MOST_STEPS = 32
@@ -34,43 +32,6 @@ _MOST_STEPS = 32
 
 class Unavailable(RuntimeError):
     """A backend was named that cannot run here."""
-
-
-class Steps(Protocol):
-    """The launches of one optimizer over one list of tensors."""
-
-    @property
-    def takes_back(self) -> bool:
-        """Whether `update_` can end the last probe of a step."""
-
-    @property
-    def wrote(self) -> bool:
-        """Whether the last `update_` came to write anything; asked when it failed."""
-
-    def n_perturbed(self, draw: Draw) -> int:
-        """Number of coordinates that a direction moves; kernels, which store no list of them, know it nearly."""
-
-    def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
-        """What moves the parameters along each direction and back; `taus` has one length per slot."""
-
-    def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
-        """The perturbations that rounding swallows, per tensor."""
-
-    def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Raises RuntimeError for tensors that `update_` could not move; called before a step where one has changed."""
-
-    def update_(
-        self,
-        draws: Sequence[Draw],
-        scalars: Sequence[Scalars],
-        momenta: Sequence[Tensor | None],
-        held: Probe | None = None,
-    ) -> None:
-        """Moves momenta and parameters by one step, in place; one Scalars and one momentum (or none) per slot.
-
-        Args:
-            held: a probe that was not finished; its way back comes first, and may share a launch with the step.
-        """
 
 
 def unavailable() -> dict[str, str]:
@@ -183,10 +144,10 @@ def coordinate_steps(
     stochastic: bool,
     two_sided: bool,
     n_directions: int,
-) -> Steps:
+) -> Launches:
     """JAGUAR's launches on `backend`, which `choose` returned."""
 
-    def make(name: str, part: Sequence[Slot]) -> Steps:
+    def make(name: str, part: Sequence[Slot]) -> Launches:
         if name == "reference":
             return reference.CoordinateSteps(part, stochastic, two_sided, direction, update)
         from jaguar import fused
@@ -215,10 +176,10 @@ def dense_steps(
     stochastic: bool,
     two_sided: bool,
     n_directions: int,
-) -> Steps:
+) -> Launches:
     """The launches of dense directions on `backend`, which `choose` returned."""
 
-    def make(name: str, part: Sequence[Slot]) -> Steps:
+    def make(name: str, part: Sequence[Slot]) -> Launches:
         if name == "reference":
             return reference.DenseSteps(part, stochastic, two_sided, direction, restore, rule)
         from jaguar import fused
@@ -249,7 +210,7 @@ def muon_steps(
     stochastic: bool,
     two_sided: bool,
     n_directions: int,
-) -> Steps:
+) -> Launches:
     """JAGUAR Muon's launches: those of `coordinate_steps`, then Newton-Schulz and the step along its results.
 
     Args:
@@ -394,8 +355,8 @@ def _n_sms(device: torch.device) -> int:
 
 
 def _joined(
-    backend: str, slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Steps]
-) -> Steps:
+    backend: str, slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Launches]
+) -> Launches:
     """One set of launches for every backend that got tensors; says so where "auto" leaves a GPU's to the reference."""
     slow = [s for s, name in zip(slots, assigned, strict=True) if name == "reference" and s.tensor.is_cuda]
     if slow and backend == "auto" and "triton" not in unavailable():

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from jaguar.estimators import Lost, Probe
+from jaguar.estimators import Probe
+from jaguar.launches import Launches, Lost
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
-
-if TYPE_CHECKING:
-    from jaguar.ops import Steps
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Steps over a list of slots, made of steps over parts of it.
+    """Launches over a list of slots, made of steps over parts of it.
 
     Attributes:
         parts: positions in the list of slots, and the launches for them.
     """
 
-    parts: Sequence[tuple[Sequence[int], Steps]]
+    parts: Sequence[tuple[Sequence[int], Launches]]
 
     @property
     def takes_back(self) -> bool:

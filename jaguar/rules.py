@@ -43,6 +43,11 @@ class Scalars:
     decay: float
     lr: float
 
+    @property
+    def finite(self) -> bool:
+        """Whether every directional derivative is finite."""
+        return all(map(math.isfinite, self.rho))
+
 
 def step_scalars(
     rho: Sequence[float],

@@ -25,7 +25,8 @@ from jaguar.exact_trainer import ExactTrainer
 from jaguar.micro_batches import Grain, MicroBatches
 from jaguar.model_card import card_arguments
 from jaguar.optimizers import JaguarMuon, param_groups
-from jaguar.optimizers.base import NonFiniteLoss, ZerothOrder
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.record import Record
 from jaguar.scored_trainer import ScoredTrainer, settled
 from jaguar.scoring import Scorer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-import jaguar
+from jaguar import optimizers
 from jaguar.choices import FIRST_ORDER, METHOD, METHODS
 
 _NO_GRADIENTS = "forward-only training has no gradients"
@@ -143,7 +143,7 @@ class ZOTrainingArguments(TrainingArguments):
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """The class that `optim_zo` names."""
         name = METHODS[self.optim_zo]
-        return getattr(jaguar, name) if name else torch.optim.SGD
+        return getattr(optimizers, name) if name else torch.optim.SGD
 
     def optimizer_options(self) -> dict[str, Any]:
         """The arguments of the optimizer that were given, besides weight decay: what is left out keeps its default."""

@@ -25,6 +25,7 @@ from jaguar import ops, rules
 from jaguar.directions import DENSE, Coordinates, ReleasedBlock
 from jaguar.fused import coordinate, dense
 from jaguar.fused.plan import Plan, Table
+from jaguar.launches import Launches
 from jaguar.params import Slot
 from jaguar.rng import Draw
 from jaguar.triton_kernels import tables as T
@@ -241,7 +242,7 @@ class Twins:
     """A model on the reference backend and its copy on the Triton backend, moved in lockstep."""
 
     def __init__(
-        self, forms: Sequence[Form], make: Callable[[str, list[Slot]], ops.Steps], momentum: str = "own", **model: Any
+        self, forms: Sequence[Form], make: Callable[[str, list[Slot]], Launches], momentum: str = "own", **model: Any
     ) -> None:
         device = model.pop("device", "cpu")
         self.models = [Model(forms, momentum, d, **model) for d in ("cpu", device)]
@@ -305,7 +306,7 @@ def coordinate_twins(
     forms: Sequence[Form], direction: Coordinates | ReleasedBlock, *, update: str = "sampled", momentum: str = "own",
     stochastic: bool = True, two_sided: bool = True, n: int = 1, **model: Any,
 ) -> Twins:  # fmt: skip
-    def make(backend: str, slots: list[Slot]) -> ops.Steps:
+    def make(backend: str, slots: list[Slot]) -> Launches:
         return ops.coordinate_steps(
             backend, slots, direction, update=update, stochastic=stochastic, two_sided=two_sided, n_directions=n
         )
@@ -317,7 +318,7 @@ def dense_twins(
     forms: Sequence[Form], distribution: str, *, restore: str = "copy", rule: str = "sgd", momentum: str = "own",
     stochastic: bool = True, two_sided: bool = True, n: int = 1, **model: Any,
 ) -> Twins:  # fmt: skip
-    def make(backend: str, slots: list[Slot]) -> ops.Steps:
+    def make(backend: str, slots: list[Slot]) -> Launches:
         return ops.dense_steps(
             backend, slots, DENSE[distribution], restore=restore, rule=rule, stochastic=stochastic,
             two_sided=two_sided, n_directions=n,

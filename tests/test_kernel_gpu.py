@@ -45,6 +45,7 @@ from torch import Tensor
 from jaguar import ZOSGD, JaguarSignSGD, ops, rules
 from jaguar.directions import DENSE, Coordinates
 from jaguar.estimators import TwoSided
+from jaguar.launches import Launches
 from jaguar.params import Slot
 from jaguar.rng import Draw, Purpose
 from jaguar.triton_kernels import tables as T
@@ -199,7 +200,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(kind: str) -> None:
     parts = [Slot(f"p{s}", x[s : s + part].cpu(), 77, 0, x.shape, s) for s in starts]
     momenta = [m[s : s + part].cpu() for s in starts]
 
-    def made(backend: str, slots: list[Slot]) -> ops.Steps:
+    def made(backend: str, slots: list[Slot]) -> Launches:
         common: dict[str, Any] = {"stochastic": True, "two_sided": True, "n_directions": 1}
         if kind == "rademacher":
             return ops.dense_steps(backend, slots, DENSE[kind], restore="copy", rule="sign", **common)

@@ -18,6 +18,7 @@ from kernels import DIRECTIONS, Form, Twins, counted, forms_of, interpreted, job
 import jaguar
 from jaguar import JaguarMuon, muon, ops
 from jaguar.fused import matrix
+from jaguar.launches import Launches
 from jaguar.params import Slot
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
@@ -45,7 +46,7 @@ def muon_twins(
         if len(matrices) > 1:
             yield range(1, len(matrices), 2), [m.to(factor, copy=True) for m in matrices[1::2]]
 
-    def make(backend: str, slots: list[Slot]) -> ops.Steps:
+    def make(backend: str, slots: list[Slot]) -> Launches:
         # Every other tensor is moved along a matrix; vectors are (n, 1).
         roles = [replace(s, signed=bool(i % 2), rate=0.5 + i % 3, gain=1.0 + i % 2) for i, s in enumerate(slots)]
         return ops.muon_steps(

@@ -23,6 +23,7 @@ LAYERS = [
     | {"triton_kernels"},
     {"samples"},
     {"isolation", "rounding", "directions", "estimators", "iteration", "extension"},
+    {"launches"},
     {"reference"},
     {"fused"},
     {"parts", "muon", "kept"},

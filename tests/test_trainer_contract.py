@@ -15,7 +15,7 @@ from transformers.hyperparameter_search import HPSearchBackend
 
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Scorer, ZOTrainer, ZOTrainingArguments
 from jaguar.adapters import Adapter
-from jaguar.optimizers.base import NonFiniteLoss
+from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.scoring import evaluate
 from jaguar.tasks import COPA, SST2
 

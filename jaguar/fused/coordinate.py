@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.estimators import Lost, Probe
+from jaguar.estimators import Probe
 from jaguar.fused.cuts import cuts_of
 from jaguar.fused.plan import Key, Launch, Numbers, Plan, Pool, Table, alignment
+from jaguar.launches import Lost
 from jaguar.params import Slot
 from jaguar.rng import Draw, Purpose
 from jaguar.rules import Scalars

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from jaguar.directions import Gaussian, Rademacher
-from jaguar.estimators import Lost, Probe
+from jaguar.estimators import Probe
 from jaguar.fused.plan import Cut, Key, Launch, Numbers, Plan, Pool, Table, alignment
+from jaguar.launches import Lost
 from jaguar.params import Slot
 from jaguar.reference.probes import ModuleProbe
 from jaguar.rng import Draw, Purpose

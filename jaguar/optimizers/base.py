@@ -14,13 +14,14 @@ from jaguar import ops, rng, rules
 from jaguar.estimators import ESTIMATORS, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
+from jaguar.launches import Direction, Launches
 from jaguar.module_state import ModuleState
-from jaguar.optimizers.checkpoint import packed, unpack
+from jaguar.optimizers.checkpoint import Saved, deciding, packed, unpacked
 from jaguar.optimizers.contract import Contract, with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.freezing import Frozen
 from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
-from jaguar.optimizers.guards import LossGuard, explained, warn_of_lost, warn_of_skipped
+from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost, warn_of_skipped
 from jaguar.optimizers.options import checked_seed, common_options
 from jaguar.optimizers.roster import Kind, Roster
 from jaguar.optimizers.shown import shown
@@ -29,10 +30,6 @@ from jaguar.record import Record
 from jaguar.rng import Draw
 
 Closure = Callable[[], Tensor]
-
-
-class NonFiniteLoss(RuntimeError):
-    """Too many losses in a row were NaN or infinite."""
 
 
 class ZerothOrder(Contract):
@@ -46,7 +43,7 @@ class ZerothOrder(Contract):
     group_keys: tuple[str, ...]  # numbers
     group_flags: tuple[str, ...] = ()  # everything else
     momentum_key: ClassVar[str]
-    _direction: ops.Direction  # set before the base is initialised
+    _direction: Direction  # set before the base is initialised
 
     # What happens to coordinates whose perturbation rounding swallows; a dense e cannot leave them out.
     _fate_of_lost = "move by chance only"
@@ -81,17 +78,15 @@ class ZerothOrder(Contract):
         self._seed, self._backend = checked_seed(seed), ops.choose(backend)
         self._estimator, self._n_directions, self._rho_clip = ESTIMATORS[estimator], n_directions, rho_clip
         self._stochastic, self._momentum_dtype = rounding != "nearest", momentum_dtype
-        self._step = 0
-        self._skipped = self._skipped_in_a_row = 0
+        self._step = self._skipped = self._skipped_in_a_row = self._n_frozen = 0
         self._last_finite: int | None = None
         self._broken = False
         self._pending: Record | None = None
         self._moved: Probe | None = None  # a probe that has not come back: a walk, or inside step()
         self._last_record: Record | None = None
-        self._n_frozen = 0
         self._slots: list[Slot] = []
         self._frozen = Frozen()
-        self._steps: ops.Steps | None = None
+        self._steps: Launches | None = None
         self._roster = Roster([], {})
         self._watch = Watch((*self.group_keys, *self.group_flags))
         self._guard, self._modules = LossGuard(), ModuleState()
@@ -109,7 +104,7 @@ class ZerothOrder(Contract):
 
     # -- what a subclass says --------------------------------------------------------------------------------------
 
-    def _make_steps(self, slots: list[Slot]) -> ops.Steps:
+    def _make_steps(self, slots: list[Slot]) -> Launches:
         """The launches for these tensors."""
         raise NotImplementedError
 
@@ -164,7 +159,7 @@ class ZerothOrder(Contract):
         self._watch.check(self.param_groups)
         steps, draws, momenta = self._launches(), self._draws(), self._momenta()
         scalars = self._scalars(record)
-        if not record.skipped and not _finite(scalars):
+        if not record.skipped and not all(s.finite for s in scalars.values()):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
             )
@@ -245,7 +240,7 @@ class ZerothOrder(Contract):
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, closure: Closure) -> ops.Steps:
+    def _prepare(self, closure: Closure) -> Launches:
         """Everything that may fail, or take long, before the parameters are moved."""
         self._check_usable()
         if self._moved is not None:
@@ -265,7 +260,7 @@ class ZerothOrder(Contract):
             warn_of_lost(lost, self._fate_of_lost)
         return steps
 
-    def _evaluate(self, closure: Closure, steps: ops.Steps, interrupts: HeldInterrupts, hold: bool) -> Record:
+    def _evaluate(self, closure: Closure, steps: Launches, interrupts: HeldInterrupts, hold: bool) -> Record:
         """The evaluations of a step; with `hold` the last probe stays where it is, and `_moved` knows it."""
         draws, double = self._draws(), self._roster.double
         seed = rng.closure_seed(self._seed, self._step)
@@ -283,13 +278,14 @@ class ZerothOrder(Contract):
             record = Record(
                 self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)), frozen=self._frozen.mark
             )
-            if not record.skipped and not _finite(self._scalars(record)):
+            if not record.skipped and not all(s.finite for s in self._scalars(record).values()):
                 record = replace(record, skipped=True)  # finite losses, but rho overflows
             if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
                 self.discard_()
                 raise NonFiniteLoss(
                     f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
-                    f"finite step: {_name(self._last_finite)}. Lower lr or tau, or look at the data"
+                    f"finite step: {'none' if self._last_finite is None else self._last_finite}. Lower lr or tau, or "
+                    "look at the data"
                 )
             self._pending = record
         if self._roster.slots:
@@ -315,7 +311,7 @@ class ZerothOrder(Contract):
     def _draws(self) -> list[Draw]:
         return [Draw(self._seed, self._step, k) for k in range(self._n_directions)]
 
-    def _launches(self) -> ops.Steps:
+    def _launches(self) -> Launches:
         """The launches, over tensors that were seen to be in their places."""
         if self._steps is None:
             self._slots = self._with_roles(self._slots)
@@ -369,7 +365,7 @@ class ZerothOrder(Contract):
             self._launches().check(momenta)
         return momenta
 
-    def _walked(self, steps: ops.Steps, draws: list[Draw]) -> Probe | None:
+    def _walked(self, steps: Launches, draws: list[Draw]) -> Probe | None:
         """Walks as `measure` did: a record is replayed."""
         probe = None
         for probe in steps.probes(draws, self._taus()):
@@ -393,7 +389,7 @@ class ZerothOrder(Contract):
         if self._broken:
             raise RuntimeError(
                 "an earlier step failed while it was writing, so parameters and state are not those of any step; "
-                f"reload: last finished step {_name(self._step - 1 if self._step else None)}"
+                f"reload: last finished step {self._step - 1 if self._step else 'none'}"
             )
 
     # -- torch.optim.Optimizer -------------------------------------------------------------------------------------
@@ -423,10 +419,18 @@ class ZerothOrder(Contract):
         self._check_usable()
         if self._moved is not None:
             raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
-        return packed(self, state)
+        return packed(state, self.group_keys, self._saved())
+
+    def _saved(self) -> Saved:
+        options = deciding(self._options, type(self), self._slots)
+        return Saved(self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite, options)
 
     def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
-        unpack(self, state, load)
+        fitting, exact, saved = unpacked(state, self.param_groups, self._saved())
+        load(fitting)
+        self.state.update(exact)
+        self._step, self._seed, self._last_finite = saved.step, saved.seed, saved.last_finite
+        self._skipped, self._skipped_in_a_row = saved.skipped, saved.skipped_in_a_row
         self._broken, self._pending, self._moved, self._last_record = False, None, None, None
         self._watch.restart(self.param_groups if self._step else None)
         self._slots, self._steps = slots_of(self.param_groups, known=self._slots), None
@@ -435,15 +439,11 @@ class ZerothOrder(Contract):
         # A scheduler puts a wrapper of this very object's step into the instance; a copy must not carry it.
         return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks") and key != "step"}
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        backend = ops.summary(self._backend, self._slots, self._direction, self._n_directions)
+        now = f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"
+        lines = [*self._describe(), now, *["maximizes the loss"] * self._maximize]
+        return shown(self, self.group_keys, self.group_flags, self._slots, self._n_frozen, lines)
 
     def _describe(self) -> list[str]:
         return [", ".join(f"{key}={value}" for key, value in self._options.items())]
-
-
-def _finite(scalars: dict[Kind, rules.Scalars]) -> bool:
-    return all(math.isfinite(rho) for s in scalars.values() for rho in s.rho)
-
-
-def _name(step: int | None) -> str:
-    return "none" if step is None else str(step)

@@ -10,6 +10,7 @@ import torch
 from jaguar import ops
 from jaguar.directions import DENSE, Gaussian, Rademacher
 from jaguar.estimators import RESTORES, choose_restore
+from jaguar.launches import Launches
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.params import Slot
 
@@ -92,7 +93,7 @@ class ZOSGD(ZerothOrder):
             backend=backend,
         )
 
-    def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
+    def _make_steps(self, slots: Sequence[Slot]) -> Launches:
         return ops.dense_steps(
             self._backend,
             slots,

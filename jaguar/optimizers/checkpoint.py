@@ -2,91 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from jaguar.params import canonical_name
-
-if TYPE_CHECKING:
-    from jaguar.optimizers.base import ZerothOrder
-
+from jaguar.params import Slot, canonical_name
 
 # Options that earlier versions did not have, and what they did.
 _SINCE = {"maximize": False}
 
 
-def packed(optimizer: ZerothOrder, state: dict[str, Any]) -> dict[str, Any]:
-    """Torch's state_dict with the optimizer's own part, and with numbers that load with weights_only=True."""
-    for group in state["param_groups"]:
-        for key in (*optimizer.group_keys, "initial_lr"):
-            if key in group and not isinstance(group[key], Tensor):
-                group[key] = float(group[key])  # a numpy scalar would not load
-    return state | {"jaguar": counters(optimizer)}
+@dataclass(frozen=True)
+class Saved:
+    """What an optimizer knows besides torch's state and groups.
 
-
-def unpack(optimizer: ZerothOrder, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
-    """Takes what `packed` gave, torch's part by `load`; state, counters and seed are set.
-
-    Raises:
-        ValueError: it does not fit the optimizer; nothing was changed.
+    Attributes:
+        step: number of the next step.
+        seed: of the directions.
+        skipped: steps whose loss was not finite.
+        skipped_in_a_row: the last of them without one between that was.
+        last_finite: the last step whose loss was, if there was one.
+        options: those that decide bits, as `deciding` gives them.
     """
-    fitting = checked(optimizer, state_dict)
-    state = exact_state(optimizer, fitting)
-    load({key: fitting[key] for key in ("state", "param_groups")})
-    for tensor, values in state.items():
-        optimizer.state[tensor] = values
-    own = fitting["jaguar"]
-    optimizer._step, optimizer._seed = own["step"], own["seed"]
-    optimizer._skipped, optimizer._skipped_in_a_row = own["skipped"], own["skipped_in_a_row"]
-    optimizer._last_finite = None if own["last_finite"] < 0 else own["last_finite"]
+
+    step: int
+    seed: int
+    skipped: int
+    skipped_in_a_row: int
+    last_finite: int | None
+    options: dict[str, Any]
+
+    def entry(self) -> dict[str, Any]:
+        """As it stands in a state_dict: ints, strings and the options as plain values."""
+        return vars(self) | {"last_finite": -1 if self.last_finite is None else self.last_finite}
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Saved:
+        """What `entry` gave; entries of later versions may have more."""
+        known = {field.name: entry[field.name] for field in fields(cls)}
+        return cls(**known | {"last_finite": None if entry["last_finite"] < 0 else entry["last_finite"]})
 
 
-def counters(optimizer: ZerothOrder) -> dict[str, Any]:
-    """What an optimizer knows besides torch's state and groups: ints, strings and the options as plain values."""
-    return {
-        "step": optimizer._step,
-        "seed": optimizer._seed,
-        "skipped": optimizer._skipped,
-        "skipped_in_a_row": optimizer._skipped_in_a_row,
-        "last_finite": -1 if optimizer._last_finite is None else optimizer._last_finite,
-        "options": _deciding(optimizer),
-    }
-
-
-def _deciding(optimizer: ZerothOrder) -> dict[str, Any]:
+def deciding(options: dict[str, Any], kind: type, slots: Sequence[Slot]) -> dict[str, Any]:
     """The options that decide bits: not how a step gets back, unless it walks, nor the name of a subclass of a user."""
-    options = dict(optimizer._options)
+    options = dict(options)
     if options.get("restore") != "walk" and "restore" in options:
         options["restore"] = None
     if "optimizer" in options:
-        own = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("jaguar.")]
+        own = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("jaguar.")]
         options["optimizer"] = own[0]
-    if rows := [f"{slot.name}[{slot.kept}]" for slot in optimizer._slots if slot.kept is not None]:
+    if rows := [f"{slot.name}[{slot.kept}]" for slot in slots if slot.kept is not None]:
         options["padding_rows"] = ", ".join(rows)
     return options
 
 
-def checked(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict, its parameters in the optimizer's order.
+def packed(state_dict: dict[str, Any], numbers: Sequence[str], own: Saved) -> dict[str, Any]:
+    """Torch's state_dict with the optimizer's own part; the groups' `numbers` load with weights_only=True."""
+    for group in state_dict["param_groups"]:
+        for key in (*numbers, "initial_lr"):
+            if key in group and not isinstance(group[key], Tensor):
+                group[key] = float(group[key])  # a numpy scalar would not load
+    return state_dict | {"jaguar": own.entry()}
+
+
+def unpacked(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], own: Saved
+) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]], Saved]:
+    """What `packed` gave, for an optimizer with these groups: torch's part, the state by parameter, the rest.
 
     Raises:
-        ValueError: it does not fit the optimizer; the first difference is named.
+        ValueError: it does not fit; the first difference is named.
     """
-    saved, own = state_dict.get("jaguar"), counters(optimizer)
-    if not isinstance(saved, dict) or any(not isinstance(saved.get(key), type(own[key])) for key in own):
+    fitting = checked(state_dict, groups, own)
+    torch_part = {key: fitting[key] for key in ("state", "param_groups")}
+    return torch_part, exact_state(fitting, groups), Saved.of(fitting["jaguar"])
+
+
+def checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], own: Saved) -> dict[str, Any]:
+    """The state_dict, its parameters in the order of the groups.
+
+    Raises:
+        ValueError: it does not fit; the first difference is named.
+    """
+    saved, entry = state_dict.get("jaguar"), own.entry()
+    if not isinstance(saved, dict) or any(not isinstance(saved.get(key), type(entry[key])) for key in entry):
         raise ValueError(
             "this state_dict was not made by a jaguar optimizer: its entry 'jaguar' (step counter, seed, options) is "
             "missing or incomplete"
         )
     options = _SINCE | saved["options"]
-    for key in own["options"] | options:
-        a, b = own["options"].get(key), options.get(key)
+    for key in own.options | options:
+        a, b = own.options.get(key), options.get(key)
         if a != b or type(a) is not type(b):  # 1 and 1.0 are equal, but one is a count and the other a fraction
             raise ValueError(f"the state_dict was saved with {key}={b!r}, this optimizer has {key}={a!r}")
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    saved_groups = state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"the state_dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
     ordered = [_ordered(i, group, other) for i, (group, other) in enumerate(zip(groups, saved_groups, strict=True))]
@@ -118,13 +130,13 @@ def _ordered(number: int, group: dict[str, Any], saved: dict[str, Any]) -> dict[
     return saved | {"params": [ids[name] for name in wanted], "param_names": list(names)}
 
 
-def exact_state(optimizer: ZerothOrder, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+def exact_state(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
     """The saved state by parameter, in the saved dtypes, on the parameters' devices.
 
     Raises:
         ValueError: a saved tensor does not have its parameter's shape.
     """
-    tensors = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    tensors = chain.from_iterable(group["params"] for group in groups)
     ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     state = {}
     for tensor, number in zip(tensors, ids, strict=True):

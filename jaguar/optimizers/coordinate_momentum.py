@@ -7,6 +7,7 @@ from typing import Any
 
 from jaguar import ops
 from jaguar.directions import Coordinates, ReleasedBlock
+from jaguar.launches import Launches
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.params import Slot
 
@@ -78,7 +79,7 @@ class CoordinateMomentum(ZerothOrder):
         """p: the probability that a coordinate is sampled in a step (of a matrix, with a block layout)."""
         return self._direction.fraction(sum(slot.total for slot in self._slots if slot.tensor.requires_grad))
 
-    def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
+    def _make_steps(self, slots: Sequence[Slot]) -> Launches:
         self._check_enough(slots)
         return ops.coordinate_steps(self._backend, slots, self._direction, **self._how)
 

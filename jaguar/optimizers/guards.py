@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaguar.estimators import Lost
+from jaguar.launches import Lost
 from jaguar.params import Slot
 from jaguar.record import Record
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
 _LOST_SHARE = 0.05  # of a tensor's perturbed coordinates
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many losses in a row were NaN or infinite."""
 
 
 class LossGuard:

@@ -11,6 +11,7 @@ import torch
 
 from jaguar import ops
 from jaguar.directions import Coordinates, matrix_shape
+from jaguar.launches import Launches
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
 from jaguar.optimizers.matrices import NS, listed, matrix_shapes
 from jaguar.optimizers.options import is_int
@@ -208,7 +209,7 @@ class JaguarMuon(CoordinateMomentum):
             gain = 0.2 * math.sqrt(max(rows, columns))
         return {"rate": float(self._period), "gain": gain, "signed": False}
 
-    def _make_steps(self, slots: Sequence[Slot]) -> ops.Steps:
+    def _make_steps(self, slots: Sequence[Slot]) -> Launches:
         if self._released:
             return super()._make_steps(slots)
         assert isinstance(self._direction, Coordinates)

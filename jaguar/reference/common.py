@@ -18,8 +18,8 @@ from jaguar.rules import Scalars
 
 
 @dataclass(frozen=True)
-class Launches:
-    """The tensors and options that all launches of one optimizer have in common.
+class Common:
+    """Tensors and options that all launches of one optimizer have in common.
 
     Attributes:
         slots: the tensors, in canonical order.

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from jaguar import rules
 from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.estimators import Lost, Probe
-from jaguar.reference.common import Launches, moved
+from jaguar.estimators import Probe
+from jaguar.launches import Lost
+from jaguar.reference.common import Common, moved
 from jaguar.reference.pieces import Piece
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype
@@ -21,7 +22,7 @@ from jaguar.storage import flat_, gather, ranges, scatter_
 
 
 @dataclass(frozen=True)
-class CoordinateSteps(Launches):
+class CoordinateSteps(Common):
     """Coordinate directions with JAGUAR's momentum and the sign rule.
 
     Attributes:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from jaguar import rules
 from jaguar.directions import Gaussian, Rademacher
-from jaguar.estimators import Lost, Probe
+from jaguar.estimators import Probe
+from jaguar.launches import Lost
 from jaguar.params import Slot
-from jaguar.reference.common import Launches, moved
+from jaguar.reference.common import Common, moved
 from jaguar.reference.pieces import Piece
 from jaguar.reference.probes import CopyProbe, ModuleProbe, WalkProbe
 from jaguar.rng import Draw, Purpose
@@ -26,7 +27,7 @@ _KEPT = 1 << 22
 
 
 @dataclass(frozen=True)
-class DenseSteps(Launches):
+class DenseSteps(Common):
     """Dense directions with the SGD or the sign rule.
 
     Attributes:

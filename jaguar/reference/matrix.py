@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jaguar import rules
 from jaguar.params import Slot
-from jaguar.reference.common import Launches
+from jaguar.reference.common import Common
 from jaguar.reference.pieces import Piece
 from jaguar.rng import Draw, Purpose
 from jaguar.rounding import compute_dtype
@@ -18,7 +18,7 @@ from jaguar.storage import flat_, ranges
 
 
 @dataclass(frozen=True)
-class MatrixSteps(Launches):
+class MatrixSteps(Common):
     """x <- (1 - lr wd) x - lr O for slots that `signed` leaves out."""
 
     def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
