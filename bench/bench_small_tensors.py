@@ -14,11 +14,8 @@ import argparse
 import hashlib
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commits import ROOT, machine, trees
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"768 numbers in 4 tensors": (192, 4), "300 tensors of 768": (768, 300), "2,000 tensors of 8": (8, 2000)}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZO-SGD": ("ZOSGD", {"restore": "copy"}),
@@ -157,11 +154,6 @@ def ask(tree: Path, task: str) -> Any:
     return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 
 
-def git(*words: str) -> str:
-    """What git prints."""
-    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", help="commit to compare with")
@@ -173,46 +165,31 @@ def main() -> int:
         return 0
     if not args.baseline:
         parser.error("--baseline COMMIT says what to compare with")
-    with tempfile.TemporaryDirectory() as folder:
-        before = Path(folder) / "before"
-        git("worktree", "add", "--detach", str(before), args.baseline)
-        try:
-            trees = {"before": before, "after": ROOT}
-            found = {task: {k: ask(t, task) for k, t in trees.items()} for task in ("parity", "steps", *MEMORY)}
-            found["newton-schulz"] = {key: ask(tree, "newton-schulz") for key, tree in trees.items()}
-        finally:
-            git("worktree", "remove", "--force", str(before))
+    with trees(args.baseline) as sides:
+        found = {task: {k: ask(t, task) for k, t in sides.items()} for task in ("parity", "steps", *MEMORY)}
+        found["newton-schulz"] = {key: ask(tree, "newton-schulz") for key, tree in sides.items()}
     if found["parity"]["before"] != found["parity"]["after"]:
         raise AssertionError(f"the two differ: {found['parity']}")
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": "1",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "before": git("rev-parse", "--short", args.baseline),
-        "after": git("describe", "--always", "--dirty"),
-        "command": f"python bench/bench_small_tensors.py --baseline {args.baseline}",
-    }
+    info = machine(args.baseline, "python bench/bench_small_tensors.py")
     table = Table(title="the reference backend on a CPU, before and after", title_justify="left")
     for column in ("what", "before", "after"):
         table.add_column(column, justify="left" if column == "what" else "right")
     steps = found["steps"]
     for name in steps["after"]:
         loop = name.split(":")[0] + ": MeZO's loop"
-        cells = [f"{steps[k][name] * 1e3:,.2f} ms ({steps[k][name] / steps[k][loop]:.1f} x)" for k in trees]
+        cells = [f"{steps[k][name] * 1e3:,.2f} ms ({steps[k][name] / steps[k][loop]:.1f} x)" for k in sides]
         table.add_row(name, *cells)
     for name in MEMORY:
-        table.add_row(f"{name}: copies of a tensor, momentum included", *(f"{found[name][k]:.2f}" for k in trees))
+        table.add_row(f"{name}: copies of a tensor, momentum included", *(f"{found[name][k]:.2f}" for k in sides))
     for name in found["newton-schulz"]["after"]:
-        cells = [found["newton-schulz"][k][name] for k in trees]
+        cells = [found["newton-schulz"][k][name] for k in sides]
         table.add_row(
             f"Newton-Schulz {name}, AVX2", *(f"{c['seconds'] * 1e3:.2f} ms, error {c['error']:.1e}" for c in cells)
         )
-    Console(width=140).print(table, "  ".join(f"{key} {value}" for key, value in machine.items()))
+    Console(width=140).print(table, "  ".join(f"{key} {value}" for key, value in info.items()))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "small-tensors.json"
-    path.write_text(json.dumps({"machine": machine, "results": found}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": info, "results": found}, indent=2) + "\n")
     print(f"written to {path}")
     return 0
 

@@ -1,0 +1,46 @@
+"""Two commits side by side: what both benchmarks that compare with an earlier one need."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def git(*words: str) -> str:
+    """What git prints."""
+    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextmanager
+def trees(baseline: str) -> Iterator[dict[str, Path]]:
+    """The files of "before", a commit that is checked out meanwhile, and of "after", this tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        git("worktree", "add", "--detach", str(before), baseline)
+        try:
+            yield {"before": before, "after": ROOT}
+        finally:
+            git("worktree", "remove", "--force", str(before))
+
+
+def machine(baseline: str, command: str) -> dict[str, str]:
+    """What the numbers depend on."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": "1",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "before": git("rev-parse", "--short", baseline),
+        "after": git("describe", "--always", "--dirty"),
+        "command": f"{command} --baseline {baseline}",
+    }
