@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from jaguar.checkpoints import check_weights, recover_all
 from jaguar.evaluation import make_scorer, peak_memory, versions
-from jaguar.flags import underscored
+from jaguar.flag_groups import underscored
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import adapted, configuration, is_adapter, load, save_task, select_trainable
 from jaguar.optimizers.coordinate_momentum import CoordinateMomentum

@@ -1,9 +1,10 @@
-"""The flags and their help, group by group; names are those of transformers' TrainingArguments where it has them."""
+"""Flags: their spelling and their help, group by group; named as in TrainingArguments where it has them."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaguar import values
@@ -365,3 +366,16 @@ INFO = (
 def named(sections: Sequence[Any]) -> dict[str, str]:
     """Every spelling of the flags -> the first one."""
     return {name: names[0] for _, _, flags in sections for names, _ in flags for name in names}
+
+
+def unrecognized(words: Sequence[str], known: Iterable[str]) -> str:
+    """The error for words that are no flags, with the flag that was meant, if one is spelled alike."""
+    flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
+    alike = difflib.get_close_matches(flag, known, 1, 0.8) if flag else []
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {alike[0]}?" if alike else "")
+
+
+def underscored(word: str) -> str:
+    """A flag's one spelling, --max_steps, for --max-steps too; other words are left alone."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word

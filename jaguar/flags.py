@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
@@ -143,7 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Settings come from the preset of the chosen model, task, method and adapter, then from the file of --config, then
     from the command line; later ones win.
     """
-    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [groups.underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
     _refuse_two_values(words)
     preset = None
@@ -164,21 +163,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
         args.trainer = trainer_flags.parsed(rest, functools.partial(_refuse, args.command))
     elif rest:
-        _refuse(args.command, unrecognized(rest, groups.named(groups.EVAL if args.command == "eval" else groups.INFO)))
+        known = groups.EVAL if args.command == "eval" else groups.INFO
+        _refuse(args.command, groups.unrecognized(rest, groups.named(known)))
     return args
-
-
-def unrecognized(words: Sequence[str], known: Iterable[str]) -> str:
-    """The error for words that are no flags, with the flag that was meant, if one is spelled alike."""
-    flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
-    alike = difflib.get_close_matches(flag, known, 1, 0.8) if flag else []
-    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {alike[0]}?" if alike else "")
-
-
-def underscored(word: str) -> str:
-    """A flag's one spelling, --max_steps, for --max-steps too; other words are left alone."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _refuse(command: str, message: str) -> NoReturn:

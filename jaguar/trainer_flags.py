@@ -11,8 +11,7 @@ from typing import Any, NoReturn, cast
 
 from jaguar import values
 from jaguar.choices import FIRST_ORDER
-from jaguar.flag_groups import FINETUNE, OF_THE_RUN, named
-from jaguar.flags import unrecognized
+from jaguar.flag_groups import FINETUNE, OF_THE_RUN, named, unrecognized
 
 _NO_ADAM = "--method names the optimizer, and it is not of Adam's kind"
 _ROWS = "the task says how rows are read"

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jaguar.errors import said
 from jaguar.tasks.questions import Choice, Example
 from jaguar.tolerance import rounding
-
-if TYPE_CHECKING:
-    from jaguar.scoring.scorer import Scorer
 
 # Rows that share a forward pass: all of a batch, those of one length, or none.
 TOGETHER = ("padded", "equal", "one")
@@ -37,6 +34,23 @@ class Reading:
     together: str = "padded"
 
 
+class Verifiable(Protocol):
+    """What is asked of a scorer here; `jaguar.scoring.Scorer` says what each is."""
+
+    model: Any
+    kind: str
+    layout: str
+    head: nn.Module | None
+    readings: list[Reading]
+    verified_length: float
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Examples as one batch."""
+
+    def scores(self, batch: Mapping[str, Any]) -> Tensor:
+        """Scores of the options of a batch, a row per example."""
+
+
 def readings(model: Any, kind: str, pad_id: int, own_masks: bool) -> list[Reading]:
     """The ways to read batches, cheapest first; the last asks nothing of the model but its rows one by one."""
     plain, own_pad = Reading(False, pad_id), getattr(model.config, "pad_token_id", None)
@@ -54,7 +68,7 @@ def picked(examples: Sequence[Example]) -> list[Example]:
 
 
 @torch.no_grad()
-def first_right(scorer: Scorer, examples: Sequence[Example]) -> int:
+def first_right(scorer: Verifiable, examples: Sequence[Example]) -> int:
     """The number of the first of `scorer.readings` by which batches score as the rows one by one, without padding.
 
     Raises:
@@ -84,7 +98,7 @@ def first_right(scorer: Scorer, examples: Sequence[Example]) -> int:
     raise ValueError(f"{reason}; this model cannot be scored by jaguar")
 
 
-def _in_batches(scorer: Scorer, examples: Sequence[Example], reading: Reading) -> Iterator[tuple[int, Tensor]]:
+def _in_batches(scorer: Verifiable, examples: Sequence[Example], reading: Reading) -> Iterator[tuple[int, Tensor]]:
     """Number of an example and its scores: from the shortest two in a batch, then from all, in every layout.
 
     Where rows of equal length are read together, each gets a companion: there may be only one of its length.
@@ -107,7 +121,7 @@ def backwards(example: Example) -> Example:
     return replace(example, choices=tuple(replace(choice, ids=choice.ids[::-1]) for choice in example.choices))
 
 
-def _one_by_one(scorer: Scorer, examples: Sequence[Example]) -> tuple[list[Tensor], float]:
+def _one_by_one(scorer: Verifiable, examples: Sequence[Example]) -> tuple[list[Tensor], float]:
     """The scores of every example by the model's own forward, and the largest of the logits that they are made of."""
     device, found, scale = next(scorer.model.parameters()).device, [], 0.0
     options = {"use_cache": False} if scorer.kind == "causal" else {}
