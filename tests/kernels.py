@@ -6,7 +6,6 @@ comes out of an operation is the processor's choice.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import triton.language as tl
+import interpreter  # noqa: F401 (twice as fast)
 from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
-from triton.runtime import interpreter
 
 from jaguar import ops, rules
 from jaguar.directions import DENSE, Coordinates, ReleasedBlock
@@ -69,60 +67,6 @@ SHAPES = {
     "big": [(8192 + 300,), (7, 13)],
 }
 _PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _patch_once() -> None:
-    """Makes the interpreter twice as fast.
-
-    It patches triton.language anew at every call of a device function; once per launch is enough, for each set of
-    language modules that such a function sees.
-    """
-    real, seen = interpreter._patch_lang, set()
-
-    def patched(fn: Any) -> Any:
-        found = frozenset(v.__name__ for v in fn.__globals__.values() if inspect.ismodule(v) and v in (tl, tl.core))
-        if found in seen:
-            return None
-        scope, outermost = real(fn), not seen
-        seen.add(found)
-        if outermost:
-            restore = scope.restore
-            scope.restore = lambda: (seen.clear(), restore())
-        return scope
-
-    interpreter._patch_lang = patched
-
-
-if ops.interpreted() and hasattr(interpreter, "_LangPatchScope"):
-    _patch_once()
-
-
-def pairwise(factors: dict[str, Sequence[Any]], never: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """Rows in which every two levels of two factors meet, except those of `never`.
-
-    Greedy, and the same every time; where it makes no difference a row gets the first level of a factor.
-    """
-
-    def pairs(row: dict[str, Any]) -> list[Any]:
-        return list(itertools.combinations([(name, row[name]) for name in factors if name in row], 2))
-
-    left = {
-        ((a, level), (b, other))
-        for a, b in itertools.combinations(factors, 2)
-        for level, other in itertools.product(factors[a], factors[b])
-    }
-    left -= {p for bad in never if len(bad) == 2 for p in pairs(bad)}
-    order = sorted(left, key=repr)
-    rows: list[dict[str, Any]] = []
-    while left:
-        row = dict(next(p for p in order if p in left))
-        for name in [n for n in factors if n not in row]:
-            choices = [row | {name: level} for level in factors[name]]
-            choices = [c for c in choices if not any(bad.items() <= c.items() for bad in never)]
-            row = max(choices, key=lambda c: len(left.intersection(pairs(c))))
-        rows.append({name: row[name] for name in factors})
-        left.difference_update(pairs(row))
-    return rows
 
 
 def crossed(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:

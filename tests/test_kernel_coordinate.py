@@ -14,6 +14,7 @@ from conftest import DTYPES, fraction_ints
 
 pytest.importorskip("triton")
 import triton.language as tl
+from covering import pairwise
 from kernels import (
     DIRECTIONS,
     SEED,
@@ -30,7 +31,6 @@ from kernels import (
     forms_of,
     interpreted,
     jobs,
-    pairwise,
     row_id,
     same,
     step_law,

@@ -13,6 +13,7 @@ from conftest import DTYPES
 
 pytest.importorskip("triton")
 import triton.language as tl
+from covering import pairwise
 from kernels import (
     RHO,
     SEED,
@@ -27,7 +28,6 @@ from kernels import (
     forms_of,
     interpreted,
     jobs,
-    pairwise,
     row_id,
     same,
     step_law,

@@ -13,7 +13,8 @@ from conftest import TAU, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
-from kernels import DIRECTIONS, Form, Twins, counted, forms_of, interpreted, jobs, pairwise, row_id, step_law
+from covering import pairwise
+from kernels import DIRECTIONS, Form, Twins, counted, forms_of, interpreted, jobs, row_id, step_law
 
 import jaguar
 from jaguar import JaguarMuon, muon, ops

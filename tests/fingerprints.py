@@ -1,0 +1,362 @@
+"""Runs whose bits are recorded: every public optimizer with every option, and what their parameters and state become.
+
+A row says what is run: the optimizer's arguments, and
+
+    dtype       of the parameters; "mixed": of different tensors
+    model       which parameters: "odd", "tables" or "square"
+    groups      whether parameter groups have numbers of their own
+    how         what happens besides `step(closure)`
+
+Losses are made of exact or correctly rounded operations in fp64 and summed by `math.fsum`, and so do not depend on the
+machine, on threads or on the order of sums.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import io
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from conftest import bits
+from covering import pairwise
+from torch import Tensor, nn
+
+import jaguar
+
+Row = dict[str, Any]
+
+DTYPES = {
+    "fp32": [torch.float32],
+    "bf16": [torch.bfloat16],
+    "fp16": [torch.float16],
+    "fp64": [torch.float64],
+    "mixed": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+}
+STEPS = {"reference": 5, "triton": 2}
+TAU = 0.07  # above the spacing of bf16 below 1, so that no perturbation is lost
+USUAL: dict[str, Row] = {
+    "JaguarSignSGD": {"lr": 0.011},
+    "JaguarMuon": {"lr": 0.03, "vector_lr": 0.007},
+    "ZOSGD": {"lr": 3e-4, "restore": "copy"},
+    "ZOSignSGD": {"lr": 0.011, "restore": "copy"},
+}
+# What a second and a third parameter group have of their own, beside the first one with the optimizer's numbers.
+OWN: dict[str, list[Row]] = {
+    "JaguarSignSGD": [{"lr": 0.003, "beta": 0.3, "weight_decay": 0.7}, {"tau": 0.11, "beta": 0.0}],
+    "JaguarMuon": [{"lr": 0.01, "vector_lr": 0.02, "beta": 0.3, "weight_decay": 0.7}, {"tau": 0.11, "beta": 0.0}],
+    "ZOSGD": [{"lr": 1e-4, "momentum": 0.5, "weight_decay": 0.7}, {"tau": 0.11, "momentum": 0.0}],
+    "ZOSignSGD": [{"lr": 0.003, "momentum": 0.5, "weight_decay": 0.7}, {"tau": 0.11, "momentum": 0.0}],
+}
+
+
+# -- models and losses -------------------------------------------------------------------------------------------------
+
+
+def numbers(count: int, turn: int = 0) -> Tensor:
+    """Multiples of 1/512 in [-1, 1], in fp64."""
+    return ((torch.arange(count, dtype=torch.float64) * 389 + turn * 97) % 1021 - 510) / 512
+
+
+class Term(nn.Module):
+    """One tensor, read in its module's forward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(tensor)
+
+    def forward(self) -> Tensor:
+        return self.x.clone()
+
+
+class Model(nn.Module):
+    """Tensors, and a smooth loss that every one of their elements reaches."""
+
+    def __init__(self, kind: str, dtype: str, strided: bool) -> None:
+        super().__init__()
+        self.kind, self._dtypes, self._count = kind, DTYPES[dtype], 0
+        if kind == "odd":
+            transposed = self._values(11, 6).t()
+            self.terms = nn.ModuleDict(
+                {
+                    "matrix": Term(self._values(12, 17)),
+                    "empty": Term(self._values(0, 4)),
+                    "transposed": Term(transposed if strided else transposed.contiguous()),
+                    "vector": Term(self._values(133)),
+                    "cube": Term(self._values(3, 4, 5)),
+                    "scalar": Term(self._values()),
+                    "convolution": Term(self._values(5, 2, 3)),
+                    "tall": Term(self._values(19, 3)),
+                    "last": Term(self._values(3)),
+                }
+            )
+        elif kind == "square":
+            shapes = {
+                "a": (4, 4),
+                "b": (4, 4),
+                "cube": (3, 4, 4),
+                "convolution": (4, 2, 2),
+                "vector": (5,),
+                "c": (4, 4),
+            }
+            self.terms = nn.ModuleDict({name: Term(self._values(*shape)) for name, shape in shapes.items()})
+        else:
+            self.padded = nn.Embedding(9, 8, padding_idx=3)
+            self.hidden = nn.Linear(8, 6, bias=False)
+            self.bias = Term(self._values(7))
+            self.tied = nn.Embedding(10, 8, padding_idx=1)
+            self.head = nn.Linear(8, 10, bias=False)
+            for module in (self.padded, self.hidden, self.tied):
+                module.weight = nn.Parameter(self._values(*module.weight.shape))
+            self.head.weight = self.tied.weight
+
+    def _values(self, *shape: int) -> Tensor:
+        self._count += 1
+        dtype = self._dtypes[self._count % len(self._dtypes)]
+        return numbers(math.prod(shape), self._count).reshape(shape).to(dtype)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What the forwards of the modules make of the parameters, without a rounding."""
+        if self.kind != "tables":
+            yield from (term() for term in self.terms.values())
+            return
+        yield self.padded(torch.arange(9))
+        yield self.hidden(torch.eye(8, dtype=self.hidden.weight.dtype))
+        yield self.bias()
+        yield self.tied(torch.arange(10))
+        yield self.head(torch.eye(8, dtype=self.head.weight.dtype))
+
+    def forward(self) -> Tensor:
+        terms: list[float] = []
+        for i, tensor in enumerate(self.tensors()):
+            x = tensor.detach().to(torch.float64).reshape(-1)
+            off = x - numbers(x.numel(), 1000 + i)
+            terms += (off * off * (1.0 + torch.arange(x.numel()) % 7 / 4)).tolist()
+        return torch.tensor(math.fsum(terms), dtype=torch.float64)
+
+    def parts(self) -> list[Row]:
+        """Three groups of the parameters, and what JAGUAR Muon reads of them."""
+        if self.kind == "tables":
+            groups = jaguar.param_groups(self)
+            assert len(groups) == 3
+            return groups
+        named = dict(self.named_parameters())
+        flat = {name: p for name, p in named.items() if "convolution" in name}
+        signed = {name: p for name, p in named.items() if p.dim() < 2 or "transposed" in name}
+        rest = {name: p for name, p in named.items() if name not in flat | signed}
+        kinds = ((rest, True), (signed, False), (flat, "flatten"))
+        return [{"params": list(some.items()), "ns": ns} for some, ns in kinds]
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def made(row: Row, model: Model, backend: str) -> Any:
+    """The optimizer of a row."""
+    options = {k: v for k, v in row.items() if k not in ("optimizer", "dtype", "model", "groups", "how")}
+    name, released = row["optimizer"], row.get("released", False)
+    usual = USUAL[name] | {"tau": TAU, "seed": 12345, "backend": backend}
+    if released:
+        usual.pop("vector_lr", None)
+    params: Any = model.named_parameters()
+    if row.get("how") == "unnamed":
+        params = list(model.parameters())
+    if row.get("groups") or (name == "JaguarMuon" and not released):
+        own: list[Row] = [{}, *OWN[name]] if row.get("groups") else [{}, {}, {}]
+        if released:
+            own = [{k: v for k, v in numbers.items() if k not in ("beta", "vector_lr")} for numbers in own]
+        params = [part | numbers for part, numbers in zip(model.parts(), own, strict=True)]
+        if row.get("how") == "unnamed":
+            params = [part | {"params": [p for _, p in part["params"]]} for part in params]
+        if name != "JaguarMuon" or released:
+            params = [{k: v for k, v in part.items() if k != "ns"} for part in params]
+    return getattr(jaguar, name)(params, **(usual | options))
+
+
+def saved_and_loaded(row: Row, model: Model, optimizer: Any, backend: str) -> Any:
+    """Another optimizer that goes on where this one is."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = made(row, model, backend)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def fingerprint(row: Row, backend: str = "reference") -> str:
+    """Three digests after some steps: of the parameters, of the state and of the records."""
+    gc.freeze()  # embeddings are looked for among all objects that it tracks: four times as long as the steps
+    try:
+        return _fingerprint(row, backend)
+    finally:
+        gc.unfreeze()
+
+
+def _fingerprint(row: Row, backend: str) -> str:
+    model = Model(row.get("model", "odd"), row["dtype"], strided=backend == "reference")
+    start = copy.deepcopy(list(model.parameters()))
+    how, records = row.get("how", "step"), hashlib.sha256()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of skipped steps, and of few coordinates: not what is recorded here
+        optimizer = made(row, model, backend)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k)) if how == "schedule" else None
+        for step in range(STEPS[backend]):
+            closure: Callable[[], Tensor] = model
+            if how == "skip" and step == 1:
+                closure = partial(_infinite, model)
+            if how == "freeze" and step in (1, 3):
+                frozen = list(model.parameters())[1::2]
+                for parameter in frozen:
+                    parameter.requires_grad_(step == 3)
+            if how == "save" and step == STEPS[backend] // 2:
+                optimizer = saved_and_loaded(row, model, optimizer, backend)
+            if how == "measure":
+                optimizer.apply_(optimizer.measure(closure))
+            else:
+                optimizer.step(closure)
+            records.update(optimizer.last_record.pack())
+            if scheduler is not None:
+                scheduler.step()
+    assert optimizer.steps_done == STEPS[backend]
+    assert any(bits(a) != bits(b) for a, b in zip(start, model.parameters(), strict=True)), "nothing moved"
+    parameters, state = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        parameters.update(_described(name, parameter))
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            state.update(_described(f"{name} {key}", value))
+    return " ".join(digest.hexdigest()[:16] for digest in (parameters, state, records))
+
+
+def _infinite(model: Model) -> Tensor:
+    return model() + math.inf
+
+
+def _described(name: str, value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        return f"{name} {value.dtype} {tuple(value.shape)}\n".encode() + bits(value)
+    return f"{name} {value!r}\n".encode()
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------------
+
+COMMON: dict[str, list[Row]] = {
+    "dtype": [{"dtype": name} for name in DTYPES],
+    "how": [{}, *({"how": how} for how in ("measure", "save", "freeze", "schedule", "skip", "unnamed"))],
+    "model": [{}, {"model": "tables"}],
+    "groups": [{}, {"groups": True}],
+    "estimator": [{}, {"estimator": "one-sided"}],
+    "rounding": [{}, {"rounding": "nearest"}],
+    "n_directions": [{}, {"n_directions": 2}, {"n_directions": 3}],
+    "weight_decay": [{}, {"weight_decay": 0.3}],
+    "rho_clip": [{}, {"rho_clip": 0.9}],
+    "maximize": [{}, {"maximize": True}],
+}
+MOMENTUM: list[Row] = [
+    {},
+    {"momentum_dtype": torch.float32},
+    {"momentum_dtype": torch.bfloat16},
+    {"momentum_dtype": torch.float8_e5m2},
+]
+COORDINATES: dict[str, list[Row]] = {
+    "coordinates": [
+        {"coordinates": 0.1},
+        {"coordinates": 40},
+        {"coordinates": 1},
+        {"coordinates": 1.0},
+        {"coordinates": 1 / 9, "layout": "block"},
+        {"coordinates": 1.0, "layout": "block"},
+    ],
+    "update": [{}, {"update": "all"}],
+    "signs": [{}, {"signs": "ones"}],
+    "beta": [{}, {"beta": 0.0}],
+    "momentum_dtype": MOMENTUM,
+}
+DENSE: dict[str, list[Row]] = {
+    "distribution": [{}, {"distribution": "rademacher"}],
+    "restore": [{}, {"restore": "walk"}, {"restore": "module"}],
+    "momentum": [{"momentum": 0.9}, {}],
+    "momentum_dtype": MOMENTUM,
+}
+NEWTON_SCHULZ: dict[str, list[Row]] = {
+    "ns_coefficients": [{}, {"ns_coefficients": "quintic"}, {"ns_coefficients": "polar_express"}],
+    "ns_dtype": [{}, {"ns_dtype": torch.float32}, {"ns_dtype": torch.float64}],
+    "ns_steps": [{}, {"ns_steps": 3}],
+    "ns_period": [{}, {"ns_period": 2}],
+    "vector_lr": [{}, {"vector_lr": None}],
+    "adjust_lr": [{}, {"adjust_lr": "original"}, {"adjust_lr": "match_rms_adamw"}],
+}
+# Momentum is +-rho, of which sixteen have the norm 4 rho: one or two cubic steps are exact, in any order of the sums.
+EXACT: dict[str, list[Row]] = {
+    "model": [{"model": "square", "coordinates": 1.0, "beta": 0.0, "momentum_dtype": torch.float32}],
+    "ns_dtype": [{"ns_dtype": torch.float32}, {"ns_dtype": torch.float64}],
+    "ns_steps": [{"ns_steps": 1}, {"ns_steps": 2}],
+    "groups": [{}],
+}
+RELEASED: list[Row] = [{"released": True}]
+
+
+def label(options: Row) -> str:
+    """Options as they are written in a call."""
+    return ",".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in options.items())
+
+
+def row_id(row: Row) -> str:
+    """The row in words."""
+    return f"{row['optimizer']}({label({k: v for k, v in row.items() if k != 'optimizer'})})"
+
+
+def rows_of(optimizer: str, factors: dict[str, list[Row]]) -> list[Row]:
+    """Rows in which every two levels of two factors meet."""
+    levels = {factor: {label(level): level for level in some} for factor, some in factors.items()}
+    covered = pairwise({factor: list(some) for factor, some in levels.items()})
+    rows = [[levels[factor][name] for factor, name in row.items()] for row in covered]
+    return [{"optimizer": optimizer} | {k: v for level in row for k, v in level.items()} for row in rows]
+
+
+def reference_rows() -> list[Row]:
+    """Runs on the reference."""
+    return [
+        *rows_of("JaguarSignSGD", COMMON | COORDINATES),
+        *rows_of("JaguarSignSGD", COMMON | {"released": RELEASED}),
+        *rows_of("JaguarMuon", COMMON | COORDINATES | NEWTON_SCHULZ),
+        *rows_of("JaguarMuon", COMMON | {"released": RELEASED}),
+        *rows_of("JaguarMuon", COMMON | NEWTON_SCHULZ | {"ns_coefficients": [{}]} | EXACT),
+        *rows_of("ZOSGD", COMMON | DENSE),
+        *rows_of("ZOSignSGD", COMMON | DENSE),
+    ]
+
+
+def some_of(count: int, optimizer: str, factors: dict[str, list[Row]]) -> list[Row]:
+    """Rows in which the levels of each factor are equally frequent, in an order of its own."""
+    rows: list[Row] = [{"optimizer": optimizer} for _ in range(count)]
+    for factor, levels in factors.items():
+        turns = [levels[i % len(levels)] for i in range(count)]
+        random.Random(factor).shuffle(turns)
+        rows = [row | level for row, level in zip(rows, turns, strict=True)]
+    return rows
+
+
+def interpreter_rows() -> list[Row]:
+    """Runs in Triton's interpreter: few, because each of them takes as long as thirty on the reference."""
+    common = {
+        "dtype": [{"dtype": "mixed"}],
+        "how": [{}, {"how": "measure"}, {"how": "freeze"}],
+        **{name: COMMON[name] for name in ("model", "groups", "estimator", "rounding", "weight_decay")},
+    }
+    several = {"n_directions": [{}, {"n_directions": 2}]}
+    orthogonal = {name: NEWTON_SCHULZ[name] for name in ("ns_coefficients", "ns_period", "adjust_lr")}
+    return [
+        *some_of(9, "JaguarSignSGD", common | several | COORDINATES),
+        *some_of(2, "JaguarSignSGD", common | {"released": RELEASED}),
+        *some_of(7, "JaguarMuon", common | several | COORDINATES | orthogonal | {"ns_steps": [{"ns_steps": 2}]}),
+        *some_of(2, "JaguarMuon", common | {"released": RELEASED}),
+        *some_of(8, "ZOSGD", common | several | DENSE),
+        *some_of(4, "ZOSignSGD", common | several | {name: DENSE[name] for name in ("distribution", "momentum")}),
+    ]
