@@ -217,8 +217,8 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._process:  # closes its pipes, at which it ends, and waits
-            pass
+        with self._process:  # closes its pipes and waits
+            self._process.kill()  # it has nothing to save, and may be in the middle of a turn
 
     def tell(self, *question: Any) -> None:
         """Asks without waiting for the answer."""
