@@ -3,7 +3,7 @@
 A row says what is run: the optimizer's arguments, and
 
     dtype       of the parameters; "mixed": of different tensors
-    model       which parameters: "odd", "tables" or "square"
+    model       which parameters: "odd", "square", "large" or "tables"
     groups      whether parameter groups have numbers of their own
     how         what happens besides `step(closure)`
 
@@ -41,6 +41,28 @@ DTYPES = {
     "mixed": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
 }
 STEPS = {"reference": 5, "triton": 2}
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "odd": {
+        "matrix": (12, 17),
+        "empty": (0, 4),
+        "transposed": (6, 11),
+        "vector": (133,),
+        "cube": (3, 4, 5),
+        "scalar": (),
+        "convolution": (5, 2, 3),
+        "tall": (19, 3),
+        "last": (3,),
+    },
+    "square": {
+        "first": (4, 4),
+        "second": (4, 4),
+        "cube": (3, 4, 4),
+        "convolution": (4, 2, 2),
+        "vector": (5,),
+        "last": (4, 4),
+    },
+    "large": {"vector": (2**15 + 300,), "wide": (5, 8200), "last": (3,)},  # more than is done at once
+}
 TAU = 0.07  # above the spacing of bf16 below 1, so that no perturbation is lost
 USUAL: dict[str, Row] = {
     "JaguarSignSGD": {"lr": 0.011},
@@ -82,31 +104,11 @@ class Model(nn.Module):
     def __init__(self, kind: str, dtype: str, strided: bool) -> None:
         super().__init__()
         self.kind, self._dtypes, self._count = kind, DTYPES[dtype], 0
-        if kind == "odd":
-            transposed = self._values(11, 6).t()
-            self.terms = nn.ModuleDict(
-                {
-                    "matrix": Term(self._values(12, 17)),
-                    "empty": Term(self._values(0, 4)),
-                    "transposed": Term(transposed if strided else transposed.contiguous()),
-                    "vector": Term(self._values(133)),
-                    "cube": Term(self._values(3, 4, 5)),
-                    "scalar": Term(self._values()),
-                    "convolution": Term(self._values(5, 2, 3)),
-                    "tall": Term(self._values(19, 3)),
-                    "last": Term(self._values(3)),
-                }
-            )
-        elif kind == "square":
-            shapes = {
-                "a": (4, 4),
-                "b": (4, 4),
-                "cube": (3, 4, 4),
-                "convolution": (4, 2, 2),
-                "vector": (5,),
-                "c": (4, 4),
-            }
-            self.terms = nn.ModuleDict({name: Term(self._values(*shape)) for name, shape in shapes.items()})
+        if kind in SHAPES:
+            tensors = {name: self._values(*shape) for name, shape in SHAPES[kind].items()}
+            if "transposed" in tensors and strided:
+                tensors["transposed"] = tensors["transposed"].t().contiguous().t()
+            self.terms = nn.ModuleDict({name: Term(tensor) for name, tensor in tensors.items()})
         else:
             self.padded = nn.Embedding(9, 8, padding_idx=3)
             self.hidden = nn.Linear(8, 6, bias=False)
@@ -124,7 +126,7 @@ class Model(nn.Module):
 
     def tensors(self) -> Iterator[Tensor]:
         """What the forwards of the modules make of the parameters, without a rounding."""
-        if self.kind != "tables":
+        if self.kind in SHAPES:
             yield from (term() for term in self.terms.values())
             return
         yield self.padded(torch.arange(9))
@@ -171,8 +173,8 @@ def made(row: Row, model: Model, backend: str) -> Any:
     if row.get("groups") or (name == "JaguarMuon" and not released):
         own: list[Row] = [{}, *OWN[name]] if row.get("groups") else [{}, {}, {}]
         if released:
-            own = [{k: v for k, v in numbers.items() if k not in ("beta", "vector_lr")} for numbers in own]
-        params = [part | numbers for part, numbers in zip(model.parts(), own, strict=True)]
+            own = [{k: v for k, v in values.items() if k not in ("beta", "vector_lr")} for values in own]
+        params = [part | values for part, values in zip(model.parts(), own, strict=True)]
         if row.get("how") == "unnamed":
             params = [part | {"params": [p for _, p in part["params"]]} for part in params]
         if name != "JaguarMuon" or released:
@@ -201,37 +203,52 @@ def fingerprint(row: Row, backend: str = "reference") -> str:
 
 def _fingerprint(row: Row, backend: str) -> str:
     model = Model(row.get("model", "odd"), row["dtype"], strided=backend == "reference")
-    start = copy.deepcopy(list(model.parameters()))
-    how, records = row.get("how", "step"), hashlib.sha256()
+    start = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of skipped steps, and of few coordinates: not what is recorded here
-        optimizer = made(row, model, backend)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k)) if how == "schedule" else None
-        for step in range(STEPS[backend]):
-            closure: Callable[[], Tensor] = model
-            if how == "skip" and step == 1:
-                closure = partial(_infinite, model)
-            if how == "freeze" and step in (1, 3):
-                frozen = list(model.parameters())[1::2]
-                for parameter in frozen:
-                    parameter.requires_grad_(step == 3)
-            if how == "save" and step == STEPS[backend] // 2:
-                optimizer = saved_and_loaded(row, model, optimizer, backend)
-            if how == "measure":
-                optimizer.apply_(optimizer.measure(closure))
-            else:
-                optimizer.step(closure)
-            records.update(optimizer.last_record.pack())
-            if scheduler is not None:
-                scheduler.step()
+        optimizer, records = stepped(row, model, backend)
+        if row.get("how") == "replay":
+            model = copy.deepcopy(start)
+            optimizer = made(row, model, backend)
+            for record in records:
+                optimizer.apply_(record)
     assert optimizer.steps_done == STEPS[backend]
-    assert any(bits(a) != bits(b) for a, b in zip(start, model.parameters(), strict=True)), "nothing moved"
+    moved = [bits(a) != bits(b) for a, b in zip(start.parameters(), model.parameters(), strict=True)]
+    assert any(moved), "nothing moved"
     parameters, state = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
         parameters.update(_described(name, parameter))
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             state.update(_described(f"{name} {key}", value))
-    return " ".join(digest.hexdigest()[:16] for digest in (parameters, state, records))
+    numbers = hashlib.sha256(b"".join(record.pack() for record in records))
+    return " ".join(digest.hexdigest()[:16] for digest in (parameters, state, numbers))
+
+
+def stepped(row: Row, model: Model, backend: str) -> tuple[Any, list[Any]]:
+    """The optimizer of a row after its steps, and their records."""
+    optimizer, how, records = made(row, model, backend), row.get("how"), []
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k)) if how == "schedule" else None
+    for step in range(STEPS[backend]):
+        closure: Callable[[], Tensor] = model
+        if how == "skip" and step == 1:
+            closure = partial(_infinite, model)
+        if how == "freeze" and step in (1, 3):
+            for parameter in list(model.parameters())[1::2]:
+                parameter.requires_grad_(step == 3)
+        if how == "save" and step == STEPS[backend] // 2:
+            optimizer = saved_and_loaded(row, model, optimizer, backend)
+        if how in ("measure", "discard"):
+            record = optimizer.measure(closure)
+        if how == "discard":
+            optimizer.discard_()
+        if how == "measure":
+            optimizer.apply_(record)
+        else:
+            optimizer.step(closure)
+        records.append(optimizer.last_record)
+        if scheduler is not None:
+            scheduler.step()
+    return optimizer, records
 
 
 def _infinite(model: Model) -> Tensor:
@@ -248,7 +265,17 @@ def _described(name: str, value: Any) -> bytes:
 
 COMMON: dict[str, list[Row]] = {
     "dtype": [{"dtype": name} for name in DTYPES],
-    "how": [{}, *({"how": how} for how in ("measure", "save", "freeze", "schedule", "skip", "unnamed"))],
+    "how": [
+        {},
+        {"how": "measure"},  # and apply_, in place of step
+        {"how": "discard"},  # what was measured first
+        {"how": "replay"},  # by another optimizer, without a closure
+        {"how": "save"},  # and load in the middle
+        {"how": "freeze"},  # every other tensor for two steps
+        {"how": "schedule"},
+        {"how": "skip"},  # the second step, whose loss is infinite
+        {"how": "unnamed"},
+    ],
     "model": [{}, {"model": "tables"}],
     "groups": [{}, {"groups": True}],
     "estimator": [{}, {"estimator": "one-sided"}],
@@ -300,6 +327,17 @@ EXACT: dict[str, list[Row]] = {
     "groups": [{}],
 }
 RELEASED: list[Row] = [{"released": True}]
+LARGE: list[Row] = [
+    {"optimizer": "JaguarSignSGD", "dtype": "bf16", "coordinates": 1.0},
+    {"optimizer": "JaguarSignSGD", "dtype": "mixed", "coordinates": 0.5, "update": "all", "n_directions": 2},
+    {"optimizer": "JaguarSignSGD", "dtype": "fp16", "coordinates": 1.0, "layout": "block"},
+    {"optimizer": "ZOSGD", "dtype": "mixed", "momentum": 0.9},
+    {"optimizer": "ZOSGD", "dtype": "bf16", "momentum": 0.9, "restore": "walk", "n_directions": 2},
+    # The last three are quick in the interpreter too.
+    {"optimizer": "JaguarSignSGD", "dtype": "fp32", "coordinates": 40000, "estimator": "one-sided"},
+    {"optimizer": "JaguarMuon", "dtype": "mixed", "released": True},
+    {"optimizer": "ZOSignSGD", "dtype": "fp16", "distribution": "rademacher", "restore": "module"},
+]
 
 
 def label(options: Row) -> str:
@@ -330,6 +368,7 @@ def reference_rows() -> list[Row]:
         *rows_of("JaguarMuon", COMMON | NEWTON_SCHULZ | {"ns_coefficients": [{}]} | EXACT),
         *rows_of("ZOSGD", COMMON | DENSE),
         *rows_of("ZOSignSGD", COMMON | DENSE),
+        *({"model": "large"} | row for row in LARGE),
     ]
 
 
@@ -338,7 +377,7 @@ def some_of(count: int, optimizer: str, factors: dict[str, list[Row]]) -> list[R
     rows: list[Row] = [{"optimizer": optimizer} for _ in range(count)]
     for factor, levels in factors.items():
         turns = [levels[i % len(levels)] for i in range(count)]
-        random.Random(factor).shuffle(turns)
+        random.Random(f"{optimizer} {factor}").shuffle(turns)
         rows = [row | level for row, level in zip(rows, turns, strict=True)]
     return rows
 
@@ -347,7 +386,7 @@ def interpreter_rows() -> list[Row]:
     """Runs in Triton's interpreter: few, because each of them takes as long as thirty on the reference."""
     common = {
         "dtype": [{"dtype": "mixed"}],
-        "how": [{}, {"how": "measure"}, {"how": "freeze"}],
+        "how": [{}, {"how": "measure"}, {"how": "freeze"}, {"how": "replay"}],
         **{name: COMMON[name] for name in ("model", "groups", "estimator", "rounding", "weight_decay")},
     }
     several = {"n_directions": [{}, {"n_directions": 2}]}
@@ -357,6 +396,7 @@ def interpreter_rows() -> list[Row]:
         *some_of(2, "JaguarSignSGD", common | {"released": RELEASED}),
         *some_of(7, "JaguarMuon", common | several | COORDINATES | orthogonal | {"ns_steps": [{"ns_steps": 2}]}),
         *some_of(2, "JaguarMuon", common | {"released": RELEASED}),
-        *some_of(8, "ZOSGD", common | several | DENSE),
+        *some_of(7, "ZOSGD", common | several | DENSE),
         *some_of(4, "ZOSignSGD", common | several | {name: DENSE[name] for name in ("distribution", "momentum")}),
+        *({"model": "large"} | row for row in LARGE[-3:]),
     ]

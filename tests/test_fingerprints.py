@@ -128,8 +128,9 @@ def write() -> None:
         "products": products(),
     }
     FILE.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
-    for name in [name for name, digests in RECORDED["rows"].items() if rows.get(name) != digests]:
-        print(f"{'other bits' if name in rows else 'no longer there'}: {name}")
+    print(f"recorded {len(rows)} runs of {header['commit'][:7]}, {len(rows.keys() - RECORDED['rows'])} of them new")
+    for name in [name for name, digests in RECORDED["rows"].items() if rows.get(name, digests) != digests]:
+        print(f"other bits: {name}")
 
 
 if __name__ == "__main__":
