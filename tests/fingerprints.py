@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "large": {"vector": (2**15 + 300,), "wide": (5, 8200), "last": (3,)},  # more than is done at once
 }
-TAU = 0.07  # above the spacing of bf16 below 1, so that no perturbation is lost
+TAU = 0.07  # above the spacing of bf16 below 1; at 0.002 some perturbations are lost, whose momentum is not entered
 USUAL: dict[str, Row] = {
     "JaguarSignSGD": {"lr": 0.011},
     "JaguarMuon": {"lr": 0.03, "vector_lr": 0.007},
@@ -281,7 +281,8 @@ COMMON: dict[str, list[Row]] = {
     "estimator": [{}, {"estimator": "one-sided"}],
     "rounding": [{}, {"rounding": "nearest"}],
     "n_directions": [{}, {"n_directions": 2}, {"n_directions": 3}],
-    "weight_decay": [{}, {"weight_decay": 0.3}],
+    "tau": [{}, {"tau": 0.002}],
+    "weight_decay": [{}, {"weight_decay": 0.3}, {"weight_decay": 31.7}],
     "rho_clip": [{}, {"rho_clip": 0.9}],
     "maximize": [{}, {"maximize": True}],
 }
@@ -387,7 +388,7 @@ def interpreter_rows() -> list[Row]:
     common = {
         "dtype": [{"dtype": "mixed"}],
         "how": [{}, {"how": "measure"}, {"how": "freeze"}, {"how": "replay"}],
-        **{name: COMMON[name] for name in ("model", "groups", "estimator", "rounding", "weight_decay")},
+        **{name: COMMON[name] for name in ("model", "groups", "estimator", "rounding", "tau", "weight_decay")},
     }
     several = {"n_directions": [{}, {"n_directions": 2}]}
     orthogonal = {name: NEWTON_SCHULZ[name] for name in ("ns_coefficients", "ns_period", "adjust_lr")}
