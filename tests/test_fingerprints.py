@@ -1,9 +1,11 @@
 """The bits of every optimizer are those that were recorded: a change of any rounding, draw or order is seen and named.
 
-`fingerprints.json` has a line per run of `fingerprints.py`: digests of the parameters, of the state and of the records.
-Whoever means to change bits records them anew, from a clean checkout of the package, and says so in the changelog:
+`fingerprints.json` has a line per run of `fingerprints.py`: digests of the parameters, of the state and of the records,
+and the commit that they were recorded at. This adds the runs that the file lacks, and leaves its lines as they are:
 
     python tests/test_fingerprints.py --write
+
+Whoever means to change bits deletes the lines that differ, records them anew, and says so in the changelog.
 
 Draws, roundings and update rules are the same on every machine. Sums in products of matrices are not, so that runs of
 Newton-Schulz are compared where products have the bits that they had there. Some of these runs are exact, and always
@@ -71,8 +73,9 @@ def products() -> str:
 
 def differences(name: str, found: str) -> str:
     """Which of the digests of a run are not the recorded ones."""
-    parts = zip(("parameters", "state", "records"), found.split(), RECORDED["rows"][name].split(), strict=True)
-    return " and ".join(part for part, ours, recorded in parts if ours != recorded)
+    recorded = RECORDED["rows"][name].split()[:3]
+    parts = zip(("parameters", "state", "records"), found.split(), recorded, strict=True)
+    return " and ".join(part for part, ours, theirs in parts if ours != theirs)
 
 
 @pytest.mark.parametrize("name", ROWS, ids=str)
@@ -83,7 +86,7 @@ def test_the_bits_are_those_that_were_recorded(name: str) -> None:
     if sums_differ(row) and products() != RECORDED["products"]:
         pytest.skip("products of matrices have other bits here than where these runs were recorded")
     found = differences(name, fingerprint(row, backend))
-    assert not found, f"other bits in {found} than at {RECORDED['commit'][:7]}: {name}"
+    assert not found, f"other bits in the {found} than at {RECORDED['rows'][name].split()[-1]}: {name}"
 
 
 def test_every_run_is_recorded_and_no_other() -> None:
@@ -111,26 +114,26 @@ def test_another_rounding_is_seen(optimizer: str, monkeypatch: pytest.MonkeyPatc
 
 
 def write() -> None:
-    """Records the bits of this checkout, and names those that were others before."""
+    """Records the runs that the file lacks."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=FILE.parent, check=True, capture_output=True, text=True).stdout
+        package = [str(FILE.parents[1] / name) for name in ("jaguar", "triton_kernels")]
+        done = subprocess.run(
+            ["git", *words, "--", *package], cwd=FILE.parent, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
 
-    package = [FILE.parents[1] / name for name in ("jaguar", "triton_kernels")]
     if not INTERPRETED:
         sys.exit("kernels run in Triton's interpreter here: set TRITON_INTERPRET=1, and install triton")
-    if git("status", "--porcelain", "--untracked-files=no", "--", *map(str, package)):
+    if git("status", "--porcelain", "--untracked-files=no"):
         sys.exit("the package has changes that are not committed: bits are recorded of a commit")
-    rows = {name: fingerprint(row, backend) for name, (backend, row) in ROWS.items()}
-    header = {
-        "commit": git("log", "-1", "--format=%H", "--", *map(str, package)).strip(),
-        "torch": torch.__version__,
-        "products": products(),
-    }
+    if RECORDED.get("products", products()) != products():
+        sys.exit("products of matrices have other bits here than where the file was made: delete it, or record there")
+    old, commit = RECORDED["rows"], git("log", "-1", "--format=%h")
+    rows = {name: old.get(name) or f"{fingerprint(row, backend)} {commit}" for name, (backend, row) in ROWS.items()}
+    header = {"torch": RECORDED.get("torch", torch.__version__), "products": products()}
     FILE.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
-    print(f"recorded {len(rows)} runs of {header['commit'][:7]}, {len(rows.keys() - RECORDED['rows'])} of them new")
-    for name in [name for name, digests in RECORDED["rows"].items() if rows.get(name, digests) != digests]:
-        print(f"other bits: {name}")
+    print(f"recorded {len(rows.keys() - old)} runs at {commit}, dropped {len(old.keys() - rows)}")
 
 
 if __name__ == "__main__":
