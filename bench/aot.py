@@ -28,15 +28,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from jaguar.fused import newton_schulz as products
-from jaguar.triton_kernels import coordinate, dense, launch, matrix, newton_schulz
+from jaguar.triton_kernels import coordinate, dense, launch, matrix, newton_schulz, rules
 
 TARGETS = (80, 90)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"tensors": "*i64", "programs": "*i64", "keys": "*i64", "scalars": "*fp64", "geometry": "*i64",
-            "listed": "*i64", "lost": "*i64", "factor": "fp32",
+            "active": "*i64", "listed": "*i64", "lost": "*i64", "factor": "fp32",
             "a": "*fp16", "b": "*fp16", "c": "*fp16", "x": "*fp16", "matrices": "*i64", "statistics": "*fp32",
             "items": "*i64", "coefficients": "*fp32", "alpha": "fp32", "beta": "fp32", "scale": "fp32",
             "shift": "fp32"}  # fmt: skip
+# The functions of the rules, and how many numbers of their own they take.
+RULES = {name: {"ENTRY": rules.heavy_ball, "STEP": step, "N_ENTRY": 1, "N_STEP": 0}
+         for name, step in (("sgd", rules.sgd_step), ("sign", rules.sign_step))}  # fmt: skip
 SAVED = {"fp64": "*fp64", "fp32": "*fp32", "fp16": "*fp16", "bf16": "*u16"}
 
 
@@ -66,14 +69,14 @@ def cases() -> list[Case]:
     found = []
 
     def sparse(job: str, x: str = "bf16", m: str = "bf16", layout: str = "fraction", **more: Any) -> None:
-        constants = {"JOB": job, "X_FORMAT": x, "M_FORMAT": m, "LAYOUT": layout, "ONES": False, "TWO_SIDED": True,
-                     "STOCHASTIC": True} | {"BLOCK": launch.STRATA} | more  # fmt: skip
+        constants = {"JOB": job, "X_FORMAT": x, "S0": m, "LAYOUT": layout, "ONES": False, "TWO_SIDED": True,
+                     "STOCHASTIC": True} | RULES["sign"] | {"BLOCK": launch.STRATA} | more  # fmt: skip
         found.append(Case(f"sparse {job} x={x} m={m} {layout}", coordinate.sparse, constants, x))
 
     def tiles(x: str = "bf16", m: str = "bf16", layout: str = "fraction", hint: bool = True, **more: Any) -> None:
-        constants = {"RESTORE": True, "SEVERAL": False, "X_FORMAT": x, "M_FORMAT": m, "LAYOUT": layout, "ONES": False,
+        constants = {"RESTORE": True, "SEVERAL": False, "X_FORMAT": x, "S0": m, "LAYOUT": layout, "ONES": False,
                      "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint, "LANES": 128}  # fmt: skip
-        constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILE} | more
+        constants |= RULES["sign"] | {"BLOCK": launch.BLOCK, "TILE": launch.TILE} | more
         name = (
             f"tiles x={x} m={m} {layout}"
             + ("" if hint else " unaligned")
@@ -83,11 +86,11 @@ def cases() -> list[Case]:
             Case(name, coordinate.tiles, constants, x, accesses(constants["TILE"], (x, m), (x,)) if hint else (0, 0))
         )
 
-    def move(job: str, distribution: str, x: str = "bf16", hint: bool = True) -> None:
-        constants = {"JOB": job, "FORMAT": x, "DISTRIBUTION": distribution, "TWO_SIDED": True, "HINT": hint,
-                     "GROUPED": hint, "BLOCK": launch.BLOCK}  # fmt: skip
+    def move(job: str, distribution: str, x: str = "bf16", hint: bool = True, masked: bool = False) -> None:
+        constants = {"JOB": job, "MASKED": masked, "FORMAT": x, "DISTRIBUTION": distribution, "TWO_SIDED": True,
+                     "HINT": hint, "GROUPED": hint, "BLOCK": launch.BLOCK}  # fmt: skip
         constants["TILE"] = launch.dense_tile("move", distribution, hint)
-        name = f"move {job} {distribution} x={x}" + ("" if hint else " unaligned")
+        name = f"move {job} {distribution} x={x}" + ("" if hint else " unaligned") + " masked" * masked
         stored = () if job == "lost" else (x, x) if job == "save" else (x,)
         found.append(
             Case(name, dense.move, constants, x, accesses(constants["TILE"], (x,), stored) if hint else (0, 0))
@@ -96,9 +99,9 @@ def cases() -> list[Case]:
     def step(
         job: str, distribution: str, rule: str = "sgd", x: str = "bf16", m: str = "none", hint: bool = True, **more: Any
     ) -> None:
-        constants = {"JOB": job, "RULE": rule, "SEVERAL": False, "X_FORMAT": x, "M_FORMAT": m,
+        constants = {"JOB": job, "MASKED": False, "SEVERAL": False, "X_FORMAT": x, "S0": m, "S1": "none", "S2": "none",
                      "DISTRIBUTION": distribution, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}  # fmt: skip
-        constants |= {"BLOCK": launch.BLOCK} | more
+        constants |= RULES[rule] | {"BLOCK": launch.BLOCK} | more
         constants["TILE"] = launch.dense_tile("step", distribution, constants["GROUPED"], constants["SEVERAL"])
         name = (
             f"step {job} {distribution} {rule} x={x} m={m}"
@@ -163,6 +166,10 @@ def cases() -> list[Case]:
         step("plain", distribution, m="bf16", SEVERAL=True, GROUPED=False)
         step("plain", distribution, x="fp16", m="e5m2", SEVERAL=True, GROUPED=False)
         step("plain", distribution, hint=False)
+        for job in ("save", "flip", "lost"):
+            move(job, distribution, masked=True)
+        step("saved", distribution, MASKED=True)
+        step("plain", distribution, m="bf16", MASKED=True)
     move("restore", "rademacher")
     return found + newton_schulz_cases()
 

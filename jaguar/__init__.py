@@ -8,52 +8,45 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from jaguar.optimizers import names as _names
+
+__version__ = "0.3.0"
 
 if TYPE_CHECKING:
-    from jaguar.optimizers import ZOSGD as ZOSGD
-    from jaguar.optimizers import JaguarMuon as JaguarMuon
-    from jaguar.optimizers import JaguarSignSGD as JaguarSignSGD
-    from jaguar.optimizers import ZOSignSGD as ZOSignSGD
-    from jaguar.optimizers import param_groups as param_groups
+    from jaguar import directions as directions
+    from jaguar import estimators as estimators
+    from jaguar import orthogonal as orthogonal
+    from jaguar import rules as rules
+    from jaguar.method import Method as Method
+    from jaguar.optimizers.names import *  # noqa: F403
+    from jaguar.params import Shard as Shard
     from jaguar.polar import newton_schulz as newton_schulz
     from jaguar.record import Record as Record
     from jaguar.scoring import Scorer as Scorer
     from jaguar.trainer import ZOTrainer as ZOTrainer
     from jaguar.training_args import ZOTrainingArguments as ZOTrainingArguments
 
-_HOME = {
-    "JaguarMuon": "jaguar.optimizers",
-    "JaguarSignSGD": "jaguar.optimizers",
-    "ZOSGD": "jaguar.optimizers",
-    "ZOSignSGD": "jaguar.optimizers",
+_HOME = _names.HOME | {
+    "Method": "jaguar.method",
     "Record": "jaguar.record",
     "Scorer": "jaguar.scoring",
+    "Shard": "jaguar.params",
     "ZOTrainer": "jaguar.trainer",
     "ZOTrainingArguments": "jaguar.training_args",
     "newton_schulz": "jaguar.polar",
-    "param_groups": "jaguar.optimizers",
 }
-__all__ = [
-    "ZOSGD",
-    "JaguarMuon",
-    "JaguarSignSGD",
-    "Record",
-    "Scorer",
-    "ZOSignSGD",
-    "ZOTrainer",
-    "ZOTrainingArguments",
-    "__version__",
-    "newton_schulz",
-    "param_groups",
-]
+# Modules whose classes are the parts of a `Method`.
+_PARTS = ("directions", "estimators", "orthogonal", "rules")
+__all__ = sorted([*_HOME, *_PARTS, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _PARTS:
+        return importlib.import_module(f"jaguar.{name}")
     raise AttributeError(f"module 'jaguar' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,10 +24,87 @@ from jaguar.samples import Chosen, Grid, Ones, Sample, Strata
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Direction:
+    """Where a step looks. A subclass is a frozen dataclass whose fields decide bits: `Dense` or `Sparse`."""
+
+    # What happens to coordinates whose perturbation rounding swallows.
+    fate_of_lost: ClassVar[str] = "move by chance only"
+
+    def units(self, slots: Sequence[Slot]) -> list[Hashable]:
+        """What of each slot decides whether it takes part in a step; slots with equal units take part together."""
+        return [None] * len(slots)
+
+    def active(self, draw: Draw, slots: Sequence[Slot]) -> list[bool] | None:
+        """The slots that take part in the step of `draw`; None: all. The others are neither read nor written."""
+        return None
+
+    def fraction(self, total: int) -> float:
+        """The probability that a coordinate of a matrix is perturbed, of `total` coordinates in the set."""
+        return 1.0
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Raises ValueError if it cannot be drawn for these slots."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        raise NotImplementedError
+
+    def shown(self, total: int) -> str:
+        """A line about it, of `total` coordinates in the set."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Direction):
+    """A direction that moves every coordinate."""
+
+    name: ClassVar[str]
+
+    def values_of(self, draw: Draw, elements: Elements) -> Tensor:
+        """e of these elements: fp32."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The distribution."""
+        return {"distribution": self.name}
+
+    def shown(self, total: int) -> str:
+        """A line about it."""
+        return f"direction: {self.name}"
+
+
+@dataclass(frozen=True)
+class Sparse(Direction):
+    """A direction that moves a few signed coordinates; the others take no part in the entry into state.
+
+    Attributes:
+        ones: all signs are +1.
+    """
+
+    fate_of_lost: ClassVar[str] = "are not trained"
+
+    @property
+    def ones(self) -> bool:
+        """Whether all signs are +1."""
+        raise NotImplementedError
+
+    def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
+        """What is chosen of every set of slots (positions), as places in the vector that its tensors make in order.
+
+        The slots of a set are on one device. A set costs about as much as a slot: small tensors go together.
+        """
+        raise NotImplementedError
+
+    def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
+        """The sample of every slot, as local indices in ascending order."""
+        return [_whole(chosen) for chosen in self.choose(draw, slots, [[i] for i in range(len(slots))])]
+
+
+@dataclass(frozen=True)
+class Gaussian(Dense):
     """e ~ N(0, I)."""
 
-    name = "gaussian"
+    name: ClassVar[str] = "gaussian"
 
     def values_of(self, draw: Draw, elements: Elements) -> Tensor:
         """e of these elements: fp32."""
@@ -35,21 +112,32 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class Rademacher:
+class Rademacher(Dense):
     """e_i = +1 or -1 with probability 1/2 each."""
 
-    name = "rademacher"
+    name: ClassVar[str] = "rademacher"
 
     def values_of(self, draw: Draw, elements: Elements) -> Tensor:
         """e of these elements: fp32."""
         return rng.signs_of(draw.key(Purpose.DIRECTION), elements)
 
 
-DENSE = {d.name: d for d in (Gaussian(), Rademacher())}
+DENSE: dict[str, Dense] = {d.name: d for d in (Gaussian(), Rademacher())}
+
+
+def dense(distribution: str) -> Dense:
+    """The dense direction of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if distribution not in DENSE:
+        raise ValueError(f"distribution={distribution!r}: choose {' or '.join(map(repr, DENSE))}")
+    return DENSE[distribution]
 
 
 @dataclass(frozen=True)
-class Coordinates:
+class Coordinates(Sparse):
     """e = sum over i in S of s_i e_i, S a stratified sample without storage.
 
     A tensor with N elements and fraction 1/G is cut into strata of G consecutive logical elements; each stratum
@@ -126,15 +214,25 @@ class Coordinates:
             return self.coordinates / max(total, 1)
         return float(1.0 / self.stratum**self._axes)
 
-    def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
-        """The sample of every slot, as local indices in ascending order."""
-        return [_whole(chosen) for chosen in self.choose(draw, slots, [[i] for i in range(len(slots))])]
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Raises ValueError for a number that is more than there are."""
+        total = sum(slot.total for slot in slots)
+        if slots and isinstance(self.coordinates, int) and self.coordinates > total:
+            raise ValueError(
+                f"coordinates={self.coordinates} is more than the {total} there are; a float in (0, 1] is a fraction"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The fields."""
+        return {"coordinates": self.coordinates, "layout": self.layout, "signs": self.signs, "released": False}
+
+    def shown(self, total: int) -> str:
+        """A line about it."""
+        what = f"{self.coordinates!r}, layout {self.layout}, signs {self.signs}"
+        return f"coordinates: {what} (fraction {self.fraction(total):.6g})"
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
-        """What is chosen of every set of slots (positions), as places in the vector that its tensors make in order.
-
-        The slots of a set are on one device. A set costs about as much as a slot: small tensors go together.
-        """
+        """What is chosen of every set of slots (positions)."""
         chosen: list[Chosen]
         if isinstance(self.coordinates, int):
             chosen = self._choose_count(draw.key(Purpose.COORDINATES), slots, sets)
@@ -199,18 +297,25 @@ class Coordinates:
 
 
 @dataclass(frozen=True)
-class ReleasedBlock:
+class ReleasedBlock(Sparse):
     """What the authors' released code perturbs: one joint block per tensor, all entries with the sign +1.
 
     Exactly max(1, n // 10) rows x max(1, n // 10) columns of a matrix (more dimensions are flattened to (first, rest))
     and max(1, n // 10) entries of a vector, without replacement: the places with the smallest Philox words.
     """
 
-    ones = True
+    @property
+    def ones(self) -> bool:
+        """All signs are +1."""
+        return True
 
-    def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
-        """The block of every slot, as local indices in ascending order."""
-        return [_whole(chosen) for chosen in self.choose(draw, slots, [[i] for i in range(len(slots))])]
+    def options(self) -> dict[str, Any]:
+        """The options of `Coordinates`, which have no part in it."""
+        return Coordinates().options() | {"released": True}
+
+    def shown(self, total: int) -> str:
+        """A line about it."""
+        return f"coordinates: released code's joint block (fraction {self.fraction(total):.6g})"
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
         """The blocks of every set of slots, as `Coordinates.choose`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from jaguar.optimizers import JaguarMuon
 from jaguar.training_args import ZOTrainingArguments
 
 
@@ -22,7 +21,9 @@ def check(args: ZOTrainingArguments) -> None:
     Raises:
         ValueError: one of them does not take its options.
     """
-    optimizer, steps = _optimizer(args), max(int(args.max_steps), 2)
+    steps = max(int(args.max_steps), 2)
+    with _said_of("zo_options") if args.zo_options else nullcontext():
+        optimizer = _optimizer(args)
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     options: Any = args.lr_scheduler_kwargs or {}
     with _said_of(f"lr_scheduler_type {name}"):
@@ -58,6 +59,6 @@ def _optimizer(args: ZOTrainingArguments) -> torch.optim.Optimizer:
         options["coordinates"] = 1  # whether there are as many is the model's affair
     weight = torch.nn.Parameter(torch.zeros(256, 256, device=args.device))
     group: dict[str, Any] = {"params": [("weight", weight)], "weight_decay": args.weight_decay}
-    if issubclass(args.optimizer_class, JaguarMuon):
+    if getattr(args.optimizer_class, "by_role", False):
         group["ns"] = True
     return args.optimizer_class([group], **options)

@@ -1,30 +1,33 @@
-"""Estimators: which points of a direction are evaluated, how to get back, and the directional derivative."""
+"""Estimators: which points of a direction are evaluated, the directional derivative, and whether a step moves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
-from jaguar.params import Slot, free_bytes
+from jaguar.directions import Direction
+from jaguar.params import Slot, free_bytes, is_int
 from jaguar.rules import rounded
+
+# (tau, double) -> one derivative per direction.
+Derivatives: TypeAlias = Callable[[float, bool], list[float]]
+# Inside the context the parameters are where a step along these derivatives would take them, bit for bit.
+Trial: TypeAlias = Callable[[Derivatives], AbstractContextManager[None]]
 
 
 class Probe(Protocol):
     """Moves the parameters along one direction and back."""
 
-    def plus(self) -> None:
-        """Parameters become x + tau e."""
-
-    def minus(self) -> None:
-        """Parameters become x - tau e."""
+    def to(self, scale: float) -> None:
+        """Parameters become x + scale tau e."""
 
     def finish(self) -> None:
-        """Both evaluations are done: parameters become x, bit for bit (a walk may leave them moved)."""
+        """The evaluations are done: parameters become x, bit for bit (a walk stays where it is)."""
 
     def abort(self) -> None:
-        """Something failed, `plus` and `minus` included: parameters become x."""
+        """Parameters become x, also if `to` failed half-way (a walk: but for its roundings)."""
 
 
 @contextmanager
@@ -49,65 +52,149 @@ _COPY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class TwoSided:
-    """rho = (f(x + tau e) - f(x - tau e)) / (2 tau), both losses on the same batch."""
+class Estimator:
+    """Which points are evaluated, and the directional derivative that their losses give.
 
-    name = "two-sided"
+    A subclass is a frozen dataclass whose fields decide bits.
 
-    def n_losses(self, n_directions: int) -> int:
+    Attributes:
+        n_directions: directions per step.
+        rho_clip: bound on |rho|, or None.
+    """
+
+    n_directions: int = 1
+    rho_clip: float | None = None
+
+    name: ClassVar[str]
+    # Points of each direction in order of evaluation, in units of tau e; the last one is where a walk ends.
+    points: ClassVar[tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        if not is_int(self.n_directions) or not 1 <= self.n_directions <= 1000:
+            raise ValueError(f"n_directions={self.n_directions!r}: give an int from 1 to 1000")
+        clip = self.rho_clip
+        if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
+            raise ValueError(f"rho_clip={clip!r}: give a positive bound, or None for no clipping")
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether x - tau e is visited: else x + tau e is compared with x."""
+        return -1.0 in self.points
+
+    @property
+    def n_losses(self) -> int:
         """Evaluations per step."""
-        return 2 * n_directions
+        raise NotImplementedError
 
-    def measure(self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False) -> tuple[float, ...]:
-        """The losses f+ and f- of every probe, in order; whatever fails, the probe is taken back.
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool, trial: Trial
+    ) -> tuple[float, ...]:
+        """The losses of a step, in order; whatever fails, the parameters go back to x.
 
         Args:
+            evaluate: the loss at the parameters as they are.
+            probes: one per direction.
             hold: leave the last probe where it is; the caller ends it.
+            trial: moves the parameters as a step would.
         """
-        losses = []
-        for probe in probes:
-            with _taken_back(probe, hold and probe is probes[-1]):
-                probe.plus()
-                losses.append(evaluate())
-                probe.minus()
-                losses.append(evaluate())
-        return tuple(losses)
+        raise NotImplementedError
 
-    def rho(self, losses: Sequence[float], tau: float, *, double: bool) -> list[float]:
+    def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
         """One directional derivative per direction: two roundings, to fp32 unless `double`."""
+        raise NotImplementedError
+
+    def along(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """The derivatives that the step moves along: `rho`, unless the losses ask for another step."""
+        return self.rho(losses, tau, double)
+
+    def moves(self, losses: Sequence[float]) -> bool:
+        """Whether these losses, all finite, move anything."""
+        return True
+
+    def check(self, direction: Direction, walk: bool) -> None:
+        """Raises ValueError if it cannot measure along `direction`, or not where the way back is a walk."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {"estimator": self.name, "n_directions": self.n_directions, "rho_clip": self.rho_clip}
+
+
+@dataclass(frozen=True)
+class TwoSided(Estimator):
+    """rho = (f(x + tau e) - f(x - tau e)) / (2 tau), both losses on the same batch."""
+
+    name: ClassVar[str] = "two-sided"
+    points: ClassVar[tuple[float, ...]] = (1.0, -1.0)
+
+    @property
+    def n_losses(self) -> int:
+        """Two per direction."""
+        return 2 * self.n_directions
+
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool, trial: Trial
+    ) -> tuple[float, ...]:
+        """f+ and f- of every probe."""
+        return evaluated(self.points, evaluate, probes, hold)
+
+    def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """(f+ - f-) / (2 tau)."""
         pairs = zip(losses[0::2], losses[1::2], strict=True)
         return [rounded(rounded(f - g, double) / rounded(2.0 * tau, double), double) for f, g in pairs]
 
 
 @dataclass(frozen=True)
-class OneSided:
+class OneSided(Estimator):
     """rho = (f(x + tau e) - f(x)) / tau; f(x) is shared by all directions of a step."""
 
-    name = "one-sided"
+    name: ClassVar[str] = "one-sided"
+    points: ClassVar[tuple[float, ...]] = (1.0,)
 
-    def n_losses(self, n_directions: int) -> int:
-        """Evaluations per step."""
-        return 1 + n_directions
+    @property
+    def n_losses(self) -> int:
+        """One, and one per direction."""
+        return 1 + self.n_directions
 
-    def measure(self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False) -> tuple[float, ...]:
-        """The loss f(x), then f+ of every probe, in order; whatever fails, the probe is taken back.
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool, trial: Trial
+    ) -> tuple[float, ...]:
+        """f(x), then f+ of every probe."""
+        return (evaluate(), *evaluated(self.points, evaluate, probes, hold))
 
-        Args:
-            hold: leave the last probe where it is; the caller ends it.
-        """
-        losses = [evaluate()]
-        for probe in probes:
-            with _taken_back(probe, hold and probe is probes[-1]):
-                probe.plus()
-                losses.append(evaluate())
-        return tuple(losses)
-
-    def rho(self, losses: Sequence[float], tau: float, *, double: bool) -> list[float]:
-        """One directional derivative per direction: two roundings, to fp32 unless `double`."""
+    def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """(f+ - f(x)) / tau."""
         return [rounded(rounded(f - losses[0], double) / rounded(tau, double), double) for f in losses[1:]]
 
 
-ESTIMATORS = {e.name: e for e in (TwoSided(), OneSided())}
+def evaluated(
+    points: Sequence[float], evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False
+) -> tuple[float, ...]:
+    """The loss at every point of every probe, in order; whatever fails, the probe is taken back.
+
+    Args:
+        hold: leave the last probe where it is; the caller ends it.
+    """
+    losses = []
+    for probe in probes:
+        with _taken_back(probe, hold and probe is probes[-1]):
+            for point in points:
+                probe.to(point)
+                losses.append(evaluate())
+    return tuple(losses)
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {kind.name: kind for kind in (TwoSided, OneSided)}
+
+
+def estimator(name: str, n_directions: int = 1, rho_clip: float | None = None) -> Estimator:
+    """The estimator of that name.
+
+    Raises:
+        ValueError: there is none, or an argument is out of range.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator={name!r}: choose {' or '.join(map(repr, ESTIMATORS))}")
+    return ESTIMATORS[name](n_directions, rho_clip)
 
 
 def choose_restore(slots: Sequence[Slot]) -> str:

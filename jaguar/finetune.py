@@ -16,11 +16,12 @@ from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
 from jaguar.checkpoints import check_weights, recover_all
+from jaguar.directions import Sparse
 from jaguar.evaluation import make_scorer, peak_memory, versions
 from jaguar.flag_groups import underscored
 from jaguar.interrupts import HeldInterrupts
 from jaguar.models import adapted, configuration, is_adapter, load, save_task, select_trainable
-from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
+from jaguar.optimizers.base import ZerothOrder
 from jaguar.progress import Bar, Losses, Stop
 from jaguar.report import Points, draw_curves, row_bar, say, score_table
 from jaguar.run import STATE, Run, compare, digest, model_settings, optimizer_settings
@@ -145,7 +146,8 @@ class Finetuning:
             self._say(run.settings)
         self._say(str(optimizer))
         steps = self.trainer.args.max_steps
-        if isinstance(optimizer, CoordinateMomentum) and 0 < steps * optimizer.fraction < 3.0:
+        sparse = isinstance(optimizer, ZerothOrder) and isinstance(optimizer.method.direction, Sparse)
+        if sparse and 0 < steps * optimizer.fraction < 3.0:
             self._say(
                 f"note: {steps} steps visit a coordinate {steps * optimizer.fraction:.2g} times on average, fewer than "
                 "3; momentum will hardly act",

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaguar import values
-from jaguar.choices import METHOD, METHODS, OPTIONS, SCHEDULES, TRAINABLE
+from jaguar.choices import OPTIONS, SCHEDULES, TRAINABLE
+from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
 from jaguar.values import filled, finite, natural, positive, seed
 
 TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
@@ -41,6 +42,20 @@ class Switch(argparse.Action):
             setattr(namespace, self.dest, True)
         else:
             vars(namespace).pop(self.dest, None)
+
+
+class Together(argparse.Action):
+    """A flag with several mappings, which are one; a key has one value."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        """Keeps what they say together."""
+        found: dict[str, Any] = {}
+        for key, value in (pair for part in values for pair in part.items()):
+            if found.setdefault(key, value) != value:
+                raise argparse.ArgumentError(self, f"{key} has two values")
+        setattr(namespace, self.dest, found)
 
 
 def _switch(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -225,7 +240,7 @@ _TRAINING = (
             "--optim_zo",
             choices=tuple(METHODS),
             dest="optim_zo",
-            help=f"optimizer; fo-sgd is the first-order baseline, with backward passes (default: {METHOD})",
+            help=f"optimizer; {FIRST_ORDER} is the first-order baseline, with backward passes (default: {METHOD})",
         ),
         _flag(
             "--max_steps",
@@ -288,8 +303,7 @@ _OPTIMIZER = (
             "--learning_rate",
             type=finite,
             metavar="X",
-            help="length of a step (default: jaguar-signsgd 1e-4, 1e-6 with --update all; jaguar-muon and fo-sgd 1e-3; "
-            "zo-sgd and zo-signsgd 1e-6)",
+            help=f"length of a step (default: {'; '.join(f'{name} {row.lr}' for name, row in METHODS.items())})",
         ),
         _flag("--tau", type=finite, metavar="X", help="length of the perturbation (default: 1e-3)"),
         _flag(
@@ -298,13 +312,8 @@ _OPTIMIZER = (
             metavar="X",
             help="decoupled, multiplied by the learning rate (default: 0)",
         ),
-        _flag("--beta", type=finite, metavar="X", help="momentum factor of the jaguar methods (default: 0.9)"),
-        _flag(
-            "--momentum",
-            type=finite,
-            metavar="X",
-            help="momentum factor of zo-sgd, zo-signsgd and fo-sgd (default: 0)",
-        ),
+        _flag("--beta", type=finite, metavar="X", help="factor of momentum m <- beta m + (1 - beta) g (default: 0.9)"),
+        _flag("--momentum", type=finite, metavar="X", help="factor of momentum m <- momentum m + g (default: 0)"),
         _flag(
             "--coordinates",
             type=values.coordinates,
@@ -319,7 +328,7 @@ _OPTIMIZER = (
             "--ns_steps",
             type=positive,
             metavar="N",
-            help="Newton-Schulz iterations of jaguar-muon (default: 10 for cubic, 5 for quintic, 8 for polar_express)",
+            help="Newton-Schulz iterations (default: 10 for cubic, 5 for quintic, 8 for polar_express)",
         ),
         _option("ns_coefficients", "of Newton-Schulz; the paper's are cubic"),
         _option("ns_dtype", "of Newton-Schulz"),
@@ -337,10 +346,10 @@ _OPTIMIZER = (
         ),
         _option("adjust_lr", "lr by the shape of the matrix", "lr as it is"),
         _switch("--released", "what the authors' released code computes"),
-        _option("distribution", "direction of zo-sgd and zo-signsgd"),
+        _option("distribution", "of dense directions"),
         _option(
             "restore",
-            "how zo-sgd and zo-signsgd get back to their parameters",
+            "how parameters get back from dense directions",
             "copy where it needs under a tenth of the free memory, else module",
         ),
         _flag("--n_directions", type=positive, metavar="N", help="directions per step (default: 1)"),
@@ -349,6 +358,14 @@ _OPTIMIZER = (
         _option("momentum_dtype", "what momentum is stored in", "as the weights; bfloat16 for float16"),
         _option("rounding", "of weights and momentum stored in less than float32"),
         _option("backend", "`jaguar info` says which can run here"),
+        _flag(
+            "--zo_options",
+            type=values.keywords,
+            nargs="+",
+            action=Together,
+            metavar="KEY=VALUE",
+            help="further arguments of the method's class, as in --zo_options 'betas=(0.9,0.999)' amsgrad=False",
+        ),
     ],
 )
 

@@ -16,7 +16,8 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 import jaguar
 from jaguar import flag_groups as groups
 from jaguar import values
-from jaguar.choices import ADAPTERS, METHOD
+from jaguar.choices import ADAPTERS
+from jaguar.optimizers.names import METHOD
 
 if TYPE_CHECKING:
     from jaguar import settings_file
@@ -154,7 +155,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             fixed = groups.RELEASED_FIXES if "released" in given else set()
             if any(word.startswith("--num_train_epochs") for word in words):
                 fixed = fixed | {"max_steps"}
-            settings = {key: str(value) for key, value in preset.settings.items() if key not in fixed}
+            settings = {
+                key: v if isinstance(v, dict) else str(v) for key, v in preset.settings.items() if key not in fixed
+            }
             words = ["finetune", *_words(settings), *words[1:]]
     args, rest = parser.parse_known_args(words)
     args.preset_found, args.trainer = preset, {}
@@ -211,7 +214,7 @@ def _from_file(words: list[str]) -> list[str]:
                 raise ValueError(f"{name} is for the command line")
             if (other := given.setdefault(own.get(flag, flag), name)) != name:
                 raise ValueError(f"{other} and {name}: give one of them")
-            if isinstance(value, dict) and flag in own:
+            if isinstance(value, dict) and flag in own and flag != "--zo_options":
                 raise ValueError(f"{name}: put text that begins with a brace in quotes")
     except ValueError as error:
         _refuse("finetune", f"--config {path}: {error}")

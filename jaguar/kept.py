@@ -1,4 +1,4 @@
-"""Rows that stay as they are: launches that put them back, on any backend."""
+"""Rows that stay as they are: written back after every move of their tensors, on any backend."""
 
 from __future__ import annotations
 
@@ -11,73 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jaguar.estimators import Probe
-from jaguar.launches import Launches, Lost
-from jaguar.params import Slot, identity
-from jaguar.rng import Draw
-from jaguar.rules import Scalars
-
-
-def keeping(steps: Launches, slots: Sequence[Slot]) -> Launches:
-    """`steps`, whose launches leave the kept rows of the slots as they are."""
-    return KeptSteps(steps, slots) if any(slot.kept is not None for slot in slots) else steps
-
-
-@dataclass(frozen=True)
-class KeptSteps:
-    """Launches that move whole tensors, after each of which the kept rows are written back.
-
-    Attributes:
-        steps: the launches.
-        slots: their tensors.
-    """
-
-    steps: Launches
-    slots: Sequence[Slot]
-
-    @property
-    def takes_back(self) -> bool:
-        """Whether `update_` can end the last probe of a step."""
-        return self.steps.takes_back
-
-    @property
-    def wrote(self) -> bool:
-        """Whether the last `update_` came to write anything."""
-        return self.steps.wrote
-
-    def n_perturbed(self, draw: Draw) -> int:
-        """Number of coordinates that a direction moves; those of kept rows are among them."""
-        return self.steps.n_perturbed(draw)
-
-    def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
-        """What moves the parameters along each direction and back; `taus` has one length per slot."""
-        return [KeptProbe(probe, self.rows(), not self.takes_back) for probe in self.steps.probes(draws, taus)]
-
-    def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
-        """The perturbations that rounding swallows, per tensor."""
-        return self.steps.lost(draw, taus)
-
-    def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Raises RuntimeError for tensors that `update_` could not move."""
-        self.steps.check(momenta)
-
-    def update_(
-        self,
-        draws: Sequence[Draw],
-        scalars: Sequence[Scalars],
-        momenta: Sequence[Tensor | None],
-        held: Probe | None = None,
-    ) -> None:
-        """Moves momenta and parameters by one step, in place, but for the kept rows."""
-        rows = Rows([tensor[row] for tensor, row in self.rows()])
-        own = zip(self.slots, momenta, strict=True)
-        entries = Rows([m[slot.kept] for slot, m in own if slot.kept is not None and m is not None])
-        self.steps.update_(draws, scalars, momenta, held.probe if isinstance(held, KeptProbe) else held)
-        rows.put_back()
-        entries.put_back()
-
-    def rows(self) -> list[tuple[Tensor, int]]:
-        """Tensors with the row that stays."""
-        return [(slot.tensor, slot.kept) for slot in self.slots if slot.kept is not None]
+from jaguar.params import identity
 
 
 class Rows:
@@ -110,18 +44,15 @@ class KeptProbe:
     _saved: Rows | None = None
     _hooks: list[Any] = field(default_factory=list)
 
-    def plus(self) -> None:
-        """Parameters become x + tau e."""
-        self._saved = Rows([tensor[row] for tensor, row in self.rows])
-        self.probe.plus()
-        if self.in_modules:  # after the probe's own hook
+    def to(self, scale: float) -> None:
+        """Parameters become x + scale tau e."""
+        first = self._saved is None
+        if first:
+            self._saved = Rows([tensor[row] for tensor, row in self.rows])
+        self.probe.to(scale)
+        if first and self.in_modules:  # after the probe's own hook
             self._tables = {identity(tensor) for tensor, _ in self.rows}
             self._hooks.append(register_module_forward_pre_hook(self._enter))
-        self._saved.put_back()
-
-    def minus(self) -> None:
-        """Parameters become x - tau e."""
-        self.probe.minus()
         self._put_back()
 
     def finish(self) -> None:

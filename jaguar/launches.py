@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.estimators import Probe
-from jaguar.params import Slot
+from jaguar.params import Kind, Slot
 from jaguar.rng import Draw
 from jaguar.rules import Scalars
 
-Direction: TypeAlias = Coordinates | ReleasedBlock | Gaussian | Rademacher
+# State buffers of every slot, in the order that the rule declares them; () where it has none.
+State: TypeAlias = Sequence[tuple[Tensor, ...]]
 
 # Matrices -> positions and polar factors, batch by batch.
 Orthogonaliser: TypeAlias = Callable[[Sequence[Tensor]], Iterator[tuple[Sequence[int], Sequence[Tensor]]]]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Everything that the launches of one step are given.
+
+    Attributes:
+        draws: one per direction.
+        scalars: by kind of slot; they have weights once the losses are known.
+        state: per slot.
+        active: per slot, whether it takes part; None: all do. The others are neither read nor written.
+        probe: a probe that is not back yet; its way back comes first, and may share a launch with the step.
+    """
+
+    draws: tuple[Draw, ...]
+    scalars: Mapping[Kind, Scalars]
+    state: State
+    active: Sequence[bool] | None = None
+    probe: Probe | None = None
+
+    def of(self, where: Sequence[int], probe: Probe | None = None) -> StepInputs:
+        """The part of some slots."""
+        active = None if self.active is None else [self.active[i] for i in where]
+        return replace(self, state=[self.state[i] for i in where], active=active, probe=probe)
 
 
 @dataclass(frozen=True)
@@ -35,44 +59,45 @@ class Lost:
 
 
 class Launches(Protocol):
-    """The launches of one optimizer over one list of tensors."""
+    """The launches of one method over one list of tensors.
+
+    `check` looks at the tensors, when one of them has changed; `prepare` allocates and writes down the numbers of a
+    step; what follows launches, and does nothing else.
+    """
 
     @property
-    def takes_back(self) -> bool:
+    def fuses_restore(self) -> bool:
         """Whether `update_` can end the last probe of a step."""
 
     @property
     def wrote(self) -> bool:
         """Whether the last `update_` came to write anything; asked when it failed."""
 
-    def n_perturbed(self, draw: Draw) -> int:
+    def check(self, state: State) -> None:
+        """Looks at all tensors again, for launches that move them and their state.
+
+        Raises:
+            RuntimeError: one cannot be moved; nothing was changed.
+        """
+
+    def prepare(self, inputs: StepInputs) -> None:
+        """Makes ready for the launches below: before a step's probes, and again when the weights are known."""
+
+    def n_perturbed(self, inputs: StepInputs) -> int:
         """Number of coordinates that a direction moves; kernels, which store no list of them, know it nearly."""
 
-    def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
-        """What moves the parameters along each direction and back; `taus` has one length per slot."""
+    def probes(self, inputs: StepInputs) -> list[Probe]:
+        """What moves the parameters along each direction and back."""
 
-    def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
-        """The perturbations that rounding swallows, per tensor."""
+    def lost(self, inputs: StepInputs) -> list[Lost]:
+        """The perturbations along the first direction that rounding swallows, per tensor that takes part."""
 
-    def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Raises RuntimeError for tensors that `update_` could not move; called before a step where one has changed."""
-
-    def update_(
-        self,
-        draws: Sequence[Draw],
-        scalars: Sequence[Scalars],
-        momenta: Sequence[Tensor | None],
-        held: Probe | None = None,
-    ) -> None:
-        """Moves momenta and parameters by one step, in place; one Scalars and one momentum (or none) per slot.
-
-        Args:
-            held: a probe that was not finished; its way back comes first, and may share a launch with the step.
-        """
+    def update_(self, inputs: StepInputs) -> None:
+        """Moves state and parameters by one step, in place."""
 
 
 class Moves(Protocol):
     """x <- (1 - lr wd) x - lr O."""
 
-    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
-        """One step; a contiguous matrix and a Scalars per slot."""
+    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], inputs: StepInputs) -> None:
+        """One step; a contiguous matrix per slot."""

@@ -1,4 +1,4 @@
-"""The only file that knows that backends exist: it turns a backend's name into the launches of an optimizer."""
+"""Which backends there are, which of them can do something here, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jaguar import extension, iteration, reference
-from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
-from jaguar.kept import keeping
-from jaguar.launches import Direction, Launches, Moves, Orthogonaliser
-from jaguar.muon import MuonSteps
+from jaguar.directions import Coordinates
+from jaguar.method import Method
+from jaguar.orthogonal import Orthogonal
 from jaguar.params import Slot
-from jaguar.parts import Parts
 from jaguar.reference import multiplies_bf16 as multiplies_bf16
-from jaguar.rng import Draw
-from jaguar.rules import Scalars
 from jaguar.schemes import SCHEMES, checked
 
 NAMES = ("auto", "reference", "triton", "cuda")
 # Newton-Schulz steps that fit into the arguments of one launch.
 _MOST_STEPS = 32
+
+Groups = Sequence[Mapping[str, Any]]
 
 
 class Unavailable(RuntimeError):
@@ -80,51 +79,54 @@ def choose(backend: str) -> str:
     return backend
 
 
-def assign(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> list[str]:
-    """The backend of every slot: what was named, or for "auto" Triton on GPUs and the reference elsewhere."""
-    if backend != "auto":
+def assign(backend: str, method: Method, slots: Sequence[Slot], groups: Groups) -> list[str]:
+    """The backend of every slot's launches: what was named, or Triton on GPUs and the reference elsewhere."""
+    if backend in ("reference", "triton"):
         return [backend] * len(slots)
-    if "triton" in unavailable() or _undrawable(direction, n_directions):
+    if "triton" in unavailable() or undrawable(method, groups):
         return ["reference"] * len(slots)
-    names = ["triton" if slot.tensor.is_cuda and not _unfit(slot) else "reference" for slot in slots]
+    names = ["triton" if slot.tensor.is_cuda and not unfit(slot) else "reference" for slot in slots]
     # The strata of a number of coordinates run across tensors: one backend draws them all.
-    across = isinstance(direction, Coordinates) and isinstance(direction.coordinates, int)
+    across = isinstance(method.direction, Coordinates) and isinstance(method.direction.coordinates, int)
     return ["reference"] * len(slots) if across and "reference" in names else names
 
 
-def require(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> None:
+def require(backend: str, method: Method, slots: Sequence[Slot], groups: Groups) -> None:
     """Raises Unavailable where a named backend cannot do this; the message has the tensor, if any, and the reason."""
-    if backend == "cuda":
+    rule = method.rule
+    if isinstance(rule, Orthogonal):
+        for slot in slots:
+            if rule.is_matrix(slot, groups[slot.group]):
+                assigned(backend, slot.tensor, rule.steps, rule.ns_dtype)
+    elif backend == "cuda":
         raise Unavailable(
             "backend='cuda' has Newton-Schulz only, which this optimizer does not use; 'triton' has its launches"
         )
     if backend != "triton":
         return
-    reasons = [f"cannot take {slot.name}: it {_unfit(slot)}" for slot in slots if _unfit(slot)]
-    if _undrawable(direction, n_directions):
-        reasons.append(f"cannot draw this: {_undrawable(direction, n_directions)}")
+    reasons = [f"cannot take {slot.name}: it {unfit(slot)}" for slot in slots if unfit(slot)]
+    if undrawable(method, groups):
+        reasons.append(f"cannot draw this: {undrawable(method, groups)}")
     if reasons:
         raise Unavailable(f"backend='triton' {reasons[0]}; backend='auto' uses the reference for it")
 
 
-def summary(backend: str, slots: Sequence[Slot], direction: Direction, n_directions: int) -> str:
+def summary(backend: str, method: Method, slots: Sequence[Slot], groups: Groups) -> str:
     """What runs: the backend, or how many tensors each of them has."""
-    assigned = assign(backend, slots, direction, n_directions)
-    names = list(dict.fromkeys(assigned))
-    if len(names) == 1:
+    names = assign(backend, method, slots, groups)
+    if len(set(names)) == 1:
         return names[0]
-    return " and ".join(f"{name} ({assigned.count(name)} tensors)" for name in names)
+    return " and ".join(f"{name} ({names.count(name)} tensors)" for name in dict.fromkeys(names))
 
 
-def _undrawable(direction: Direction, n_directions: int) -> str | None:
-    """Why kernels cannot draw something."""
-    if isinstance(direction, ReleasedBlock) and n_directions > 1:
-        # Their blocks overlap anywhere, so the programs of one launch would meet in the same elements.
-        return "released=True with several directions has no kernel"
-    return None
+def undrawable(method: Method, groups: Groups) -> str | None:
+    """Why kernels, where there are any, have no launches for a method."""
+    from jaguar.fused.supported import unsupported
+
+    return unsupported(method, groups)
 
 
-def _unfit(slot: Slot) -> str | None:
+def unfit(slot: Slot) -> str | None:
     """Why kernels cannot take a tensor: they see an address and a number of elements."""
     x = slot.tensor
     if x.device.type != ("cpu" if interpreted() else "cuda"):
@@ -132,125 +134,14 @@ def _unfit(slot: Slot) -> str | None:
         return f"is on {x.device}, and the kernels run {where}"
     if not x.is_contiguous():
         return f"is not contiguous (shape {tuple(x.shape)}, strides {x.stride()})"
+    if slot.width is not None:
+        return f"holds rows of {slot.width} elements of a tensor, and the kernels run over one run of elements"
     return None
 
 
-def coordinate_steps(
-    backend: str,
-    slots: Sequence[Slot],
-    direction: Coordinates | ReleasedBlock,
-    *,
-    update: str,
-    stochastic: bool,
-    two_sided: bool,
-    n_directions: int,
-) -> Launches:
-    """JAGUAR's launches on `backend`, which `choose` returned."""
-
-    def make(name: str, part: Sequence[Slot]) -> Launches:
-        if name == "reference":
-            return reference.CoordinateSteps(part, stochastic, two_sided, direction, update)
-        from jaguar import fused
-
-        return fused.CoordinateSteps(
-            part,
-            slots,
-            direction,
-            update=update,
-            stochastic=stochastic,
-            two_sided=two_sided,
-            n_directions=n_directions,
-        )
-
-    require(backend, slots, direction, n_directions)
-    return _joined(backend, slots, assign(backend, slots, direction, n_directions), make)
-
-
-def dense_steps(
-    backend: str,
-    slots: Sequence[Slot],
-    direction: Gaussian | Rademacher,
-    *,
-    restore: str,
-    rule: str,
-    stochastic: bool,
-    two_sided: bool,
-    n_directions: int,
-) -> Launches:
-    """The launches of dense directions on `backend`, which `choose` returned."""
-
-    def make(name: str, part: Sequence[Slot]) -> Launches:
-        if name == "reference":
-            return reference.DenseSteps(part, stochastic, two_sided, direction, restore, rule)
-        from jaguar import fused
-
-        return fused.DenseSteps(
-            part,
-            direction,
-            restore=restore,
-            rule=rule,
-            stochastic=stochastic,
-            two_sided=two_sided,
-            n_directions=n_directions,
-        )
-
-    require(backend, slots, direction, n_directions)
-    return _joined(backend, slots, assign(backend, slots, direction, n_directions), make)
-
-
-def muon_steps(
-    backend: str,
-    slots: Sequence[Slot],
-    direction: Coordinates,
-    *,
-    stacked: frozenset[int],
-    newton_schulz: Orthogonaliser,
-    period: int,
-    update: str,
-    stochastic: bool,
-    two_sided: bool,
-    n_directions: int,
-) -> Launches:
-    """JAGUAR Muon's launches: those of `coordinate_steps`, then Newton-Schulz and the step along its results.
-
-    Args:
-        stacked: streams of the slots that hold a batch of matrices.
-        newton_schulz: how, on which backend; a `NewtonSchulz`.
-        period: a matrix has its turn in one of `period` steps.
-    """
-    entries = coordinate_steps(
-        backend,
-        slots,
-        direction,
-        update=update,
-        stochastic=stochastic,
-        two_sided=two_sided,
-        n_directions=n_directions,
-    )
-    moves = _MatrixSteps(backend, stochastic, two_sided)
-    return keeping(MuonSteps(slots, stacked, entries, newton_schulz, moves, period), slots)
-
-
-class _MatrixSteps:
-    """The step along given matrices, each on the backend that moves its tensor's other launches."""
-
-    def __init__(self, backend: str, stochastic: bool, two_sided: bool) -> None:
-        self._fused = backend == "triton" or (backend == "auto" and "triton" not in unavailable())
-        self._named = backend == "triton"
-        self._reference = reference.MatrixSteps((), stochastic, two_sided)
-        self._kernels: Moves | None = None
-        if self._fused:
-            from jaguar import fused
-
-            self._kernels = fused.MatrixSteps(stochastic)
-
-    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
-        """x <- (1 - lr wd) x - lr O."""
-        by_kernel = [self._named or (self._fused and slot.tensor.is_cuda and not _unfit(slot)) for slot in slots]
-        for moves, wanted in ((self._kernels, True), (self._reference, False)):
-            where = [i for i, kernel in enumerate(by_kernel) if kernel is wanted]
-            if where and moves is not None:
-                moves.move_([slots[i] for i in where], [factors[i] for i in where], [scalars[i] for i in where], draw)
+def orthogonaliser(backend: str, rule: Orthogonal) -> NewtonSchulz:
+    """Newton-Schulz as a rule wants it."""
+    return NewtonSchulz(backend, steps=rule.steps, coefficients=rule.ns_coefficients, dtype=rule.ns_dtype)
 
 
 class NewtonSchulz:
@@ -352,22 +243,3 @@ def _products(name: str) -> iteration.Products:
 @cache
 def _n_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _joined(
-    backend: str, slots: Sequence[Slot], assigned: Sequence[str], make: Callable[[str, Sequence[Slot]], Launches]
-) -> Launches:
-    """One set of launches for every backend that got tensors; says so where "auto" leaves a GPU's to the reference."""
-    slow = [s for s, name in zip(slots, assigned, strict=True) if name == "reference" and s.tensor.is_cuda]
-    if slow and backend == "auto" and "triton" not in unavailable():
-        reasons = [f"{slot.name} {_unfit(slot)}" for slot in slots if _unfit(slot)]
-        warnings.warn(
-            f"the reference backend moves {len(slow)} of {len(slots)} tensors, slowly: "
-            + (reasons[0] if reasons else "kernels cannot draw these directions"),
-            stacklevel=2,
-        )
-    parts = []
-    for name in dict.fromkeys(assigned):
-        where = [i for i, chosen in enumerate(assigned) if chosen == name]
-        parts.append((where, make(name, [slots[i] for i in where])))
-    return keeping(parts[0][1] if len(parts) == 1 else Parts(parts), slots)

@@ -6,9 +6,9 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,20 +29,56 @@ def stream_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(canonical_name(name).encode(), digest_size=4).digest(), "little")
 
 
+class Kind(NamedTuple):
+    """What the scalars of a step depend on; `double`: arithmetic is in fp64; `rate` and `gain` as in `Slot`."""
+
+    group: int
+    double: bool
+    rate: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a logical tensor is held here: rows of `width` elements that begin `pitch` apart.
+
+    Local element j (row-major) is logical element start + (j // width) pitch + j % width. Of a (rows, columns) tensor
+    rows a to b are `Shard((rows, columns), a * columns)`, columns a to b are `Shard((rows, columns), a, b - a,
+    columns)`.
+
+    Attributes:
+        shape: of the logical tensor.
+        start: logical index of the first local element.
+        width, pitch: of the rows; None: one row, whatever is held.
+    """
+
+    shape: tuple[int, ...]
+    start: int = 0
+    width: int | None = None
+    pitch: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.width is None) != (self.pitch is None):
+            raise ValueError(f"{self}: give width and pitch, or neither where the part is one run of elements")
+        if self.start < 0 or (self.width is not None and self.pitch is not None and not 0 < self.width <= self.pitch):
+            raise ValueError(f"{self}: start must be at least 0, and 0 < width <= pitch")
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """One trained tensor, or the part of it that is held here.
 
     Attributes:
         name: canonical name, or `#position` where names are not known.
-        tensor: the local values, any strides; local element j (row-major) is logical element `start + j`.
+        tensor: the local values, any strides; which logical elements they are: `Shard`.
         stream: uint32 id that separates this tensor's random numbers from every other tensor's.
         group: index of its parameter group.
         shape: shape of the whole logical tensor.
         start: logical index of the first local element; 0 unless the tensor is a shard.
+        width, pitch: of a shard's rows; None: local element j is logical element `start + j`.
         rate: its learning rate as a multiple of its group's.
         gain: length of its step as a multiple of its learning rate; weight decay has no part in it.
-        signed: the sign rule moves it; else its launches update its momentum only, and something else moves it.
+        signed: the rule moves it; else its launches update its state only, and something else moves it.
         kept: a row that stays as it is.
     """
 
@@ -52,6 +88,8 @@ class Slot:
     group: int
     shape: torch.Size
     start: int = 0
+    width: int | None = None
+    pitch: int | None = None
     rate: float = 1.0
     gain: float = 1.0
     signed: bool = True
@@ -66,6 +104,36 @@ class Slot:
     def total(self) -> int:
         """Number of elements of the whole logical tensor."""
         return math.prod(self.shape)
+
+    @property
+    def kind(self) -> Kind:
+        """Which scalars it reads."""
+        return Kind(self.group, self.tensor.dtype == torch.float64, self.rate, self.gain)
+
+    @property
+    def end(self) -> int:
+        """One past the logical index of the last local element."""
+        if self.width is None or self.pitch is None or not self.count:
+            return self.start + self.count
+        last = self.count - 1
+        return self.start + last // self.width * self.pitch + last % self.width + 1
+
+    def spans(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Stream, first logical element and length of the runs that local elements from `first` on are."""
+        if self.width is None or self.pitch is None:
+            return [(self.stream, self.start + first, count)]
+        found = []
+        while count > 0:
+            row, column = divmod(first, self.width)
+            length = min(count, self.width - column)
+            found.append((self.stream, self.start + row * self.pitch + column, length))
+            first, count = first + length, count - length
+        return found
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is a whole number; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def named_entries(params: Any) -> Iterator[tuple[str | None, Tensor]]:
@@ -117,11 +185,17 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
-def build_slots(groups: list[dict[str, Any]]) -> list[Slot]:
+def build_slots(groups: list[dict[str, Any]], shards: Mapping[str, Shard] | None = None) -> list[Slot]:
     """The slots of torch parameter groups, in canonical order; tied tensors must already be there once.
 
-    Raises ValueError where two names share a canonical name or a stream, or two tensors overlap in memory.
+    Args:
+        shards: by name (`#position` where names are not known), the tensors that are parts of bigger ones; names of
+            groups to come may be among them.
+
+    Raises ValueError where two names share a canonical name or a stream, two tensors overlap in memory, or a shard is
+    larger than its tensor.
     """
+    parts = {canonical_name(name): shard for name, shard in (shards or {}).items()}
     slots: list[Slot] = []
     for index, group in enumerate(groups):
         names = group.get("param_names") or [None] * len(group["params"])
@@ -129,7 +203,7 @@ def build_slots(groups: list[dict[str, Any]]) -> list[Slot]:
             position = len(slots)
             label = canonical_name(name) if name is not None else f"#{position}"
             stream = stream_of(name) if name is not None else position
-            slots.append(Slot(label, tensor, stream, index, tensor.shape))
+            slots.append(_part(Slot(label, tensor, stream, index, tensor.shape), parts.get(label)))
     seen: dict[int, str] = {}
     for slot in slots:
         if slot.stream in seen:
@@ -141,6 +215,22 @@ def build_slots(groups: list[dict[str, Any]]) -> list[Slot]:
     if slots and not slots[0].name.startswith("#"):
         slots.sort(key=lambda slot: slot.name)
     return slots
+
+
+def check_shards(shards: Mapping[str, Shard], slots: Iterable[Slot]) -> None:
+    """Raises ValueError for names that none of all slots has."""
+    unknown = {canonical_name(name) for name in shards} - {slot.name for slot in slots}
+    if unknown:
+        raise ValueError(f"shards names {', '.join(map(repr, sorted(unknown)))}, and no parameter has this name")
+
+
+def _part(slot: Slot, shard: Shard | None) -> Slot:
+    if shard is None:
+        return slot
+    made = replace(slot, shape=torch.Size(shard.shape), start=shard.start, width=shard.width, pitch=shard.pitch)
+    if made.end > made.total:
+        raise ValueError(f"{slot.name} holds {slot.count} elements, and {shard} has no room for them")
+    return made
 
 
 def _extent(tensor: Tensor) -> int:

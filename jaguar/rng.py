@@ -48,6 +48,12 @@ class Purpose(IntEnum):
     LAYERS = 5  # layer choice
     ROUND = 6  # stochastic rounding of parameters
     ROUND_STATE = 7  # stochastic rounding of optimizer state
+    ROUND_STATE_1 = 8  # of its second buffer
+    ROUND_STATE_2 = 9  # of its third buffer
+
+
+# What the state buffers of a rule are rounded with, in order.
+STATE_PURPOSES = (Purpose.ROUND_STATE, Purpose.ROUND_STATE_1, Purpose.ROUND_STATE_2)
 
 
 def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tuple[Word, Word, Word, Word]:

@@ -48,7 +48,7 @@ class Run:
 
     def settings_of(self, args: ZOTrainingArguments) -> dict[str, Any]:
         """What decides the run besides its rows and weights, as plain values, defaults filled in."""
-        names = [f.name for f in fields(args) if f.name not in OPTIONS and not _is_free(f.name)]
+        names = [f.name for f in fields(args) if f.name not in {*OPTIONS, "zo_options"} and not _is_free(f.name)]
         values = {name: getattr(args, name) for name in names} | asdict(self.adapter)
         values |= {"train": self.train, "dtype": self.dtype, "in_4bit": self.in_4bit, "processes": args.world_size}
         return {"given": sorted(self.arguments), "values": _plain(values), "data": _plain(asdict(self.data))}
@@ -154,7 +154,8 @@ def compare(saved: dict[str, Any], own: dict[str, Any]) -> None:
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The options of an optimizer, defaults filled in; how it gets back to its parameters decides no bits."""
-    values = optimizer.defaults | getattr(optimizer, "_options", {})
+    method = getattr(optimizer, "method", None)
+    values = optimizer.defaults | (method.options() if method else {})
     return _plain(values | {"restore": values.get("restore") == "walk"})
 
 

@@ -128,7 +128,7 @@ class Ones:
 
 def strata(slot: Slot, size: int) -> tuple[int, int]:
     """The first stratum of `size` elements that a slot has a part of, and one past the last."""
-    return slot.start // size, -(-(slot.start + slot.count) // size)
+    return slot.start // size, -(-slot.end // size)
 
 
 def draw(key: Key, stratum: Tensor, stream: int | Tensor, size: int | Tensor, purpose: Purpose) -> Sample:
@@ -167,10 +167,15 @@ def listed(
             offsets.append(offset)
             offset += slots[i].count
         ends.append(len(offsets))
-    numbers = [(slot.start, slot.count, offset) for slot, offset in zip(slots, offsets, strict=True)]
-    starts, counts, shifts = torch.tensor(numbers, dtype=torch.int64).t().contiguous().to(index.device)
-    place = index - starts[of]
-    live = (place >= 0) & (place < counts[of])
+    numbers = [(slot.start, slot.count, *_rows(slot), offset) for slot, offset in zip(slots, offsets, strict=True)]
+    starts, counts, widths, pitches, shifts = torch.tensor(numbers).t().contiguous().to(index.device)
+    place, live = index - starts[of], None
+    if any(slot.width is not None for slot in slots):
+        column = place % pitches[of]
+        live = column < widths[of]
+        place = place.div(pitches[of], rounding_mode="floor") * widths[of] + column
+    inside = (place >= 0) & (place < counts[of])
+    live = inside if live is None else live & inside
     place = place + shifts[of]
     if not bool(live.all()):
         of, place, sign = of[live], place[live], sign[live]
@@ -178,9 +183,20 @@ def listed(
     return [Listed(place[a:b], sign[a:b]) for a, b in zip([0, *cuts], cuts, strict=False)]
 
 
+def _rows(slot: Slot) -> tuple[int, int]:
+    """Width and pitch of a slot's rows; of one that is a single run of elements, its length."""
+    whole = max(slot.count, 1)
+    return slot.width or whole, slot.pitch or whole
+
+
 def _local(slot: Slot, index: Tensor, sign: Tensor) -> Sample:
     """Logical indices, ascending, as local ones."""
     index = index - slot.start if slot.start else index
+    if slot.width is not None:
+        width, pitch = _rows(slot)
+        column = index % pitch
+        live = (index >= 0) & (column < width)
+        index, sign = (index.div(pitch, rounding_mode="floor") * width + column)[live], sign[live]
     if index.numel() and (int(index[0]) < 0 or int(index[-1]) >= slot.count):
         live = (index >= 0) & (index < slot.count)
         return index[live], sign[live]

@@ -24,9 +24,9 @@ from jaguar.attempts import Attempt
 from jaguar.exact_trainer import ExactTrainer
 from jaguar.micro_batches import Grain, MicroBatches
 from jaguar.model_card import card_arguments
-from jaguar.optimizers import JaguarMuon, param_groups
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.guards import NonFiniteLoss
+from jaguar.optimizers.matrices import param_groups
 from jaguar.record import Record
 from jaguar.scored_trainer import ScoredTrainer, settled
 from jaguar.scoring import Scorer
@@ -132,14 +132,14 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         return inner
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer that `args.optim_zo` names; JAGUAR Muon gets its groups from `jaguar.param_groups`."""
+        """The optimizer that `args.optim_zo` names; with `by_role`, of groups from `jaguar.param_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             if self.optimizer_cls_and_kwargs and not self._zeroth_order:
                 return super().create_optimizer(model)
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            is_muon = issubclass(kind, JaguarMuon)
-            groups = param_groups(model, self.args.weight_decay) if is_muon else self._decay_groups(model)
+            by_role = getattr(kind, "by_role", False)
+            groups = param_groups(model, self.args.weight_decay) if by_role else self._decay_groups(model)
             self.optimizer = kind(groups, **options)
         return self.optimizer
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from jaguar import values
-from jaguar.choices import FIRST_ORDER
 from jaguar.flag_groups import FINETUNE, OF_THE_RUN, named, unrecognized
+from jaguar.optimizers.names import FIRST_ORDER
 
 _NO_ADAM = "--method names the optimizer, and it is not of Adam's kind"
 _ROWS = "the task says how rows are read"

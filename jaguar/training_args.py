@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from transformers import TrainingArguments
 
 from jaguar import optimizers
-from jaguar.choices import FIRST_ORDER, METHOD, METHODS
+from jaguar.literals import keyword_arguments
+from jaguar.optimizers.common import keywords
+from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
 
 _NO_GRADIENTS = "forward-only training has no gradients"
 _NO_BACKWARD = "there is no backward pass whose memory it could save"
@@ -56,8 +57,9 @@ class ZOTrainingArguments(TrainingArguments):
     points: a step is that of one large batch. Directions are something else: `n_directions`.
 
     Args:
-        optim_zo: "jaguar-signsgd", "jaguar-muon", "zo-sgd", "zo-signsgd", or "fo-sgd": torch.optim.SGD with backward
-            passes, the first-order baseline.
+        optim_zo: the optimizer, "jaguar-signsgd" or another name that `jaguar finetune --help` lists; "fo-sgd":
+            torch.optim.SGD with backward passes, the first-order baseline.
+        zo_options: further arguments of the optimizer's class: a dict, a JSON object, or "key=value,key=value".
 
     Raises:
         ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`,
@@ -74,20 +76,20 @@ class ZOTrainingArguments(TrainingArguments):
     )
     optim_zo: str = field(default=METHOD, metadata={"help": f"optimizer: {', '.join(METHODS)}"})
     tau: float | None = _option("length of the perturbation")
-    beta: float | None = _option("momentum factor of the jaguar methods")
-    momentum: float | None = _option("momentum factor of zo-sgd, zo-signsgd and fo-sgd")
+    beta: float | None = _option("factor of momentum m <- beta m + (1 - beta) g")
+    momentum: float | None = _option("factor of momentum m <- momentum m + g")
     coordinates: float | str | None = _option("perturbed coordinates: 100 is a number, 0.01 a fraction")
     layout: str | None = _option("uniform or block")
     signs: str | None = _option("rademacher or ones")
     update: str | None = _option("sampled or all")
-    ns_steps: int | None = _option("Newton-Schulz iterations of jaguar-muon")
+    ns_steps: int | None = _option("Newton-Schulz iterations")
     ns_coefficients: str | None = _option("cubic, quintic or polar_express")
     ns_dtype: str | None = _option("dtype of Newton-Schulz: bfloat16, float32 or float64")
     ns_period: int | None = _option("orthogonalise 1/R of the matrices in each step")
     vector_lr: float | None = _option("step of what Newton-Schulz does not move")
     adjust_lr: str | None = _option("original or match_rms_adamw")
     released: bool = field(default=False, metadata={"help": "what the authors' released code computes"})
-    distribution: str | None = _option("gaussian or rademacher direction of zo-sgd and zo-signsgd")
+    distribution: str | None = _option("of dense directions: gaussian or rademacher")
     restore: str | None = _option("how dense directions get back: copy, module or walk")
     n_directions: int | None = _option("directions per step")
     estimator: str | None = _option("two-sided or one-sided")
@@ -95,6 +97,9 @@ class ZOTrainingArguments(TrainingArguments):
     momentum_dtype: str | None = _option("float32, bfloat16 or float8_e5m2")
     rounding: str | None = _option("stochastic or nearest, for weights stored in less than float32")
     backend: str | None = _option("auto, or a name that `jaguar info` lists")
+    zo_options: dict | str | None = field(  # type: ignore[type-arg]
+        default=None, metadata={"help": "further arguments of the optimizer's class: JSON, or key=value,key=value"}
+    )
 
     def __post_init__(self) -> None:
         if self.optim_zo not in METHODS:
@@ -142,39 +147,57 @@ class ZOTrainingArguments(TrainingArguments):
     @property
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """The class that `optim_zo` names."""
-        name = METHODS[self.optim_zo]
+        name = METHODS[self.optim_zo].cls
         return getattr(optimizers, name) if name else torch.optim.SGD
 
     def optimizer_options(self) -> dict[str, Any]:
-        """The arguments of the optimizer that were given, besides weight decay: what is left out keeps its default."""
-        values = {name: getattr(self, name) for name in OPTIONS}
-        given = {name: value for name, value in values.items() if value is not None and value is not False}
-        for name in ("ns_dtype", "momentum_dtype"):
-            if name in given:
-                given[name] = _dtype(name, given[name])
-        if self.learning_rate is not None:
-            given["lr"] = self.learning_rate
+        """The arguments of the optimizer that were given, besides weight decay: what is left out keeps its default.
+
+        Raises:
+            ValueError: `zo_options` is not written as it should be, or a value is no dtype.
+        """
+        given = self._of_fields() | self._of_zo_options()
         if not self.first_order:
-            given["seed"] = self.seed
+            given.setdefault("seed", self.seed)
+        given.pop("weight_decay", None)  # the groups have it
         return given
 
+    def _of_fields(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in OPTIONS} | {"lr": self.learning_rate}
+        return {n: _of_torch(n, value) for n, value in values.items() if value is not None and value is not False}
+
+    def _of_zo_options(self) -> dict[str, Any]:
+        return {name: _of_torch(name, value) for name, value in keyword_arguments(self.zo_options).items()}
+
     def check_options(self) -> None:
-        """Raises ValueError if the optimizer does not know an option that was given."""
-        known = inspect.signature(self.optimizer_class).parameters
-        for name in self.optimizer_options():
+        """Raises ValueError if the optimizer does not know an option that was given, or one has two values."""
+        known, fields_have, further = keywords(self.optimizer_class), self._of_fields(), self._of_zo_options()
+        for name in fields_have:
             if name not in known:
                 fitting = ", ".join(option for option in OPTIONS if option in known)
                 raise ValueError(f"{self.optim_zo} has no option {name}; it has {fitting}")
+        fields_have |= {"seed": self.seed, "weight_decay": self.weight_decay}
+        for name, value in further.items():
+            if name not in known:
+                raise ValueError(f"zo_options: {self.optim_zo} has no argument {name}; it has {', '.join(known)}")
+            if name in fields_have and fields_have[name] != value:
+                field_name = {"lr": "learning_rate"}.get(name, name)
+                raise ValueError(
+                    f"zo_options has {name}={value}, and {field_name} is {fields_have[name]}: say it by {field_name}"
+                )
 
 
 OPTIONS = tuple(
     f.name
     for f in fields(ZOTrainingArguments)
-    if f.name not in TrainingArguments.__dataclass_fields__ and f.name != "optim_zo"
+    if f.name not in TrainingArguments.__dataclass_fields__ and f.name not in ("optim_zo", "zo_options")
 )
 
 
-def _dtype(name: str, value: str | torch.dtype) -> torch.dtype:
+def _of_torch(name: str, value: Any) -> Any:
+    """The value; of a dtype's name, the dtype."""
+    if not name.endswith("_dtype") or value is None:
+        return value
     dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name}={value!r} is not a dtype of torch; bfloat16 or float32, say")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaguar.literals import keyword_arguments
+
 _MOST = 2**31 - 1
 _TRUE, _FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
 
@@ -105,6 +107,14 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, as in '{{\"num_cycles\": 2}}'")
     return value
+
+
+def keywords(text: str) -> dict[str, Any]:
+    """Keyword arguments, as key=value or JSON."""
+    try:
+        return keyword_arguments(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def json_or_file(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import signal
@@ -19,7 +18,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client would try for half a minu
 if not torch.cuda.is_available():  # before anything of jaguar is imported: it is read when the kernels are made
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from jaguar import ZOSGD, JaguarSignSGD
+from laws import CONFIGS as CONFIGS
+from laws import TAU as TAU
+from laws import make as make
+
+from jaguar import ZerothOrder
 
 torch.set_num_threads(1)
 
@@ -95,7 +98,7 @@ def all_bits(params: list[Tensor]) -> list[bytes]:
 
 
 def state_bits(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[bytes]:
-    return [bits(optimizer.state[p]["momentum"]) for p in params if "momentum" in optimizer.state.get(p, {})]
+    return [bits(m) for p in params for _, m in sorted(optimizer.state.get(p, {}).items())]
 
 
 class Log:
@@ -147,34 +150,6 @@ def every_form(dtype: torch.dtype) -> Bag:
     return Bag([make(dtype) for make in FORMS.values()])
 
 
-CONFIGS = {
-    "fraction": (JaguarSignSGD, {"coordinates": 0.1, "lr": 2e-2}),
-    "count": (JaguarSignSGD, {"coordinates": 7, "lr": 2e-2, "beta": 0.5}),
-    "block": (JaguarSignSGD, {"coordinates": 1 / 9, "layout": "block", "lr": 2e-2}),
-    "released": (JaguarSignSGD, {"released": True, "lr": 2e-2}),
-    "all": (JaguarSignSGD, {"coordinates": 0.1, "update": "all", "lr": 1e-3, "weight_decay": 0.1, "n_directions": 2}),
-    "gaussian-copy": (ZOSGD, {"restore": "copy", "lr": 1e-3, "momentum": 0.9}),
-    "gaussian-module": (ZOSGD, {"restore": "module", "lr": 1e-3}),
-    "rademacher-copy": (ZOSGD, {"restore": "copy", "distribution": "rademacher", "lr": 1e-3, "n_directions": 2}),
-    "rademacher-module": (
-        ZOSGD,
-        {"restore": "module", "distribution": "rademacher", "lr": 1e-3, "estimator": "one-sided"},
-    ),
-}
-TAU = 2.0**-4  # far above the spacing of bf16 below 1, so that no perturbation is lost
-
-
-def make(config: str, params: object, **changes: object) -> JaguarSignSGD | ZOSGD:
-    cls, options = CONFIGS[config]
-    return cls(params, **({"tau": TAU, "seed": 12345} | options | changes))
-
-
-def patch_slot(optimizer: JaguarSignSGD | ZOSGD, **changes: object) -> None:
-    """Declares the only tensor of an optimizer to be a part of a bigger logical tensor."""
-    optimizer._slots = [dataclasses.replace(optimizer._slots[0], **changes)]
-    optimizer._steps = None
-
-
 def numpy_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64).numpy().copy()
 
@@ -184,7 +159,7 @@ def skipping() -> Any:
     return pytest.warns(UserWarning, match=r"was skipped, because .*: nothing moved\.")
 
 
-def warned(opt: JaguarSignSGD | ZOSGD, closure: object, steps: int) -> list[str]:
+def warned(opt: ZerothOrder, closure: object, steps: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):

@@ -7,7 +7,8 @@ comes out of an operation is the processor's choice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,22 +20,26 @@ import interpreter  # noqa: F401 (twice as fast)
 from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
-from jaguar import ops, rules
-from jaguar.directions import DENSE, Coordinates, ReleasedBlock
-from jaguar.fused import coordinate, dense
+from jaguar import fused, ops, reference, rules
+from jaguar.directions import DENSE, Coordinates, Direction, ReleasedBlock, Sparse
+from jaguar.estimators import OneSided, Probe, TwoSided
 from jaguar.fused.plan import Plan, Table
-from jaguar.launches import Launches
+from jaguar.launches import Launches, StepInputs
+from jaguar.method import Method
+from jaguar.orthogonal import MatrixStage
 from jaguar.params import Slot
 from jaguar.rng import Draw
+from jaguar.rules import SGD, AveragedSign, Rule, Sign
 from jaguar.triton_kernels import tables as T
+from jaguar.triton_kernels.launch import around
 
 interpreted = pytest.mark.skipif(not ops.interpreted(), reason="runs kernels on CPU tensors, in Triton's interpreter")
 
 SEED, STEP = 12345, 7
 GROUPS = [
-    {"lr": 0.25, "tau": 2.0**-4, "beta": 0.9, "weight_decay": 0.5},
-    {"lr": 3e-3, "tau": 0.7 * 2.0**-6, "beta": 0.3, "weight_decay": 0.0},
-    {"lr": 0.011, "tau": 1e-3, "beta": 0.0, "weight_decay": 13.3},
+    {"lr": 0.25, "tau": 2.0**-4, "beta": 0.9, "momentum": 0.9, "weight_decay": 0.5},
+    {"lr": 3e-3, "tau": 0.7 * 2.0**-6, "beta": 0.3, "momentum": 0.3, "weight_decay": 0.0},
+    {"lr": 0.011, "tau": 1e-3, "beta": 0.0, "momentum": 0.0, "weight_decay": 13.3},
 ]
 RHO = [0.37, -1.9, 4e-3]
 MOMENTUM: dict[str, Callable[[torch.dtype], torch.dtype | None]] = {
@@ -118,16 +123,27 @@ def drawn(direction: Coordinates, forms: Sequence[Form], i: int) -> list[int]:
 
 
 class Model:
-    """Slots and momenta between bands of other bytes; the same numbers whenever it is made."""
+    """Slots and state between bands of other bytes; the same numbers whenever it is made.
+
+    Args:
+        buffers: what the state is stored in, buffer by buffer.
+    """
 
     def __init__(
-        self, forms: Sequence[Form], momentum: str = "own", device: str = "cpu", special: bool = True, seed: int = 0
+        self,
+        forms: Sequence[Form],
+        *buffers: str,
+        device: str = "cpu",
+        special: bool = True,
+        seed: int = 0,
     ) -> None:
         self.buffers: list[Tensor] = []
         self._special, self._device = special, device
         self._generator = torch.Generator().manual_seed(seed)
         tensors = self._placed([(f.shape, f.dtype, f.skew) for f in forms])
-        self.momenta = self._placed([(f.shape, MOMENTUM[momentum](f.dtype), 0) for f in forms])
+        made = [self._placed([(f.shape, MOMENTUM[stored](f.dtype), 0) for f in forms]) for stored in buffers]
+        self.state = [tuple(m for m in own if m is not None) for own in zip(*made, strict=True)]
+        self.momenta = [next(iter(own), None) for own in self.state]
         self.slots = [_slot(i, f, x) for i, (f, x) in enumerate(zip(forms, tensors, strict=True))]
 
     def _placed(self, wanted: Sequence[tuple[tuple[int, ...], torch.dtype | None, int]]) -> list[Tensor | None]:
@@ -164,9 +180,9 @@ class Model:
     def place(self, buffer: int, cell: int) -> str:
         """Where an element of a buffer lies, for messages."""
         tensors = [(slot.name, slot.tensor) for slot in self.slots]
-        tensors += [(f"momentum of {s.name}", m) for s, m in zip(self.slots, self.momenta, strict=True)]
+        tensors += [(f"state of {s.name}", m) for s, own in zip(self.slots, self.state, strict=True) for m in own]
         for name, t in tensors:
-            if t is not None and t.untyped_storage().data_ptr() == self.buffers[buffer].untyped_storage().data_ptr():
+            if t.untyped_storage().data_ptr() == self.buffers[buffer].untyped_storage().data_ptr():
                 k = cell - t.storage_offset()
                 if 0 <= k < t.numel():
                     return f"{name} ({t.dtype}, {tuple(t.shape)}) at {k}"
@@ -182,27 +198,97 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return equal
 
 
+@dataclass
+class Steps:
+    """The launches of a method on one backend, and what goes with them.
+
+    Attributes:
+        slots: all tensors.
+        launches: theirs.
+        numbers: what kernels read in a step.
+        stage: what follows the launches.
+    """
+
+    slots: list[Slot]
+    launches: Launches
+    numbers: fused.Numbers | None = None
+    stage: MatrixStage | None = None
+
+    def prepare(self, inputs: StepInputs) -> None:
+        if self.numbers is not None:
+            self.numbers.fill(inputs)
+        self.launches.prepare(inputs)
+
+    def update_(self, inputs: StepInputs) -> None:
+        self.launches.update_(inputs)
+        if self.stage is not None:
+            self.stage.update_(inputs)
+
+
+def steps_of(backend: str, method: Method, slots: list[Slot], restore: str = "copy") -> Steps:
+    """What `bind` makes of one backend."""
+    ops.require(backend, method, slots, GROUPS)
+    sparse = isinstance(method.direction, Sparse)
+    if backend == "reference":
+        dense = reference.DenseLaunches
+        return Steps(slots, reference.CoordinateLaunches(method, slots) if sparse else dense(method, slots, restore))
+    numbers = fused.Numbers(slots, method)
+    if sparse:
+        return Steps(slots, fused.CoordinateLaunches(method, slots, slots, numbers), numbers)
+    return Steps(slots, fused.DenseLaunches(method, slots, restore, numbers), numbers)
+
+
 class Twins:
-    """A model on the reference backend and its copy on the Triton backend, moved in lockstep."""
+    """A model on the reference backend and its copy on the Triton backend, moved in lockstep.
+
+    Args:
+        method: what is computed.
+        make: (backend, slots) -> steps; those of the method, unless given.
+        restore: how a dense direction goes back.
+        buffers: as `Model` takes them.
+        active: per slot, whether it takes part in steps.
+    """
 
     def __init__(
-        self, forms: Sequence[Form], make: Callable[[str, list[Slot]], Launches], momentum: str = "own", **model: Any
+        self,
+        forms: Sequence[Form],
+        method: Method,
+        *buffers: str,
+        make: Callable[[str, list[Slot]], Steps] | None = None,
+        restore: str = "copy",
+        active: Sequence[bool] | None = None,
+        device: str = "cpu",
+        **model: Any,
     ) -> None:
-        device = model.pop("device", "cpu")
-        self.models = [Model(forms, momentum, d, **model) for d in ("cpu", device)]
-        self.start = Model(forms, momentum, **model)
-        self.steps = [make(b, m.slots) for b, m in zip(("reference", "triton"), self.models, strict=True)]
-        self.slots = self.models[0].slots
-        self.taus = [rules.rounded(GROUPS[s.group]["tau"], s.tensor.dtype == torch.float64) for s in self.slots]
+        def usual(backend: str, slots: list[Slot]) -> Steps:
+            return steps_of(backend, method, slots, restore)
 
-    def scalars(self, rho: Sequence[float]) -> list[rules.Scalars]:
-        """The scalars of every slot for these derivatives."""
-        found = []
-        for slot in self.slots:
-            double = slot.tensor.dtype == torch.float64
-            own = [rules.rounded(r, double) for r in rho]
-            found.append(rules.step_scalars(own, **GROUPS[slot.group], rho_clip=None, double=double))
-        return found
+        self.method, self.active = method, active
+        self.models = [Model(forms, *buffers, device=d, **model) for d in ("cpu", device)]
+        self.start = Model(forms, *buffers, **model)
+        self.steps = [(make or usual)(b, m.slots) for b, m in zip(("reference", "triton"), self.models, strict=True)]
+        self.slots = self.models[0].slots
+
+    def inputs(self, k: int, step: int = STEP, rho: Sequence[float] = (), probe: Probe | None = None) -> StepInputs:
+        """What the launches of model k are given in a step; with derivatives, or before these are known."""
+        draws = tuple(Draw(SEED, step, d) for d in range(self.method.estimator.n_directions))
+        scalars = {}
+        for kind in dict.fromkeys(slot.kind for slot in self.steps[k].slots):
+            group, own = GROUPS[kind.group], [rules.rounded(r, kind.double) for r in rho]
+            scalars[kind] = self.method.scalars(kind, group, group["lr"], own, 1)
+        return StepInputs(draws, scalars, self.models[k].state, self.active, probe)
+
+    def probes(self, k: int, step: int = STEP) -> list[Probe]:
+        """The probes of a step of model k, for which all is prepared."""
+        inputs = self.inputs(k, step)
+        self.steps[k].prepare(inputs)
+        return self.steps[k].launches.probes(inputs)
+
+    def update_(self, k: int, rho: Sequence[float], probe: Probe | None = None, step: int = STEP) -> None:
+        """Moves model k."""
+        inputs = self.inputs(k, step, rho, probe)
+        self.steps[k].prepare(inputs)
+        self.steps[k].update_(inputs)
 
     def check(self, what: str) -> None:
         """Both copies have the same bytes, in tensors and between them."""
@@ -220,63 +306,73 @@ class Twins:
         )
 
 
-def step_law(twins: Twins, *, n: int = 1, two_sided: bool = True, held: bool = True, step: int = STEP) -> None:
+# What a probe is told.
+MOVES: dict[str, Callable[[Probe], None]] = {
+    "plus": lambda probe: probe.to(1.0),
+    "minus": lambda probe: probe.to(-1.0),
+    "finish": lambda probe: probe.finish(),
+    "abort": lambda probe: probe.abort(),
+}
+
+
+def step_law(twins: Twins, *, held: bool = True, step: int = STEP) -> None:
     """Every launch of one step has the same results on both backends.
 
     Args:
         held: the update takes the last probe back; else `finish` (a walk's `abort`) does.
     """
-    draws = [Draw(SEED, step, k) for k in range(n)]
-    lost = [steps.lost(draws[0], twins.taus) for steps in twins.steps]
+    n, two_sided = twins.method.estimator.n_directions, twins.method.estimator.two_sided
+    probes = list(zip(*(twins.probes(k, step) for k in range(2)), strict=True))
+    lost = [steps.launches.lost(twins.inputs(k, step)) for k, steps in enumerate(twins.steps)]
     assert lost[0] == lost[1], "the numbers of lost perturbations differ"
-    probes = list(zip(*(steps.probes(draws, twins.taus) for steps in twins.steps), strict=True))
     for k, pair in enumerate(probes):
         moves = ["plus", "minus"] if two_sided else ["plus"]
         if not (held and k == n - 1):
             moves += ["finish", "abort"]
         for move in moves:
             for probe in pair:
-                getattr(probe, move)()
+                MOVES[move](probe)
             twins.check(f"{move} {k}")
             assert twins.moved() or move != "plus", "no element was perturbed"
-    last = probes[-1] if held else (None, None)
-    for steps, model, probe in zip(twins.steps, twins.models, last, strict=True):
-        steps.update_(draws, twins.scalars(RHO[:n]), model.momenta, probe)
+    for k in range(2):
+        twins.update_(k, RHO[:n], probes[-1][k] if held else None, step)
     twins.check("update")
     assert twins.moved(), "no element was moved"
+
+
+def method_of(
+    direction: Direction, rule: Rule, *, stochastic: bool = True, two_sided: bool = True, n: int = 1, walk: bool = False
+) -> Method:
+    estimator = TwoSided(n) if two_sided else OneSided(n)
+    return Method(direction, rule, estimator, "stochastic" if stochastic else "nearest", walk=walk)
 
 
 def coordinate_twins(
     forms: Sequence[Form], direction: Coordinates | ReleasedBlock, *, update: str = "sampled", momentum: str = "own",
     stochastic: bool = True, two_sided: bool = True, n: int = 1, **model: Any,
 ) -> Twins:  # fmt: skip
-    def make(backend: str, slots: list[Slot]) -> Launches:
-        return ops.coordinate_steps(
-            backend, slots, direction, update=update, stochastic=stochastic, two_sided=two_sided, n_directions=n
-        )
+    method = method_of(direction, AveragedSign(update), stochastic=stochastic, two_sided=two_sided, n=n)
+    return Twins(forms, method, momentum, **model)
 
-    return Twins(forms, make, momentum, **model)
+
+RULES: dict[str, Rule] = {"sgd": SGD(), "sign": Sign()}
 
 
 def dense_twins(
     forms: Sequence[Form], distribution: str, *, restore: str = "copy", rule: str = "sgd", momentum: str = "own",
     stochastic: bool = True, two_sided: bool = True, n: int = 1, **model: Any,
 ) -> Twins:  # fmt: skip
-    def make(backend: str, slots: list[Slot]) -> Launches:
-        return ops.dense_steps(
-            backend, slots, DENSE[distribution], restore=restore, rule=rule, stochastic=stochastic,
-            two_sided=two_sided, n_directions=n,
-        )  # fmt: skip
-
-    return Twins(forms, make, momentum, **model)
+    method = method_of(DENSE[distribution], RULES[rule], stochastic=stochastic, two_sided=two_sided, n=n,
+                       walk=restore == "walk")  # fmt: skip
+    return Twins(forms, method, momentum, restore=restore, **model)
 
 
 def edit_tables(monkeypatch: pytest.MonkeyPatch, edit: Callable[[Plan, Table, bool], None]) -> list[Table]:
     """Lets `edit(plan, table, of elements rather than strata)` change every table before a kernel reads it."""
     real, edited = Plan._table, []
 
-    def table(self: Plan, key: Any, members: Any, momenta: Any, block: int, tiles: bool) -> Table:
-        edited.append(real(self, key, members, momenta, block, tiles))
+    def table(self: Plan, key: Any, options: Any, members: Any, state: Any, block: int, tiles: bool) -> Table:
+        edited.append(real(self, key, options, members, state, block, tiles))
         edit(self, edited[-1], tiles)
         return edited[-1]
 
@@ -298,7 +394,7 @@ def as_the_end(
         dtype = MOMENTUM[momentum](slot.tensor.dtype)
         row[T.COUNT.value] += slot.start
         row[T.X.value] -= slot.start * slot.tensor.itemsize
-        row[T.M.value] -= slot.start * dtype.itemsize if dtype and row[T.M.value] else 0
+        row[T.S0.value] -= slot.start * dtype.itemsize if dtype and row[T.S0.value] else 0
         row[T.START.value] -= slot.start
         row[T.ORIGIN.value] -= slot.start
         row[T.SAVED.value] -= slot.start if dense else 0
@@ -323,18 +419,18 @@ def everything(module: nn.Module, optimizer: Any) -> tuple[list[bytes], list[byt
     return all_bits(parameters(module)), state_bits(optimizer, parameters(module))
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, run: bool) -> list[dict[str, Any]]:
-    """What is launched from now on, and whether it runs too: kernels' names and compile-time options."""
+@contextmanager
+def counted(run: bool) -> Iterator[list[dict[str, Any]]]:
+    """What is launched meanwhile, and whether it runs too: kernels' names and compile-time options."""
     seen: list[dict[str, Any]] = []
-    for module in (coordinate, dense):
 
-        def launch(kernel: Any, n: int, *arguments: Any, _real: Any = module.launch, **constants: Any) -> None:
-            seen.append({"name": kernel.__name__, **constants})
-            if run:
-                _real(kernel, n, *arguments, **constants)
+    def note(name: str, programs: Any, constants: dict[str, Any], launch: Callable[[], None]) -> None:
+        seen.append({"name": name, **constants})
+        if run:
+            launch()
 
-        monkeypatch.setattr(module, "launch", launch)
-    return seen
+    with around(note):
+        yield seen
 
 
 def jobs(launches: list[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from conftest import dtype_id, numpy_of
 from torch import nn
 
 from jaguar import ZOSGD, JaguarSignSGD, rules
+from jaguar.method import Method
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 
@@ -177,14 +178,18 @@ def test_released_touches_a_tenth_per_axis(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("breakage", ["flipped-sign", "forgotten-half", "fused"])
 def test_the_laws_notice_broken_arithmetic(breakage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm1_law(torch.float32, 0.9, steps=200)
-    real_step, real_entry, real_scalars = rules.sign_step, rules.momentum_entry, rules.step_scalars
+    real_step, real_entry, real_scalars = rules.sign_step, rules.heavy_ball, Method.scalars
     if breakage == "flipped-sign":
         monkeypatch.setattr(rules, "sign_step", lambda x, m, decay, lr: real_step(x, -m, decay, lr))
     elif breakage == "forgotten-half":
-        monkeypatch.setattr(rules, "step_scalars", lambda rho, **kw: real_scalars([2 * r for r in rho], **kw))
+        monkeypatch.setattr(
+            Method,
+            "scalars",
+            lambda self, kind, group, lr, rho, t: real_scalars(self, kind, group, lr, [2 * r for r in rho], t),
+        )
     else:
         monkeypatch.setattr(
-            rules, "momentum_entry", lambda m, s, b, e: real_entry(m.double(), s.double(), b, e).to(m.dtype)
+            rules, "heavy_ball", lambda m, g, beta: real_entry(m.double(), g.double(), beta).to(m.dtype)
         )
     with pytest.raises(AssertionError):
         algorithm1_law(torch.float32, 0.9, steps=200)

@@ -66,18 +66,22 @@ def test_the_lists_are_those_of_transformers() -> None:
         assert dict(shapes.LISTS[name].shapes) == {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
+def sgd_step() -> None:
+    """What a launch calls the function of its rule."""
+
+
 FLOORS = [  # DESIGN.md, section 6, at p = 1 %
-    ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "M_FORMAT": "bf16"}, 6.34),
-    ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "M_FORMAT": "fp32"}, 8.34),
-    ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "M_FORMAT": "e5m2"}, 5.34),
-    ("tiles", {"RESTORE": False, "X_FORMAT": "bf16", "M_FORMAT": "bf16"}, 6.32),
-    ("sparse", {"JOB": "perturb", "X_FORMAT": "bf16", "M_FORMAT": "fp32"}, 0.66),
-    ("sparse", {"JOB": "fused", "X_FORMAT": "bf16", "M_FORMAT": "bf16"}, 1.30),
-    ("sparse", {"JOB": "update", "X_FORMAT": "bf16", "M_FORMAT": "bf16"}, 1.28),
+    ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "S0": "bf16"}, 6.34),
+    ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "S0": "fp32"}, 8.34),
+    ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "S0": "e5m2"}, 5.34),
+    ("tiles", {"RESTORE": False, "X_FORMAT": "bf16", "S0": "bf16"}, 6.32),
+    ("sparse", {"JOB": "perturb", "X_FORMAT": "bf16", "S0": "fp32"}, 0.66),
+    ("sparse", {"JOB": "fused", "X_FORMAT": "bf16", "S0": "bf16"}, 1.30),
+    ("sparse", {"JOB": "update", "X_FORMAT": "bf16", "S0": "bf16"}, 1.28),
     ("move", {"JOB": "walk", "FORMAT": "bf16", "DISTRIBUTION": "gaussian"}, 4.0),
     ("move", {"JOB": "save", "FORMAT": "bf16", "DISTRIBUTION": "gaussian"}, 6.0),
-    ("step", {"JOB": "walked", "X_FORMAT": "bf16", "M_FORMAT": "none", "RULE": "sgd", "DISTRIBUTION": "gaussian"}, 4.0),
-    ("step", {"JOB": "plain", "X_FORMAT": "fp32", "M_FORMAT": "bf16", "RULE": "sgd", "DISTRIBUTION": "gaussian"}, 12.0),
+    ("step", {"JOB": "walked", "X_FORMAT": "bf16", "S0": "none", "STEP": sgd_step, "DISTRIBUTION": "gaussian"}, 4.0),
+    ("step", {"JOB": "plain", "X_FORMAT": "fp32", "S0": "bf16", "STEP": sgd_step, "DISTRIBUTION": "gaussian"}, 12.0),
 ]
 
 
@@ -396,7 +400,9 @@ rademacher = next(m for m in suite.MORE if m.name == "ZO-SGD rademacher, copy")
 good = list(suite.run([(tiny, [suite.METHODS[0], rademacher]), (two, peers.PEERS)], clock, lambda: 1e3))
 late = list(suite.run([(tiny, [suite.METHODS[0]])], clock, lambda: 0.0))
 slow = list(suite.run([(tiny, [compiled.CompiledSign])], clock, lambda: 30.0))
-rules.sign_step = lambda x, m, decay, lr: x + m.sign() * lr
+def sign_step(x, m, decay, lr):
+    return x + m.sign() * lr
+rules.sign_step = sign_step
 peers.MezoLoop._z = lambda self, p: torch.full_like(p, float("nan"))
 bad = list(suite.run([(tiny, [suite.METHODS[0], peers.MezoLoop])], clock, lambda: 1e3))
 print(json.dumps([good, late, slow, bad]))

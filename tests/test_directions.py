@@ -230,9 +230,9 @@ def test_order_of_named_parameters_is_irrelevant(coordinates: float) -> None:
     seen = []
     for order in itertools.islice(itertools.permutations(names), 0, 24, 5):
         opt = JaguarSignSGD([(name, tensors[name]) for name in order], coordinates=coordinates, seed=4)
-        draw = opt._draws()[0]
+        draw = Draw(4, 0)
         seen.append(
-            {s.name: as_dict(x) for s, x in zip(opt._slots, opt._direction.sample(draw, opt._slots), strict=True)}
+            {s.name: as_dict(x) for s, x in zip(opt._slots, opt.method.direction.sample(draw, opt._slots), strict=True)}
         )
     assert all(s == seen[0] for s in seen)
     if coordinates == 0.2:

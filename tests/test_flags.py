@@ -20,6 +20,7 @@ from jaguar import choices, cli, flag_groups, schemes
 from jaguar.data import Data
 from jaguar.estimators import ESTIMATORS
 from jaguar.ops import NAMES
+from jaguar.optimizers.names import METHODS
 from jaguar.run import Run
 
 # Kind of a flag -> what is legal, and what is not.
@@ -42,6 +43,7 @@ OWN = {
     "length": "learning_rate weight_decay vector_lr",
     "above 0": "tau rho_clip",
     "share": "beta momentum",
+    "object": "zo_options",
     "text": "model test_file dataset text_column label_column choice_columns template verbalizers train_file dev_file "
     "output_dir resume_from_checkpoint lora_target_modules",
 }
@@ -479,9 +481,10 @@ def _text(name):
 
 def test_help_shows_the_defaults_of_the_optimizers():
     said = {"lr": "learning_rate"}
-    for cls in (jaguar.JaguarSignSGD, jaguar.JaguarMuon, jaguar.ZOSGD, jaguar.ZOSignSGD):
+    for cls in (getattr(jaguar, row.cls) for row in METHODS.values() if row.cls):
         for name, parameter in inspect.signature(cls).parameters.items():
-            if name in ("params", "seed", "released", "maximize") or parameter.default is None:
+            has_flag = said.get(name, name) in OURS - {"seed", "released"}
+            if not has_flag or parameter.default is None:
                 continue
             default = str(parameter.default).removeprefix("torch.")
             found = re.search(r"default: ([^)]*)", _text(said.get(name, name)))

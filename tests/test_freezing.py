@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, TAU, Bag, all_bits, bits, weights
+from laws import built
 from torch import Tensor, nn
 
-import jaguar
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Record
 
 SHAPES = [(12, 17), (40,), (5, 9), (30,), (1,)]
 FROZEN = (1, 2)
 
-MAKERS: dict[str, Any] = {name: (cls, options) for name, (cls, options) in CONFIGS.items()}
+MAKERS: dict[str, Any] = dict(CONFIGS)
 MAKERS["count-all"] = (JaguarSignSGD, {"coordinates": 5, "lr": 1e-3, "update": "all", "weight_decay": 0.1})
-MAKERS["muon"] = (JaguarMuon, {"coordinates": 0.2, "lr": 1e-2, "weight_decay": 0.1, "ns_period": 2})
 MAKERS["muon-count"] = (JaguarMuon, {"coordinates": 5, "lr": 1e-2})
-MAKERS["signs"] = (jaguar.ZOSignSGD, {"momentum": 0.9, "lr": 1e-3, "weight_decay": 0.1})
 MAKERS["walk"] = (ZOSGD, {"restore": "walk", "lr": 1e-3, "weight_decay": 0.1})
 makers = pytest.mark.parametrize("config", MAKERS)
 
@@ -40,8 +38,7 @@ class Parts(nn.Module):
 def made(config: str, model: nn.Module, only: Any = None, **changes: Any) -> Any:
     cls, options = MAKERS[config]
     named = [(n, p) for n, p in model.named_parameters() if only is None or any(p is q for q in only)]
-    groups: Any = [{"params": named, "ns": True}] if cls is JaguarMuon else named
-    return cls(groups, **({"tau": TAU, "seed": 12345} | options | changes))
+    return built(cls, named, {"tau": TAU, "seed": 12345} | options | changes)
 
 
 def tensors(model: nn.Module, which: Any = None) -> list[Tensor]:

@@ -468,4 +468,4 @@ def test_it_works_without_triton_and_csrc_and_says_nothing_on_a_cpu(monkeypatch:
         opt = JaguarMuon(groups(p), coordinates=1.0)
         opt.step(lambda: loss_of(p))
     assert all(not torch.equal(p[n], before[n]) for n in p)
-    assert bits(p["a"]) and SCHEMES["cubic"].steps == opt._ns["steps"]
+    assert bits(p["a"]) and SCHEMES["cubic"].steps == opt.method.rule.steps

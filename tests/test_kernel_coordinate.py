@@ -39,7 +39,6 @@ from kernels import (
 from jaguar import ops
 from jaguar.directions import Coordinates
 from jaguar.fused.plan import Plan, Table
-from jaguar.rng import Draw
 from jaguar.triton_kernels import coordinate
 from jaguar.triton_kernels import tables as T
 
@@ -65,7 +64,7 @@ updates = pytest.mark.parametrize("update", ["sampled", "all"])
 
 def product_law(*, shapes: str, turn: int, layout: str, held: bool, **options: Any) -> None:
     twins = coordinate_twins(forms_of(shapes, turn), DIRECTIONS[layout], **options)
-    step_law(twins, n=options["n"], two_sided=options["two_sided"], held=held)
+    step_law(twins, held=held)
 
 
 def test_the_cover_is_pairwise() -> None:
@@ -98,12 +97,12 @@ def test_other_strata(cut: str, update: str) -> None:
 
 
 @updates
-def test_many_tensors_in_one_launch(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tensors_in_one_launch(update: str) -> None:
     shapes = SHAPES["thousand"] + SHAPES["odd"]
     forms = [Form(shape, torch.bfloat16, i % 3) for i, shape in enumerate(shapes)]
     twins = coordinate_twins(forms, DIRECTIONS["fraction"], update=update)
-    launched = counted(monkeypatch, run=True)
-    step_law(twins)
+    with counted(run=True) as launched:
+        step_law(twins)
     assert jobs(launched) == ["lost", "perturb", "flip", "fused" if update == "sampled" else "tiles"]
 
 
@@ -118,7 +117,7 @@ def test_directions_that_meet_in_tensors_of_several_programs(layout: str) -> Non
     """What one direction entered the next one reads, and all were measured from the same parameters."""
     direction = Coordinates(600) if layout == "count" else DIRECTIONS[layout]
     form = Form((100, 60) if layout == "block" else (6000,), torch.float32)
-    step_law(coordinate_twins([form], direction, n=3, two_sided=False), n=3, two_sided=False)
+    step_law(coordinate_twins([form], direction, n=3, two_sided=False))
 
 
 NEAR = [0, 8192, 8, 5, 8192 + 700]
@@ -213,14 +212,12 @@ def test_what_is_written(update: str, held: bool) -> None:
 def test_nothing_moves_where_rho_is_not_finite(update: str, bad: float, n: int, held: bool) -> None:
     forms = [Form((300,), torch.bfloat16, 0), Form((40,), torch.float64, 1)]
     twins = coordinate_twins(forms, DIRECTIONS["fraction"], update=update, n=n)
-    steps, model = twins.steps[1], twins.models[1]
-    draws = [Draw(SEED, STEP, k) for k in range(n)]
     probe = None
     if held:
-        probe = steps.probes(draws[-1:], twins.taus)[0]
-        probe.plus(), probe.minus()
+        probe = twins.probes(1)[-1]
+        probe.to(1.0), probe.to(-1.0)
         assert twins.moved()
-    steps.update_(draws, twins.scalars([0.37, -1.9, bad][-n:]), model.momenta, probe)
+    twins.update_(1, [0.37, -1.9, bad][-n:], probe)
     assert not twins.moved()
 
 

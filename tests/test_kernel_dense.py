@@ -15,10 +15,9 @@ pytest.importorskip("triton")
 import triton.language as tl
 from covering import pairwise
 from kernels import (
+    MOVES,
     RHO,
-    SEED,
     SHAPES,
-    STEP,
     Form,
     as_the_end,
     counted,
@@ -34,7 +33,6 @@ from kernels import (
 )
 
 from jaguar.fused.plan import Plan, Table
-from jaguar.rng import Draw
 from jaguar.triton_kernels import dense
 from jaguar.triton_kernels import tables as T
 
@@ -60,7 +58,7 @@ restores = pytest.mark.parametrize("restore", ["copy", "walk"])
 
 def product_law(*, shapes: str, turn: int, distribution: str, held: bool, **options: Any) -> None:
     twins = dense_twins(forms_of(shapes, turn), distribution, **options)
-    step_law(twins, n=options["n"], two_sided=options["two_sided"], held=held)
+    step_law(twins, held=held)
 
 
 def test_the_cover_is_pairwise() -> None:
@@ -82,11 +80,11 @@ def test_every_launch_on_every_shape_and_dtype(distribution: str, momentum: str,
         product_law(distribution=distribution, momentum=momentum, restore=restore, **row)
 
 
-def test_many_tensors_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tensors_in_one_launch() -> None:
     forms = [Form(shape, torch.bfloat16, i % 3) for i, shape in enumerate(SHAPES["thousand"] + SHAPES["odd"])]
     twins = dense_twins(forms, "rademacher")
-    launched = counted(monkeypatch, run=True)
-    step_law(twins)
+    with counted(run=True) as launched:
+        step_law(twins)
     assert jobs(launched) == ["lost", "save", "flip", "saved"]
 
 
@@ -130,16 +128,14 @@ def test_nothing_moves_where_rho_is_not_finite(restore: str, bad: float, n: int,
     """Saved values come back; a walk goes back as the reference does."""
     forms = [Form((300,), torch.bfloat16, 0), Form((40,), torch.float64, 1)]
     twins = dense_twins(forms, "gaussian", restore=restore, n=n)
-    draws = [Draw(SEED, STEP, k) for k in range(n)]
-    probes = [steps.probes(draws, twins.taus) if held else [] for steps in twins.steps]
+    probes = [twins.probes(k) if held else [] for k in range(2)]
     for pair in zip(*probes, strict=True):
         for move in ("plus", "minus", "finish"):
             if pair[0] is not probes[0][-1] or move != "finish":
                 for probe in pair:
-                    getattr(probe, move)()
+                    MOVES[move](probe)
     assert twins.moved() == held
-    rho = [*RHO[: n - 1], bad]
-    twins.steps[1].update_(draws, twins.scalars(rho), twins.models[1].momenta, probes[1][-1] if held else None)
+    twins.update_(1, [*RHO[: n - 1], bad], probes[1][-1] if held else None)
     if held:
         probes[0][-1].abort()
     twins.check("back")

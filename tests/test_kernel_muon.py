@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,13 +15,26 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 from covering import pairwise
-from kernels import DIRECTIONS, Form, Twins, counted, forms_of, interpreted, jobs, row_id, step_law
+from kernels import (
+    DIRECTIONS,
+    Form,
+    Steps,
+    Twins,
+    counted,
+    forms_of,
+    interpreted,
+    jobs,
+    method_of,
+    row_id,
+    step_law,
+    steps_of,
+)
 
 import jaguar
-from jaguar import JaguarMuon, muon, ops
-from jaguar.fused import matrix
-from jaguar.launches import Launches
+from jaguar import JaguarMuon, fused, ops, reference
+from jaguar.orthogonal import MatrixStage
 from jaguar.params import Slot
+from jaguar.rules import AveragedSign
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 
@@ -47,15 +61,18 @@ def muon_twins(
         if len(matrices) > 1:
             yield range(1, len(matrices), 2), [m.to(factor, copy=True) for m in matrices[1::2]]
 
-    def make(backend: str, slots: list[Slot]) -> Launches:
+    method = method_of(direction, AveragedSign(update), stochastic=stochastic, n=n)
+
+    def make(backend: str, slots: list[Slot]) -> Steps:
         # Every other tensor is moved along a matrix; vectors are (n, 1).
         roles = [replace(s, signed=bool(i % 2), rate=0.5 + i % 3, gain=1.0 + i % 2) for i, s in enumerate(slots)]
-        return ops.muon_steps(
-            backend, roles, direction, stacked=frozenset(slots[i].stream for i in stacked), newton_schulz=given,
-            period=period, update=update, stochastic=stochastic, two_sided=True, n_directions=n,
-        )  # fmt: skip
+        made = steps_of(backend, method, roles)
+        numbers = made.numbers
+        moves = reference.MatrixLaunches(method) if numbers is None else fused.MatrixLaunches(method, numbers)
+        stage = MatrixStage(roles, frozenset(slots[i].stream for i in stacked), given, moves, period)
+        return replace(made, stage=stage)
 
-    return Twins(forms, make, momentum)
+    return Twins(forms, method, momentum, make=make)
 
 
 @pytest.mark.parametrize("row", pairwise(FACTORS), ids=row_id)
@@ -65,7 +82,7 @@ def test_bits_of_the_reference(row: dict[str, Any]) -> None:
         DIRECTIONS[row["layout"]],
         **{key: row[key] for key in ("factor", "update", "stochastic", "momentum", "n")},
     )
-    step_law(twins, n=row["n"])
+    step_law(twins)
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -83,6 +100,21 @@ def test_a_batch_of_matrices_and_a_part_of_a_tensor(held: bool) -> None:
 def test_a_matrix_larger_than_a_program() -> None:
     twins = muon_twins([Form((2, 8192 + 40), torch.bfloat16)], DIRECTIONS["percent"], factor=torch.bfloat16)
     step_law(twins)
+
+
+def test_factors_are_read_where_they_are_and_let_go() -> None:
+    """Tables that are kept for the next step do not keep the memory of this step's factors."""
+    twins = muon_twins([Form((4, 6), torch.float32)], DIRECTIONS["fraction"], factor=torch.bfloat16)
+    steps, inputs = twins.steps[1], twins.inputs(1, rho=[0.5])
+    factor, other = torch.empty(4, 6), torch.empty(4, 6)
+    steps.prepare(inputs)
+    for given, value in ((factor, 1.0), (other, -1.0), (other, 1.0)):
+        given.fill_(value)
+        before = steps.slots[0].tensor.clone()
+        steps.stage.moves.move_(steps.slots, [given], inputs)
+        assert bool((steps.slots[0].tensor < before).all()) is (value > 0)
+    held = [t for t in gc.get_objects() if type(t) is Tensor and t.data_ptr() == other.data_ptr()]
+    assert len(held) == 1 and held[0] is other
 
 
 class Net(nn.Module):
@@ -147,20 +179,14 @@ def test_whole_steps_stay_near_the_reference() -> None:
 
 @pytest.mark.parametrize("update", ["sampled", "all"])
 def test_launches(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = counted(monkeypatch, run=True)
-    seen = []
-    real = matrix.launch
-    monkeypatch.setattr(
-        matrix, "launch", lambda kernel, *rest, **more: (seen.append(kernel), real(kernel, *rest, **more))
-    )
     net = Net(torch.float32)
     monkeypatch.setattr(ops, "assigned", lambda *_: "reference")
     opt = JaguarMuon(jaguar.param_groups(net), coordinates=0.1, tau=TAU, update=update, ns_steps=2, backend="triton")
     opt.step(net)
-    launches.clear(), seen.clear()
-    opt.step(net)
-    assert jobs(launches) == ["perturb", "flip", "fused" if update == "sampled" else "tiles"]
-    assert len(seen) == 5  # one for every batch of matrices of one shape
+    with counted(run=True) as launches:
+        opt.step(net)
+    # The last ones: one for every batch of matrices of one shape.
+    assert jobs(launches) == ["perturb", "flip", "fused" if update == "sampled" else "tiles", *["along"] * 5]
 
 
 # Every shape with the paper's scheme; the others, which differ in the number of products, on one of each form.
@@ -209,8 +235,8 @@ def test_every_input_of_newton_schulz(dtype: torch.dtype) -> None:
 
 def test_due_matrices_take_turns() -> None:
     slots = [Slot(str(i), torch.ones(2, 2), i, 0, torch.Size((2, 2)), signed=i == 2) for i in range(5)]
-    steps = muon.MuonSteps(slots, frozenset(), None, None, None, 3)
-    assert [steps.due(k) for k in range(4)] == [[0, 4], [1], [3], [0, 4]]
+    stage = MatrixStage(slots, frozenset(), None, None, 3)
+    assert [stage.due(k) for k in range(4)] == [[0, 4], [1], [3], [0, 4]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)

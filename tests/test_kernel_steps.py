@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 from kernels import bag_of, counted, everything, interpreted, jobs, parameters
 
-from jaguar import ZOSGD, JaguarSignSGD, ops
+from jaguar import ZOSGD, JaguarSignSGD, bind, ops
 from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.fused import coordinate, dense
+from jaguar.estimators import TwoSided
+from jaguar.method import Method
+from jaguar.rules import AveragedSign
+from jaguar.triton_kernels.launch import around
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 
@@ -34,13 +38,15 @@ SIX = ("embed_tokens.weight", "0.self_attn.q_proj.weight", "1.self_attn.v_proj.w
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    return counted(monkeypatch, run=True)
+def launches() -> Iterator[list[dict[str, Any]]]:
+    with counted(run=True) as seen:
+        yield seen
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    return counted(monkeypatch, run=False)
+def planned() -> Iterator[list[dict[str, Any]]]:
+    with counted(run=False) as seen:
+        yield seen
 
 
 def transformer(folder: Path, dtype: torch.dtype, trained: tuple[str, ...]) -> nn.Module:
@@ -143,10 +149,14 @@ def test_launches_of_a_dense_step(options: dict, expected: list[str], planned: l
 
 
 @configs
-def test_step_is_measure_and_apply_on_both_backends(config: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_step_is_measure_and_apply_on_both_backends(
+    config: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "assigned", lambda *_: "reference")  # of Newton-Schulz, whose sums have an order of each
     runs = []
     for backend in ("triton", "triton", "reference"):
-        bag = bag_of(torch.bfloat16)
+        bag = bag_of(dtype)
         runs.append((bag, make(config, bag.named_parameters(), backend=backend)))
     for _ in range(2):
         runs[0][1].step(runs[0][0])
@@ -242,7 +252,7 @@ def test_tensors_of_one_optimizer_on_two_backends(config: str, monkeypatch: pyte
     reference = make(config, twin.named_parameters(), backend="reference")
     reference.step(twin), reference.step(twin)
     monkeypatch.setattr(
-        ops, "assign", lambda _, slots, *__: [("reference", "triton")[i % 2] for i in range(len(slots))]
+        ops, "assign", lambda _, __, slots, *___: [("reference", "triton")[i % 2] for i in range(len(slots))]
     )
     opt = make(config, bag.named_parameters())
     opt.step(bag)
@@ -254,20 +264,26 @@ def test_tensors_of_one_optimizer_on_two_backends(config: str, monkeypatch: pyte
 def test_auto_gives_gpus_to_triton_and_says_what_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def slot(name: str, contiguous: bool) -> Any:
         where = {"is_cuda": True, "device": torch.device("cuda"), "shape": (2, 3), "stride": lambda: (1, 2)}
-        return SimpleNamespace(name=name, kept=None, tensor=SimpleNamespace(is_contiguous=lambda: contiguous, **where))
+        return SimpleNamespace(
+            name=name, kept=None, width=None, tensor=SimpleNamespace(is_contiguous=lambda: contiguous, **where)
+        )
 
     monkeypatch.setattr(ops, "unavailable", dict)
     monkeypatch.setattr(ops, "interpreted", lambda: False)
     slots = [slot("whole", True), slot("turned", False)]
-    assert ops.assign("auto", slots, Coordinates(0.1), 1) == ["triton", "reference"]
-    assert ops.summary("auto", slots, Coordinates(0.1), 1) == "triton (1 tensors) and reference (1 tensors)"
-    assert ops.assign("auto", slots, Coordinates(5), 1) == ["reference", "reference"]  # its strata run across tensors
-    assert ops.assign("auto", slots[:1], Coordinates(5), 1) == ["triton"]
-    assert ops.assign("auto", slots[:1], ReleasedBlock(), 2) == ["reference"]
+    method, several = Method(Coordinates(0.1), AveragedSign()), TwoSided(2)
+    assert ops.assign("auto", method, slots, [{}]) == ["triton", "reference"]
+    assert ops.summary("auto", method, slots, [{}]) == "triton (1 tensors) and reference (1 tensors)"
+    across = replace(method, direction=Coordinates(5))
+    assert ops.assign("auto", across, slots, [{}]) == ["reference", "reference"]  # its strata run across tensors
+    assert ops.assign("auto", across, slots[:1], [{}]) == ["triton"]
+    assert ops.assign("auto", replace(method, direction=ReleasedBlock(), estimator=several), slots[:1], [{}]) == [
+        "reference"
+    ]
     with pytest.warns(UserWarning, match=r"moves 1 of 2 tensors, slowly: turned is not contiguous"):
-        ops._joined("auto", slots, ["triton", "reference"], lambda name, part: name)
+        bind._say_slow("auto", method, slots, [{}], ["triton", "reference"])
     with pytest.raises(ops.Unavailable, match="turned: it is not contiguous"):
-        ops.require("triton", slots, Coordinates(0.1), 1)
+        ops.require("triton", method, slots, [{}])
 
 
 @pytest.mark.parametrize("change", [lambda t: t.bfloat16(), lambda t: torch.zeros(30_000)])
@@ -285,23 +301,20 @@ def test_a_tensor_that_became_another_is_refused(config: str, change: Callable[[
 
 
 @pytest.mark.parametrize("config", ["fraction", "all", "rademacher-copy"])
-def test_a_launch_that_fails_leaves_no_trace(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_fails_leaves_no_trace(config: str) -> None:
     """A kernel that does not compile or has no memory wrote nothing: the step never was."""
     bag = Bag([weights(torch.float32, 700)])
     opt = make(config, bag.named_parameters(), backend="triton")
     opt.step(bag)
     before = everything(bag, opt)
-    for module in (coordinate, dense):
 
-        def failing_launch(kernel: Any, n: int, *arguments: Any, _real: Any = module.launch, **constants: Any) -> None:
-            if constants.get("JOB") in ("fused", "saved", "plain") or kernel.__name__ == "tiles":
-                raise RuntimeError("out of resource")
-            _real(kernel, n, *arguments, **constants)
+    def failing_launch(name: str, programs: Any, constants: dict[str, Any], run: Callable[[], None]) -> None:
+        if constants.get("JOB") in ("fused", "saved", "plain") or name == "tiles":
+            raise RuntimeError("out of resource")
+        run()
 
-        monkeypatch.setattr(module, "launch", failing_launch)
-    with pytest.raises(RuntimeError, match="out of resource"):
+    with around(failing_launch), pytest.raises(RuntimeError, match="out of resource"):
         opt.step(bag)
-    monkeypatch.undo()
     assert everything(bag, opt) == before
     opt.step(bag)  # not broken
     assert opt.steps_done == 2

@@ -19,7 +19,6 @@ from conftest import (
     every_form,
     fraction_ints,
     make,
-    patch_slot,
     state_bits,
     step_key_ints,
     stratum_ints,
@@ -28,6 +27,7 @@ from conftest import (
 from torch import nn
 
 from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.params import Shard
 
 configs = pytest.mark.parametrize("config", CONFIGS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -44,7 +44,8 @@ def restore_law(config: str, tensors: list[torch.Tensor], **changes: object) -> 
     params = list(bag.parameters())
     before, version = all_bits(params), [(p.data_ptr(), p.stride(), p.requires_grad) for p in params]
     record = opt.measure(bag)
-    n, one_sided = opt._n_directions, opt._estimator.name == "one-sided"
+    estimator = opt.method.estimator
+    n, one_sided = estimator.n_directions, estimator.name == "one-sided"
     assert len(bag.seen) == len(record.losses) == (1 + n if one_sided else 2 * n)
     moved = [all_bits(seen) != before for seen in bag.seen]
     assert moved == [not one_sided, *[True] * (len(moved) - 1)]
@@ -178,8 +179,7 @@ def test_a_shard_past_2_to_the_31(config: str, dtype: torch.dtype) -> None:
     if config == "count":  # 7 coordinates of 2^32: start where one of them is
         first, last = 5 * total // 7, 6 * total // 7
         start = first + stratum_ints(step_key_ints(12345, 0, 0, 2), 5, 0, last - first)[0] - 100
-    opt = make(config, bag.named_parameters())
-    patch_slot(opt, start=start, shape=torch.Size([total]))
+    opt = make(config, bag.named_parameters(), shards={"p0": Shard((total,), start)})
     before = bits(bag.p0)
     opt.measure(bag)
     assert bits(bag.p0) == before
@@ -313,8 +313,9 @@ def test_autocast_weight_cache(config: str) -> None:
 
 
 @configs
-def test_step_is_measure_and_apply(config: str) -> None:
-    bag, twin = every_form(torch.bfloat16), every_form(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_step_is_measure_and_apply(config: str, dtype: torch.dtype) -> None:
+    bag, twin = every_form(dtype), every_form(dtype)
     opt, other = make(config, bag.named_parameters()), make(config, twin.named_parameters())
     for t in range(4):
         loss = opt.step(bag)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,6 @@ from conftest import (
     fraction_ints,
     make,
     noise_at,
-    patch_slot,
     skipping,
     state_bits,
     step_key_ints,
@@ -35,6 +33,7 @@ from conftest import (
 from test_rounding import law
 
 from jaguar import ZOSGD, JaguarSignSGD, Record
+from jaguar.params import Shard
 
 configs = pytest.mark.parametrize("config", CONFIGS)
 
@@ -194,10 +193,11 @@ def test_replay_gives_the_same_bits(config: str, dtype: torch.dtype, scheduler: 
 
 
 @configs
-def test_strides_and_order_of_parameters_are_irrelevant(config: str) -> None:
-    bag = every_form(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_strides_and_order_of_parameters_are_irrelevant(config: str, dtype: torch.dtype) -> None:
+    bag = every_form(dtype)
     plain = Bag([p.detach().clone(memory_format=torch.contiguous_format) for p in bag.parameters()])
-    shuffled = every_form(torch.bfloat16)
+    shuffled = every_form(dtype)
     one, _ = run(config, bag, 4)
     two, _ = run(config, plain, 4)
     three = make(config, list(reversed(list(shuffled.named_parameters()))))
@@ -257,10 +257,7 @@ def shard_law(config: str, dtype: torch.dtype) -> None:
     opt, records = run(config, whole, 4, n_directions=2)
     for lo, hi in ((0, 1), (1, 300), (300, 437), (437, 700)):
         part = start[lo:hi].clone().requires_grad_()
-        shard = make(config, [("p0", part)], n_directions=2, **({"coordinates": 1} if config == "count" else {}))
-        if config == "count":
-            shard._direction = opt._direction
-        patch_slot(shard, start=lo, shape=torch.Size([700]))
+        shard = make(config, [("p0", part)], n_directions=2, shards={"p0": Shard((700,), lo)})
         for record in records:
             shard.apply_(record)
         assert bits(part) == bits(whole.p0[lo:hi])
@@ -269,14 +266,14 @@ def shard_law(config: str, dtype: torch.dtype) -> None:
 
 
 @configs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
 def test_shards_take_the_steps_of_the_whole(config: str, dtype: torch.dtype) -> None:
     shard_law(config, dtype)
 
 
 def test_the_shard_law_notices_an_ignored_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = dataclasses.replace
-    monkeypatch.setattr("conftest.dataclasses.replace", lambda slot, **kw: real(slot, **(kw | {"start": 0})))
+    real = Shard
+    monkeypatch.setattr("test_optimizers.Shard", lambda shape, start: real(shape, 0))
     for config in ("fraction", "count", "gaussian-copy"):
         with pytest.raises(AssertionError):
             shard_law(config, torch.bfloat16)

@@ -58,7 +58,7 @@ def test_together_is_apart(config: str, dtype: torch.dtype, monkeypatch: pytest.
         opt = kind(net.named_parameters(), lr=1e-3, seed=5, backend="reference", **options)
         for _ in range(3):
             opt.step(net)
-        pieces.append(len(opt._launches().pieces))
+        pieces.append(len(opt._launches().parts[0][1].pieces))
         values = [p for p in net.parameters()] + [opt.state[p].get("momentum") for p in net.parameters()]
         bits = [x.detach().contiguous().view(-1).view(torch.uint8).tolist() for x in values if x is not None]
         seen.append((bits, opt.last_record, opt.lost_share))

@@ -11,7 +11,7 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from jaguar.choices import METHODS
+from jaguar.optimizers.names import METHODS
 from jaguar.presets import Preset, find, presets
 from jaguar.tasks import TASKS
 from jaguar.training_args import ZOTrainingArguments

@@ -57,7 +57,7 @@ def continue_law(config: str, dtype: torch.dtype, **changes: object) -> None:
 
 
 def dtypes_of(opt: torch.optim.Optimizer) -> list[torch.dtype]:
-    return [opt.state[s.tensor]["momentum"].dtype for s in opt._slots if "momentum" in opt.state[s.tensor]]
+    return [m.dtype for s in opt._slots for m in opt.state[s.tensor].values()]
 
 
 @pytest.mark.parametrize("momentum", MOMENTA, ids=lambda d: dtype_id(d) or "own")
@@ -68,8 +68,9 @@ def test_continuing_is_never_having_stopped(config: str, dtype: torch.dtype, mom
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_continuing_in_every_configuration(config: str) -> None:
-    continue_law(config, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_continuing_in_every_configuration(config: str, dtype: torch.dtype) -> None:
+    continue_law(config, dtype)
 
 
 @pytest.mark.parametrize("momentum", MOMENTA, ids=lambda d: dtype_id(d) or "own")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, TAU, bits, weights
+from laws import built
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -21,10 +22,9 @@ import jaguar
 
 Params = list[Any]
 OURS: dict[str, Any] = {
-    name: (lambda p, name=name, **o: CONFIGS[name][0](p, **({"tau": TAU} | CONFIGS[name][1] | o))) for name in CONFIGS
+    name: (lambda p, cls=cls, options=options, **o: built(cls, p, {"tau": TAU} | options | o))
+    for name, (cls, options) in CONFIGS.items()
 }
-OURS["muon"] = lambda p, **o: jaguar.JaguarMuon([{"params": list(p), "ns": True}], **({"coordinates": 0.3} | o))
-OURS["signs"] = lambda p, **o: jaguar.ZOSignSGD(p, **({"momentum": 0.9, "lr": 1e-3} | o))
 TORCH = {"torch": lambda p, **o: torch.optim.SGD(p, **({"lr": 1e-3, "momentum": 0.9} | o))}
 everyone = pytest.mark.parametrize("make", [*TORCH.values(), *OURS.values()], ids=[*TORCH, *OURS])
 ours = pytest.mark.parametrize("make", OURS.values(), ids=list(OURS))
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 def step(opt: Any, net: nn.Module) -> Any:
     """One step, as users of either take it."""
-    if isinstance(opt, jaguar.ZOSGD | jaguar.JaguarSignSGD | jaguar.JaguarMuon):
+    if isinstance(opt, jaguar.ZerothOrder):
         return opt.step(net)
     opt.zero_grad()
     net().backward()

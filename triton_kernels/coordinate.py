@@ -1,7 +1,8 @@
-"""Launches of coordinate directions: perturb, flip, restore, momentum entry and sign step, one for all tensors.
+"""Launches of coordinate directions: perturb, flip, restore, entry into state and step, one for all tensors.
 
 `sparse` has one lane per stratum and touches sampled elements only. `tiles` moves every element (update="all"): the
 strata that meet a tile first, a barrier, then the whole tile. Both are checked against `jaguar.reference.coordinate`.
+A rule has one state buffer here, m, and ENTRY(m, g) is made along one direction after the other, g = weight * sign.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 from jaguar.triton_kernels import rng, rules
 from jaguar.triton_kernels import tables as T
-from jaguar.triton_kernels.memory import as_stored, load, pointer, rows, scalar, store
+from jaguar.triton_kernels.memory import as_stored, load, pointer, rows, scalar, scalars_at, store
 from jaguar.triton_kernels.rounding import nearest, noisy, stochastic, widened
 
 
@@ -87,38 +88,41 @@ def _stored_at(v, i, row, keys, FORMAT: tl.constexpr, PURPOSE: tl.constexpr, STO
 
 
 @triton.jit
-def _enter(m, i, live, sign, entry, beta, row, keys, X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr,
+def _enter(m, i, live, sign, weight, own, row, keys, ENTRY: tl.constexpr, X_FORMAT: tl.constexpr, S0: tl.constexpr,
            STOCHASTIC: tl.constexpr):  # fmt: skip
-    """m_i <- beta m_i + (1 - beta) rho s_i at the live elements; returns what was stored, widened."""
-    old = widened(tl.load(m + i, mask=live, other=0.0), M_FORMAT, X_FORMAT)
-    new = rules.momentum_entry(old, sign.to(old.dtype), beta, entry)
-    stored = _stored_at(new, i, row, keys, M_FORMAT, rng.ROUND_STATE, STOCHASTIC)
+    """m_i <- ENTRY(m_i, weight s_i) at the live elements; returns what was stored, widened."""
+    old = widened(tl.load(m + i, mask=live, other=0.0), S0, X_FORMAT)
+    new = ENTRY(old, sign.to(old.dtype) * weight, *own)
+    stored = _stored_at(new, i, row, keys, S0, rng.ROUND_STATE, STOCHASTIC)
     tl.store(m + i, stored, mask=live)
-    return widened(stored, M_FORMAT, X_FORMAT)
+    return widened(stored, S0, X_FORMAT)
 
 
 @triton.jit
-def _stepped(v, m, i, row, keys, scalars, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The stored (1 - lr wd) x - lr sign(m) of sampled elements, from their stored values before the step."""
+def _stepped(v, m, i, row, keys, scalars, STEP: tl.constexpr, N_ENTRY: tl.constexpr, N_STEP: tl.constexpr,
+             FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):  # fmt: skip
+    """The stored STEP(x, m) of sampled elements, from their stored values before the step."""
     decay, lr = scalar(scalars + T.DECAY, FORMAT), scalar(scalars + T.LR, FORMAT)
-    x = rules.sign_step(widened(v, FORMAT, FORMAT), m, decay, lr)
+    own = scalars_at(scalars + T.OWN + N_ENTRY, N_STEP, FORMAT)
+    x = STEP(widened(v, FORMAT, FORMAT), m, decay, lr, *own)
     return _stored_at(x, i, row, keys, FORMAT, rng.ROUND, STOCHASTIC)
 
 
 @triton.jit
-def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB: tl.constexpr,
-           X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr, LAYOUT: tl.constexpr, ONES: tl.constexpr,
+def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, factor, JOB: tl.constexpr,
+           ENTRY: tl.constexpr, STEP: tl.constexpr, N_ENTRY: tl.constexpr, N_STEP: tl.constexpr,
+           X_FORMAT: tl.constexpr, S0: tl.constexpr, LAYOUT: tl.constexpr, ONES: tl.constexpr,
            TWO_SIDED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One lane per stratum. JOB:
 
-    perturb   save x, write x + tau s
-    flip      write saved - tau s
+    perturb   save x, write x + factor tau s
+    flip      write saved + factor tau s
     restore   write saved
     lost      lost[tensor] += (perturbations that rounding swallows, all perturbations)
-    update    momentum entries of one direction, then the sign step of its elements where the tensor is SIGNED
+    update    entries of one direction, then the step of its elements where the tensor is SIGNED
     fused     the same from saved values, and restore what does not move
-    several   momentum entries of all directions in order, then one sign step; `saved` is scratch. Two directions
-              meet in a stratum, hence in a lane, if at all; only listed elements have no such home
+    several   entries of all directions in order, then one step; `saved` is scratch. Two directions meet in a stratum,
+              hence in a lane, if at all; only listed elements have no such home
     """
     program = programs + tl.program_id(0).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
@@ -126,13 +130,14 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
     scalars += tl.load(row + T.SCALARS)
     saved += tl.load(row + T.SAVED) + s
     x = pointer(tl.load(row + T.X), X_FORMAT, False)
-    m = pointer(tl.load(row + T.M), M_FORMAT, False)
-    tau, beta = scalar(scalars + T.TAU, X_FORMAT), scalar(scalars + T.BETA, X_FORMAT)
+    m = pointer(tl.load(row + T.S0), S0, False)
+    tau, own = scalar(scalars + T.TAU, X_FORMAT), scalars_at(scalars + T.OWN, N_ENTRY, X_FORMAT)
+    weights = scalars + T.OWN + N_ENTRY + N_STEP
     signed = tl.load(row + T.SIGNED) != 0
     if JOB == "several":
         n = tl.load(geometry + T.DIRECTIONS)
         total = tl.load(geometry + T.TOTAL)
-        if T.derivatives_finite(scalars, n):
+        if T.derivatives_finite(weights, n):
             for k in range(0, n):
                 i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
                 tl.store(saved + k * total, tl.load(x + i, mask=live), mask=live)
@@ -140,16 +145,15 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
                 tl.debug_barrier()  # other threads may have written what is read here
                 i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
                 plus, other = _endpoints(tl.load(saved + k * total, mask=live, other=0), sign, tau, X_FORMAT, TWO_SIDED)
-                entry = scalar(scalars + T.ENTRY + 2 * k, X_FORMAT)
-                _enter(m, i, live & (plus != other), sign, entry, beta, row, keys + k * T.KEYS,
-                       X_FORMAT, M_FORMAT, STOCHASTIC)  # fmt: skip
+                _enter(m, i, live & (plus != other), sign, scalar(weights + k, X_FORMAT), own, row, keys + k * T.KEYS,
+                       ENTRY, X_FORMAT, S0, STOCHASTIC)  # fmt: skip
             tl.debug_barrier()
             for k in range(0, n):  # an element that two directions drew is written twice, with the same value
                 i, sign, live = _drawn(row, keys + k * T.KEYS, geometry, listed, s, LAYOUT, ONES)
                 v = tl.load(saved + k * total, mask=live, other=0)
                 plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
-                mv = widened(tl.load(m + i, mask=live, other=0), M_FORMAT, X_FORMAT)
-                y = _stepped(v, mv, i, row, keys, scalars, X_FORMAT, STOCHASTIC)
+                mv = widened(tl.load(m + i, mask=live, other=0), S0, X_FORMAT)
+                y = _stepped(v, mv, i, row, keys, scalars, STEP, N_ENTRY, N_STEP, X_FORMAT, STOCHASTIC)
                 tl.store(x + i, y, mask=live & (plus != other) & signed)
     else:
         i, sign, live = _drawn(row, keys, geometry, listed, s, LAYOUT, ONES)
@@ -158,12 +162,10 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
         else:
             v = tl.load(saved, mask=live, other=0)
         if JOB == "perturb" or JOB == "flip":
-            scale = -1.0 * tau
             if JOB == "perturb":
                 tl.store(saved, v, mask=live)
-                scale = tau
             w = widened(v, X_FORMAT, X_FORMAT)
-            tl.store(x + i, nearest(rules.perturbed(w, sign.to(w.dtype), scale), X_FORMAT), mask=live)
+            tl.store(x + i, nearest(rules.perturbed(w, sign.to(w.dtype), tau * factor), X_FORMAT), mask=live)
         elif JOB == "restore":
             tl.store(x + i, v, mask=live)
         elif JOB == "lost":
@@ -174,11 +176,10 @@ def sparse(tensors, programs, keys, scalars, geometry, listed, saved, lost, JOB:
         else:
             tl.static_assert(JOB == "update" or JOB == "fused")
             plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
-            movable = tl.where(T.derivatives_finite(scalars, 1), tl.load(row + T.COUNT), 0)
+            movable = tl.where(T.derivatives_finite(weights, 1), tl.load(row + T.COUNT), 0)
             moving = live & (plus != other) & (i < movable)
-            entry = scalar(scalars + T.ENTRY, X_FORMAT)
-            mv = _enter(m, i, moving, sign, entry, beta, row, keys, X_FORMAT, M_FORMAT, STOCHASTIC)
-            y = _stepped(v, mv, i, row, keys, scalars, X_FORMAT, STOCHASTIC)
+            mv = _enter(m, i, moving, sign, scalar(weights, X_FORMAT), own, row, keys, ENTRY, X_FORMAT, S0, STOCHASTIC)
+            y = _stepped(v, mv, i, row, keys, scalars, STEP, N_ENTRY, N_STEP, X_FORMAT, STOCHASTIC)
             if JOB == "fused":
                 tl.store(x + i, tl.where(moving & signed, y, v), mask=live)
             else:
@@ -211,22 +212,24 @@ def _tile_strata(row, geometry, program, LAYOUT: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _sign_tile(x, m, o, rest, k, stream, start, decay, lr, X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr,
-               FULL: tl.constexpr, STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """x <- (1 - lr wd) x - lr sign(m) on elements o .. o + TILE; `rest` of them are left where it is not FULL."""
+def _step_tile(x, m, o, rest, k, stream, start, decay, lr, own, STEP: tl.constexpr, X_FORMAT: tl.constexpr,
+               S0: tl.constexpr, FULL: tl.constexpr, STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr,
+               TILE: tl.constexpr):  # fmt: skip
+    """x <- STEP(x, m) on elements o .. o + TILE; `rest` of them are left where it is not FULL."""
     j = rows(TILE)
     x += o
-    mv = widened(load(m + o, j, rest, FULL), M_FORMAT, X_FORMAT)
-    y = rules.sign_step(widened(load(x, j, rest, FULL), X_FORMAT, X_FORMAT), mv, decay, lr)
+    mv = widened(load(m + o, j, rest, FULL), S0, X_FORMAT)
+    y = STEP(widened(load(x, j, rest, FULL), X_FORMAT, X_FORMAT), mv, decay, lr, *own)
     store(x, j, rest, as_stored(y, j, k, start + o, stream, X_FORMAT, rng.ROUND, STOCHASTIC, GROUPED), FULL)
 
 
 @triton.jit
 def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl.constexpr, SEVERAL: tl.constexpr,
-          X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr, LAYOUT: tl.constexpr, ONES: tl.constexpr,
+          ENTRY: tl.constexpr, STEP: tl.constexpr, N_ENTRY: tl.constexpr, N_STEP: tl.constexpr,
+          X_FORMAT: tl.constexpr, S0: tl.constexpr, LAYOUT: tl.constexpr, ONES: tl.constexpr,
           TWO_SIDED: tl.constexpr, STOCHASTIC: tl.constexpr, HINT: tl.constexpr, GROUPED: tl.constexpr,
           BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Momentum entries of a tile's sampled elements (restored first), a barrier, the tile's sign step if SIGNED.
+    """Entries of a tile's sampled elements (restored first), a barrier, the tile's step if SIGNED.
 
     HINT: addresses are multiples of 16. GROUPED: shards begin at a multiple of BLOCK. A stratum that straddles two
     tiles is seen by both, and the tile that holds the drawn element acts.
@@ -236,12 +239,13 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
     o = tl.multiple_of(tl.load(program + T.FIRST), BLOCK)
     n = tl.load(row + T.COUNT)
     x = pointer(tl.load(row + T.X), X_FORMAT, HINT)
-    m = pointer(tl.load(row + T.M), M_FORMAT, HINT)
+    m = pointer(tl.load(row + T.S0), S0, HINT)
     scalars += tl.load(row + T.SCALARS)
     saved += tl.load(row + T.SAVED)
-    tau, beta = scalar(scalars + T.TAU, X_FORMAT), scalar(scalars + T.BETA, X_FORMAT)
+    tau, own = scalar(scalars + T.TAU, X_FORMAT), scalars_at(scalars + T.OWN, N_ENTRY, X_FORMAT)
+    weights = scalars + T.OWN + N_ENTRY + N_STEP
     n_directions = tl.load(geometry + T.DIRECTIONS) if SEVERAL else 1
-    finite = T.derivatives_finite(scalars, n_directions)
+    finite = T.derivatives_finite(weights, n_directions)
     movable = tl.where(finite, n, 0)
     lane = tl.arange(0, LANES)
     first, width, step, lanes = _tile_strata(row, geometry, program, LAYOUT, BLOCK)
@@ -258,13 +262,13 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
             else:
                 v = tl.load(x + i, mask=live, other=0)
             plus, other = _endpoints(v, sign, tau, X_FORMAT, TWO_SIDED)
-            entry = scalar(scalars + T.ENTRY + 2 * k, X_FORMAT)
-            _enter(m, i, live & (plus != other) & (i < movable), sign, entry, beta, row, keys + k * T.KEYS,
-                   X_FORMAT, M_FORMAT, STOCHASTIC)  # fmt: skip
+            _enter(m, i, live & (plus != other) & (i < movable), sign, scalar(weights + k, X_FORMAT), own, row,
+                   keys + k * T.KEYS, ENTRY, X_FORMAT, S0, STOCHASTIC)  # fmt: skip
         # What was written here is read by other threads: in the tile below, and for the next direction.
         tl.debug_barrier()
     if finite & (tl.load(row + T.SIGNED) != 0):
         decay, lr = scalar(scalars + T.DECAY, X_FORMAT), scalar(scalars + T.LR, X_FORMAT)
+        numbers = scalars_at(scalars + T.OWN + N_ENTRY, N_STEP, X_FORMAT)
         noise_key = rng.key(keys, rng.ROUND)
         stream = tl.load(row + T.STREAM).to(tl.uint32)
         start = tl.load(row + T.START)
@@ -272,10 +276,10 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
             start = tl.multiple_of(start, BLOCK)
         if o + BLOCK <= n:
             for u in range(0, BLOCK, TILE):
-                _sign_tile(x, m, o + u, TILE, noise_key, stream, start, decay, lr,
-                           X_FORMAT, M_FORMAT, True, STOCHASTIC, GROUPED, TILE)  # fmt: skip
+                _step_tile(x, m, o + u, TILE, noise_key, stream, start, decay, lr, numbers,
+                           STEP, X_FORMAT, S0, True, STOCHASTIC, GROUPED, TILE)  # fmt: skip
         else:
             rest = (n - o).to(tl.int32)
             for u in range(0, rest, TILE):
-                _sign_tile(x, m, o + u, rest - u, noise_key, stream, start, decay, lr,
-                           X_FORMAT, M_FORMAT, False, STOCHASTIC, GROUPED, TILE)  # fmt: skip
+                _step_tile(x, m, o + u, rest - u, noise_key, stream, start, decay, lr, numbers,
+                           STEP, X_FORMAT, S0, False, STOCHASTIC, GROUPED, TILE)  # fmt: skip

@@ -1,6 +1,7 @@
-"""Launches of dense directions: perturb, flip and restore; SGD, momentum and sign step. One launch for all tensors.
+"""Launches of dense directions: perturb, flip and restore; entry into state and step. One launch for all tensors.
 
-z is made in registers and never stored. Checked against `jaguar.reference.dense`.
+z is made in registers and never stored. Checked against `jaguar.reference.dense`. MASKED: only tensors whose flag among
+`active` is 1 are read or written.
 """
 
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 
 from jaguar.triton_kernels import rng, rules
 from jaguar.triton_kernels import tables as T
-from jaguar.triton_kernels.memory import as_stored, load, pointer, rows, scalar, store
+from jaguar.triton_kernels.memory import as_stored, load, pointer, rows, scalar, scalars_at, store
 from jaguar.triton_kernels.rounding import nearest, widened
 
 
@@ -26,6 +27,23 @@ def _direction(k, first, j, stream, DISTRIBUTION: tl.constexpr, GROUPED: tl.cons
             return rng.normals_rows(k, first >> 2, stream, j.shape[0])
         else:
             return rng.normals_at(k, first + j, stream)
+
+
+@triton.jit
+def _count(row, active, MASKED: tl.constexpr):
+    """Local elements that take part: all or none."""
+    n = tl.load(row + T.COUNT)
+    if MASKED:
+        n *= tl.load(active + tl.load(row + T.ACTIVE))
+    return n
+
+
+@triton.jit
+def _rest(n, o, MASKED: tl.constexpr):
+    """How many of n elements come from `o` on, in a program that does not end before them."""
+    if MASKED:  # and n may be 0
+        n = tl.maximum(n, o)
+    return (n - o).to(tl.int32)
 
 
 @triton.jit
@@ -62,9 +80,9 @@ def _move_tile(x, saved, lost, rest, k, first, stream, tau, factor, JOB: tl.cons
 
 
 @triton.jit(do_not_specialize=["first_program"])
-def move(tensors, programs, keys, scalars, saved, lost, first_program, factor, JOB: tl.constexpr,
-         FORMAT: tl.constexpr, DISTRIBUTION: tl.constexpr, TWO_SIDED: tl.constexpr, HINT: tl.constexpr,
-         GROUPED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+def move(tensors, programs, keys, scalars, active, saved, lost, first_program, factor, JOB: tl.constexpr,
+         MASKED: tl.constexpr, FORMAT: tl.constexpr, DISTRIBUTION: tl.constexpr, TWO_SIDED: tl.constexpr,
+         HINT: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """x <- x + factor tau z, rounded to nearest. JOB:
 
     walk      from x, saving nothing
@@ -76,7 +94,7 @@ def move(tensors, programs, keys, scalars, saved, lost, first_program, factor, J
     program = programs + (first_program + tl.program_id(0)).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
     o = tl.multiple_of(tl.load(program + T.FIRST), BLOCK)
-    n = tl.load(row + T.COUNT)
+    n = _count(row, active, MASKED)
     x = pointer(tl.load(row + T.X), FORMAT, HINT) + o
     saved += tl.multiple_of(tl.load(row + T.SAVED), 16) + o
     lost += tl.load(program + T.TENSOR)
@@ -89,57 +107,98 @@ def move(tensors, programs, keys, scalars, saved, lost, first_program, factor, J
             _move_tile(x + u, saved + u, lost, TILE, k, first + u, stream, tau, factor,
                        JOB, FORMAT, DISTRIBUTION, TWO_SIDED, GROUPED, True, TILE)  # fmt: skip
     else:
-        rest = (n - o).to(tl.int32)
+        rest = _rest(n, o, MASKED)
         for u in range(0, rest, TILE):
             _move_tile(x + u, saved + u, lost, rest - u, k, first + u, stream, tau, factor,
                        JOB, FORMAT, DISTRIBUTION, TWO_SIDED, GROUPED, False, TILE)  # fmt: skip
 
 
 @triton.jit
-def _step_tile(x, m, saved, rest, keys, k, k_round, k_state, first, stream, scalars, n, factor, JOB: tl.constexpr,
-               RULE: tl.constexpr, SEVERAL: tl.constexpr, X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr,
-               DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr, FULL: tl.constexpr,
-               TILE: tl.constexpr):  # fmt: skip
+def _buffer(row, x, o, COLUMN: tl.constexpr, FORMAT: tl.constexpr, HINT: tl.constexpr):
+    """Element `o` of a state buffer; `x` where there is none."""
+    if FORMAT == "none":
+        return x
+    else:
+        return pointer(tl.load(row + COLUMN), FORMAT, HINT) + o
+
+
+@triton.jit
+def _state(s0, s1, s2, j, rest, X_FORMAT: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+           FULL: tl.constexpr):  # fmt: skip
+    """The state in the compute dtype: a tuple of as many tiles as there are buffers."""
+    state = ()
+    if S0 != "none":
+        state += (widened(load(s0, j, rest, FULL), S0, X_FORMAT),)
+    if S1 != "none":
+        state += (widened(load(s1, j, rest, FULL), S1, X_FORMAT),)
+    if S2 != "none":
+        state += (widened(load(s2, j, rest, FULL), S2, X_FORMAT),)
+    return state
+
+
+@triton.jit
+def _entered(v, s, j, rest, k, first, stream, X_FORMAT: tl.constexpr, FORMAT: tl.constexpr, PURPOSE: tl.constexpr,
+             STOCHASTIC: tl.constexpr, GROUPED: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+    """Stores a tile of a state buffer; what was stored, widened."""
+    stored = as_stored(v, j, k, first, stream, FORMAT, PURPOSE, STOCHASTIC, GROUPED)
+    store(s, j, rest, stored, FULL)
+    return widened(stored, FORMAT, X_FORMAT)
+
+
+@triton.jit
+def _step_tile(x, s0, s1, s2, saved, rest, keys, k, k_round, k0, k1, k2, first, stream, scalars, n, factor,
+               JOB: tl.constexpr, ENTRY: tl.constexpr, STEP: tl.constexpr, N_ENTRY: tl.constexpr,
+               N_STEP: tl.constexpr, SEVERAL: tl.constexpr, X_FORMAT: tl.constexpr, S0: tl.constexpr,
+               S1: tl.constexpr, S2: tl.constexpr, DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr,
+               GROUPED: tl.constexpr, FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     j = rows(TILE)
     if JOB == "saved":
         w = widened(load(saved, j, rest, FULL), X_FORMAT, X_FORMAT)
     else:
         w = widened(load(x, j, rest, FULL), X_FORMAT, X_FORMAT)
-    if M_FORMAT != "none":
-        old = widened(load(m, j, rest, FULL), M_FORMAT, X_FORMAT)
+    state = _state(s0, s1, s2, j, rest, X_FORMAT, S0, S1, S2, FULL)
+    weights = scalars + T.OWN + N_ENTRY + N_STEP
     z = _direction(k, first, j, stream, DISTRIBUTION, GROUPED).to(w.dtype)
-    g = z * scalar(scalars + T.RHO, X_FORMAT)
+    g = z * scalar(weights, X_FORMAT)
     if SEVERAL:
         for d in range(1, n):
             z = _direction(rng.key(keys + d * T.KEYS, rng.DIRECTION), first, j, stream, DISTRIBUTION, GROUPED)
             z = z.to(w.dtype)
-            g = g + z * scalar(scalars + T.RHO + 2 * d, X_FORMAT)
+            g = g + z * scalar(weights + d, X_FORMAT)
         if X_FORMAT == "fp64":  # whose division is rounded correctly anyway
             g = g / n.to(tl.float64)
         else:
             g = tl.div_rn(g, n.to(tl.float32))
     if JOB == "walked":  # z is the last direction's
         w = widened(_moved(w, z, scalar(scalars + T.TAU, X_FORMAT) * factor, X_FORMAT), X_FORMAT, X_FORMAT)
-    if M_FORMAT != "none":
-        g = rules.heavy_ball(old, g, scalar(scalars + T.BETA, X_FORMAT))
-        stored = as_stored(g, j, k_state, first, stream, M_FORMAT, rng.ROUND_STATE, STOCHASTIC, GROUPED)
-        store(m, j, rest, stored, FULL)
-        g = widened(stored, M_FORMAT, X_FORMAT)
-    decay, lr = scalar(scalars + T.DECAY, X_FORMAT), scalar(scalars + T.LR, X_FORMAT)
-    if RULE == "sgd":
-        y = rules.sgd_step(w, g, decay, lr)
+    if S0 == "none":
+        state = (g,)
     else:
-        tl.static_assert(RULE == "sign")
-        y = rules.sign_step(w, g, decay, lr)
+        new = ENTRY(*state, g, *scalars_at(scalars + T.OWN, N_ENTRY, X_FORMAT))
+        if S1 == "none":
+            new = (new,)
+        state = (_entered(new[0], s0, j, rest, k0, first, stream, X_FORMAT, S0, rng.ROUND_STATE, STOCHASTIC, GROUPED,
+                          FULL),)  # fmt: skip
+        if S1 != "none":
+            state += (_entered(new[1], s1, j, rest, k1, first, stream, X_FORMAT, S1, rng.ROUND_STATE_1, STOCHASTIC,
+                               GROUPED, FULL),)  # fmt: skip
+        if S2 != "none":
+            state += (_entered(new[2], s2, j, rest, k2, first, stream, X_FORMAT, S2, rng.ROUND_STATE_2, STOCHASTIC,
+                               GROUPED, FULL),)  # fmt: skip
+    decay, lr = scalar(scalars + T.DECAY, X_FORMAT), scalar(scalars + T.LR, X_FORMAT)
+    y = STEP(w, *state, decay, lr, *scalars_at(scalars + T.OWN + N_ENTRY, N_STEP, X_FORMAT))
     store(x, j, rest, as_stored(y, j, k_round, first, stream, X_FORMAT, rng.ROUND, STOCHASTIC, GROUPED), FULL)
 
 
 @triton.jit
-def step(tensors, programs, keys, scalars, geometry, saved, factor, JOB: tl.constexpr, RULE: tl.constexpr,
-         SEVERAL: tl.constexpr, X_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr, DISTRIBUTION: tl.constexpr,
-         STOCHASTIC: tl.constexpr, HINT: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
-         TILE: tl.constexpr):  # fmt: skip
-    """g = mean over directions of rho z; m <- momentum m + g where there is momentum; then RULE. JOB:
+def step(tensors, programs, keys, scalars, active, geometry, saved, factor, JOB: tl.constexpr, MASKED: tl.constexpr,
+         ENTRY: tl.constexpr, STEP: tl.constexpr, N_ENTRY: tl.constexpr, N_STEP: tl.constexpr,
+         SEVERAL: tl.constexpr, X_FORMAT: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
+         DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr, HINT: tl.constexpr, GROUPED: tl.constexpr,
+         BLOCK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """g = mean over directions of weight z; state <- ENTRY(state, g) where there is state; x <- STEP(x, state or g).
+
+    JOB:
 
     plain     from x
     saved     from what was saved: restore and update in one
@@ -148,34 +207,37 @@ def step(tensors, programs, keys, scalars, geometry, saved, factor, JOB: tl.cons
     program = programs + tl.program_id(0).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
     o = tl.multiple_of(tl.load(program + T.FIRST), BLOCK)
-    n = tl.load(row + T.COUNT)
+    n = _count(row, active, MASKED)
     x = pointer(tl.load(row + T.X), X_FORMAT, HINT) + o
-    m = x
-    if M_FORMAT != "none":
-        m = pointer(tl.load(row + T.M), M_FORMAT, HINT) + o
+    s0 = _buffer(row, x, o, T.S0, S0, HINT)
+    s1 = _buffer(row, x, o, T.S1, S1, HINT)
+    s2 = _buffer(row, x, o, T.S2, S2, HINT)
     saved += tl.multiple_of(tl.load(row + T.SAVED), 16) + o
     scalars += tl.load(row + T.SCALARS)
     stream = tl.load(row + T.STREAM).to(tl.uint32)
     first = tl.load(row + T.START) + o
     nd = tl.load(geometry + T.DIRECTIONS)
     last = keys + (nd - 1) * T.KEYS
-    k, k_round, k_state = rng.key(keys, rng.DIRECTION), rng.key(keys, rng.ROUND), rng.key(keys, rng.ROUND_STATE)
-    if not T.derivatives_finite(scalars, nd):
+    k, k_round = rng.key(keys, rng.DIRECTION), rng.key(keys, rng.ROUND)
+    k0 = rng.key(keys, rng.ROUND_STATE)
+    k1 = rng.key(keys, rng.ROUND_STATE_1)
+    k2 = rng.key(keys, rng.ROUND_STATE_2)
+    if not T.derivatives_finite(scalars + T.OWN + N_ENTRY + N_STEP, nd):
         if JOB != "plain":
             tau = scalar(scalars + T.TAU, X_FORMAT)
-            rest = tl.minimum(n - o, BLOCK).to(tl.int32)
+            rest = _rest(tl.minimum(n, o + BLOCK), o, MASKED)
             BACK: tl.constexpr = "restore" if JOB == "saved" else "walk"
             for u in range(0, rest, TILE):
                 _move_tile(x + u, saved + u, geometry, rest - u, rng.key(last, rng.DIRECTION), first + u, stream, tau,
                            factor, BACK, X_FORMAT, DISTRIBUTION, False, GROUPED, False, TILE)  # fmt: skip
     elif o + BLOCK <= n:
         for u in range(0, BLOCK, TILE):
-            _step_tile(x + u, m + u, saved + u, TILE, keys, k, k_round, k_state, first + u, stream, scalars, nd,
-                       factor, JOB, RULE, SEVERAL, X_FORMAT, M_FORMAT, DISTRIBUTION, STOCHASTIC, GROUPED, True,
-                       TILE)  # fmt: skip
+            _step_tile(x + u, s0 + u, s1 + u, s2 + u, saved + u, TILE, keys, k, k_round, k0, k1, k2, first + u, stream,
+                       scalars, nd, factor, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0, S1, S2,
+                       DISTRIBUTION, STOCHASTIC, GROUPED, True, TILE)  # fmt: skip
     else:
-        rest = (n - o).to(tl.int32)
+        rest = _rest(n, o, MASKED)
         for u in range(0, rest, TILE):
-            _step_tile(x + u, m + u, saved + u, rest - u, keys, k, k_round, k_state, first + u, stream, scalars, nd,
-                       factor, JOB, RULE, SEVERAL, X_FORMAT, M_FORMAT, DISTRIBUTION, STOCHASTIC, GROUPED, False,
-                       TILE)  # fmt: skip
+            _step_tile(x + u, s0 + u, s1 + u, s2 + u, saved + u, rest - u, keys, k, k_round, k0, k1, k2, first + u,
+                       stream, scalars, nd, factor, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0, S1, S2,
+                       DISTRIBUTION, STOCHASTIC, GROUPED, False, TILE)  # fmt: skip

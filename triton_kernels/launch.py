@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,11 +35,40 @@ def dense_tile(kernel: str, distribution: str, grouped: bool, several: bool = Fa
     return TILE
 
 
+# hook(kernel's name, programs, compile-time constants, run): called in place of a launch, which `run()` is.
+Hook: TypeAlias = Callable[[str, "int | tuple[int, int]", dict[str, Any], Callable[[], None]], None]
+
+_hooks: list[Hook] = []
+
+
+@contextmanager
+def around(hook: Hook) -> Iterator[None]:
+    """While it is open, `hook` is called in place of every launch; without a call of `run` there is none.
+
+    Of several hooks the one that came last is called first, and its `run` calls the one before.
+    """
+    _hooks.append(hook)
+    try:
+        yield
+    finally:
+        _hooks.remove(hook)
+
+
 def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Tensor | int | float, **constants: Any) -> None:
     """Runs the programs of a kernel on the device of its first argument, on that device's current stream.
 
     `constants` are the kernel's, and options of the compiler that differ from OPTIONS.
     """
+    if _hooks:
+        run = partial(_run, kernel, programs, arguments, constants)
+        for hook in _hooks:
+            run = partial(hook, kernel.fn.__name__, programs, constants, run)
+        run()
+    else:
+        _run(kernel, programs, arguments, constants)
+
+
+def _run(kernel: Any, programs: int | tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     first = arguments[0]
     assert isinstance(first, Tensor)
     with torch.cuda.device(first.device if first.is_cuda else -1):

@@ -25,13 +25,13 @@ def _along_tile(x, o, rest, k, first, stream, decay, lr, X_FORMAT: tl.constexpr,
 def along(tensors, programs, keys, scalars, geometry, X_FORMAT: tl.constexpr, O_FORMAT: tl.constexpr,
           STOCHASTIC: tl.constexpr, HINT: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
           TILE: tl.constexpr):  # fmt: skip
-    """x <- (1 - lr wd) x - lr O, O at the table's address M. HINT, GROUPED: as `coordinate.tiles`."""
+    """x <- (1 - lr wd) x - lr O, O at the table's address S0. HINT, GROUPED: as `coordinate.tiles`."""
     program = programs + tl.program_id(0).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
     begin = tl.multiple_of(tl.load(program + T.FIRST), BLOCK)
     n = tl.load(row + T.COUNT)
     x = pointer(tl.load(row + T.X), X_FORMAT, HINT) + begin
-    o = pointer(tl.load(row + T.M), O_FORMAT, HINT) + begin
+    o = pointer(tl.load(row + T.S0), O_FORMAT, HINT) + begin
     scalars += tl.load(row + T.SCALARS)
     decay, lr = scalar(scalars + T.DECAY, X_FORMAT), scalar(scalars + T.LR, X_FORMAT)
     k = rng.key(keys, rng.ROUND)

@@ -36,6 +36,15 @@ def scalar(address, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def scalars_at(address, N: tl.constexpr, FORMAT: tl.constexpr):
+    """N scalars in a row: a tuple."""
+    found = ()
+    for i in tl.static_range(N):
+        found += (scalar(address + i, FORMAT),)
+    return found
+
+
+@triton.jit
 def rows(TILE: tl.constexpr):
     """Offsets of a tile's elements: [TILE / 8, 8], so that a thread's 8 elements share loads and random words."""
     return tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]

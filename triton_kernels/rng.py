@@ -10,6 +10,8 @@ ROWS = tl.constexpr(3)
 COLUMNS = tl.constexpr(4)
 ROUND = tl.constexpr(6)
 ROUND_STATE = tl.constexpr(7)
+ROUND_STATE_1 = tl.constexpr(8)
+ROUND_STATE_2 = tl.constexpr(9)
 
 
 @triton.jit

@@ -13,19 +13,22 @@ import triton.language as tl
 
 # Columns of the tensor table (int64).
 X = tl.constexpr(0)  # address of the parameter
-M = tl.constexpr(1)  # address of the momentum, 0 without
-COUNT = tl.constexpr(2)  # local elements
-STREAM = tl.constexpr(3)  # stream of noise and dense directions
-START = tl.constexpr(4)  # logical index of the first local element
-DRAW = tl.constexpr(5)  # stream of the coordinate choice
-ORIGIN = tl.constexpr(6)  # where local element 0 lies on the line that strata are cut from
-SAVED = tl.constexpr(7)  # what turns a stratum (coordinates) or a local index (dense) into a place among saved values
-SCALARS = tl.constexpr(8)  # where the scalars of its group begin
-N_COLUMNS = tl.constexpr(9)  # columns of the matrix, 1 for a vector
-N_STRATA = tl.constexpr(10)  # strata per row of strata (block), listed coordinates (listed)
-IS_MATRIX = tl.constexpr(11)  # whether columns are drawn too (block)
-SIGNED = tl.constexpr(12)  # whether the sign rule moves it, or only its momentum is entered
-WIDTH = tl.constexpr(13)
+S0 = tl.constexpr(1)  # addresses of its state buffers, 0 without
+S1 = tl.constexpr(2)
+S2 = tl.constexpr(3)
+COUNT = tl.constexpr(4)  # local elements
+STREAM = tl.constexpr(5)  # stream of noise and dense directions
+START = tl.constexpr(6)  # logical index of the first local element
+DRAW = tl.constexpr(7)  # stream of the coordinate choice
+ORIGIN = tl.constexpr(8)  # where local element 0 lies on the line that strata are cut from
+SAVED = tl.constexpr(9)  # what turns a stratum (coordinates) or a local index (dense) into a place among saved values
+SCALARS = tl.constexpr(10)  # where the scalars of its kind begin
+N_COLUMNS = tl.constexpr(11)  # columns of the matrix, 1 for a vector
+N_STRATA = tl.constexpr(12)  # strata per row of strata (block), listed coordinates (listed)
+IS_MATRIX = tl.constexpr(13)  # whether columns are drawn too (block)
+SIGNED = tl.constexpr(14)  # whether the rule moves it, or only its state is entered
+ACTIVE = tl.constexpr(15)  # which of the flags says whether it takes part in the step
+WIDTH = tl.constexpr(16)
 
 # Columns of the program table (int64).
 TENSOR = tl.constexpr(0)
@@ -33,13 +36,11 @@ FIRST = tl.constexpr(1)  # first local element (tiles) or first stratum
 STRATUM = tl.constexpr(2)  # first stratum of a tile
 PROGRAM = tl.constexpr(3)
 
-# Scalars of a group (fp64): tau, beta, decay, lr, then rho and entry of each direction.
+# Scalars of a kind (fp64): these, the rule's own numbers for its entry and its step, then a weight per direction.
 TAU = tl.constexpr(0)
-BETA = tl.constexpr(1)
-DECAY = tl.constexpr(2)
-LR = tl.constexpr(3)
-RHO = tl.constexpr(4)
-ENTRY = tl.constexpr(5)
+DECAY = tl.constexpr(1)
+LR = tl.constexpr(2)
+OWN = tl.constexpr(3)
 
 # What the tensors of a launch have in common (int64).
 SIZE = tl.constexpr(0)  # elements per stratum, rows and columns per stratum (block), whole part of d / k (count)
@@ -49,8 +50,8 @@ LANES = tl.constexpr(3)  # strata that a tile can meet
 DIRECTIONS = tl.constexpr(4)
 TOTAL = tl.constexpr(5)  # saved values of one direction
 
-# Words of the key table per direction: two for each of eight purposes (int64, uint32 values).
-KEYS = tl.constexpr(16)
+# Words of the key table per direction: two for each of up to sixteen purposes (int64, uint32 values).
+KEYS = tl.constexpr(32)
 
 FORMATS = {
     torch.float64: "fp64",
@@ -69,9 +70,9 @@ STORAGE = {
 
 
 @triton.jit
-def derivatives_finite(scalars, n_directions):
-    """Whether rho is finite along every direction; where it is not, a step restores and moves nothing."""
-    finite = tl.abs(tl.load(scalars + RHO)) < float("inf")
+def derivatives_finite(weights, n_directions):
+    """Whether every direction's weight is finite; where one is not, a step restores and moves nothing."""
+    finite = tl.abs(tl.load(weights)) < float("inf")
     for k in range(1, n_directions):
-        finite = finite & (tl.abs(tl.load(scalars + RHO + 2 * k)) < float("inf"))
+        finite = finite & (tl.abs(tl.load(weights + k)) < float("inf"))
     return finite

@@ -8,13 +8,14 @@ after the step, and momentum; once for step(closure) and once for measure + appl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpu.shapes import Named
+from jaguar.params import Shard
 
 # Elements per window: a few programs of 8192, and a tail.
 _LENGTH = 20_000
@@ -93,7 +94,7 @@ def check(named: Named, make: Callable[..., Any]) -> Any:
     """An optimizer of the Triton backend over `named`, two steps after its beginning, both equal to the reference.
 
     Args:
-        make: (named tensors, backend=...) -> optimizer.
+        make: (named tensors, backend=..., shards=...) -> optimizer.
 
     Raises:
         Mismatch: a bit differs; the message says where.
@@ -101,11 +102,8 @@ def check(named: Named, make: Callable[..., Any]) -> Any:
     chosen = {window.name: window for window in windows(named)}
     whole = {name: p for name, p in named if name in chosen}
     parts = {name: nn.Parameter(chosen[name].of(p).clone()) for name, p in whole.items()}
-    ours, reference = make(named, backend="triton"), make(list(parts.items()), backend="reference")
-    reference._slots = [
-        replace(slot, shape=chosen[slot.name].shape, start=chosen[slot.name].begin) for slot in reference._slots
-    ]
-    reference._steps = None
+    shards = {window.name: Shard(window.shape, window.begin) for window in chosen.values()}
+    ours, reference = make(named, backend="triton"), make(list(parts.items()), backend="reference", shards=shards)
 
     def states(optimizer: Any, tensors: dict[str, nn.Parameter], cut: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
         seen: list[Tensor] = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,7 +17,7 @@ from gpu.clock import CpuClock, nothing
 from gpu.compiled import CompiledSign, TooSlow
 from gpu.memory import no_room, release
 from gpu.shapes import Named, ParameterList
-from jaguar.fused import coordinate, dense
+from jaguar.triton_kernels.launch import around
 
 Row = dict[str, Any]
 LR = 1e-4
@@ -30,7 +31,7 @@ class Method:
 
     Attributes:
         name: what it is called in tables.
-        make: (named tensors, backend=...) -> optimizer.
+        make: (named tensors, backend=..., shards=...) -> optimizer.
         fraction: share of the coordinates that is sampled.
     """
 
@@ -72,29 +73,27 @@ MORE = (
 )
 
 
-class Launches:
-    """While it is open, keeps every launch of the Triton backend, each of which can be repeated."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any], Callable[[], None]]] = []
-
-    def __enter__(self) -> Launches:
-        self._real = coordinate.launch, dense.launch
-        coordinate.launch, dense.launch = (partial(self._keep, real) for real in self._real)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        coordinate.launch, dense.launch = self._real
-
-    def _keep(self, real: Callable[..., None], kernel: Any, *arguments: Any, **constants: Any) -> None:
-        self.calls.append((kernel.fn.__name__, constants, partial(real, kernel, *arguments, **constants)))
-        real(kernel, *arguments, **constants)
+# A launch of the Triton backend: its kernel, its compile-time options, and a function that repeats it.
+Launch: TypeAlias = tuple[str, dict[str, Any], Callable[[], None]]
 
 
-def _unlike(launches: Launches) -> dict[str, list[tuple[str, dict[str, Any], Callable[[], None]]]]:
+@contextmanager
+def launches_kept() -> Iterator[list[Launch]]:
+    """All launches meanwhile."""
+    kept: list[Launch] = []
+
+    def keep(kernel: str, programs: object, constants: dict[str, Any], run: Callable[[], None]) -> None:
+        kept.append((kernel, constants, run))
+        run()
+
+    with around(keep):
+        yield kept
+
+
+def _unlike(launches: Sequence[Launch]) -> dict[str, list[Launch]]:
     """The launches by label: one of each job, together with those of it for other dtypes or alignments."""
-    found: dict[str, list[tuple[str, dict[str, Any], Callable[[], None]]]] = {}
-    for kernel, constants, again in launches.calls:
+    found: dict[str, list[Launch]] = {}
+    for kernel, constants, again in launches:
         same = found.setdefault(traffic.label(kernel, constants), [])
         if all(constants != other for _, other, _ in same):
             same.append((kernel, constants, again))
@@ -102,7 +101,7 @@ def _unlike(launches: Launches) -> dict[str, list[tuple[str, dict[str, Any], Cal
 
 
 def _kernel_rows(
-    launches: Launches, method: Method, clock: CpuClock, count: int, copy_gb_s: float, timed: set[str]
+    launches: Sequence[Launch], method: Method, clock: CpuClock, count: int, copy_gb_s: float, timed: set[str]
 ) -> Iterator[Row]:
     for label, same in _unlike(launches).items():
         if label in timed:
@@ -130,13 +129,13 @@ def own_rows(named: Named, method: Method, clock: CpuClock, copy_gb_s: float, ti
     """Parity first, then every kernel of a method that was not `timed` before, its whole step and its apply_."""
     optimizer = parity.check(named, method.make)
     losses, cpu = parity.Losses(clock.device), torch.device("cpu")
-    with Launches() as launches:
+    with launches_kept() as launches:
         optimizer.step(losses)
-        per_step = len(launches.calls)
+        per_step = len(launches)
         record = optimizer.measure(losses)
-        before_apply = len(launches.calls)
+        before_apply = len(launches)
         optimizer.apply_(record)
-        per_apply = len(launches.calls) - before_apply
+        per_apply = len(launches) - before_apply
     yield from _kernel_rows(launches, method, clock, sum(p.numel() for _, p in named), copy_gb_s, timed)
     del launches  # it holds buffers of saved values
 

@@ -22,7 +22,7 @@ def per_parameter(kernel: str, options: Mapping[str, Any], p: float) -> tuple[fl
         p: fraction of the coordinates that is sampled.
     """
     x = SIZES[options.get("X_FORMAT", options.get("FORMAT"))]
-    m = SIZES[options.get("M_FORMAT", "none")]
+    m = sum(SIZES[state] for state in _state(options))
     if kernel == "sparse":
         return _sparse(options["JOB"], x, p)
     if kernel == "tiles":
@@ -42,14 +42,19 @@ def _sparse(job: str, x: int, p: float) -> tuple[float, str]:
     return p * (sectors * _SECTOR + saved), f"p ({sectors} x {_SECTOR}" + (f" + {saved} saved)" if saved else ")")
 
 
+def _state(options: Mapping[str, Any]) -> list[str]:
+    """The formats of the state buffers that a launch reads."""
+    return [state for state in (options.get(name, "none") for name in ("S0", "S1", "S2")) if state != "none"]
+
+
 def label(kernel: str, options: Mapping[str, Any]) -> str:
     """What a launch is called in tables."""
-    job = options.get("JOB", "")
+    job, momentum = options.get("JOB", ""), "".join(f", m {state}" for state in _state(options))
     if kernel == "tiles":
-        return f"tiles {'restore + step' if options['RESTORE'] else 'step'}, m {options['M_FORMAT']}"
+        return f"tiles {'restore + step' if options['RESTORE'] else 'step'}{momentum}"
     if kernel == "sparse":
-        return f"{job}, m {options['M_FORMAT']}" if job in ("update", "fused") else job
+        return f"{job}{momentum}" if job in ("update", "fused") else job
     if kernel == "move":
         return f"{job}, {options['DISTRIBUTION']}"
-    momentum = "" if options["M_FORMAT"] == "none" else f", m {options['M_FORMAT']}"
-    return f"step {job}, {options['RULE']}, {options['DISTRIBUTION']}{momentum}"
+    rule = options["STEP"].__name__.removesuffix("_step")
+    return f"step {job}, {rule}, {options['DISTRIBUTION']}{momentum}"

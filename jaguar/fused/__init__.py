@@ -1,8 +1,9 @@
 """The Triton backend: the launches of the reference, each in one kernel for the whole list of tensors."""
 
-from jaguar.fused.coordinate import CoordinateSteps
-from jaguar.fused.dense import DenseSteps
-from jaguar.fused.matrix import MatrixSteps
+from jaguar.fused.coordinate import CoordinateLaunches
+from jaguar.fused.dense import DenseLaunches
+from jaguar.fused.matrix import MatrixLaunches
 from jaguar.fused.newton_schulz import TritonProducts
+from jaguar.fused.numbers import Numbers
 
-__all__ = ["CoordinateSteps", "DenseSteps", "MatrixSteps", "TritonProducts"]
+__all__ = ["CoordinateLaunches", "DenseLaunches", "MatrixLaunches", "Numbers", "TritonProducts"]

@@ -1,8 +1,10 @@
-"""JAGUAR's launches in Triton kernels; `jaguar.reference.coordinate` defines what they compute."""
+"""Launches of coordinate directions in Triton kernels; `jaguar.reference.coordinate` defines what they compute."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,214 +12,168 @@ from torch import Tensor
 from jaguar.directions import Coordinates, ReleasedBlock
 from jaguar.estimators import Probe
 from jaguar.fused.cuts import cuts_of
-from jaguar.fused.plan import Key, Launch, Numbers, Plan, Pool, Table, alignment
-from jaguar.launches import Lost
+from jaguar.fused.family import Family
+from jaguar.fused.numbers import Numbers, arithmetic
+from jaguar.fused.plan import Launch, Options, Plan, Pool, Table, alignment
+from jaguar.fused.probes import SavedProbe
+from jaguar.launches import Lost, State, StepInputs
+from jaguar.method import Method
 from jaguar.params import Slot
-from jaguar.rng import Draw, Purpose
-from jaguar.rules import Scalars
 from jaguar.triton_kernels import coordinate as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK, STRATA, TILE, launch
 
-# What kernels choose places with; listed ones are chosen before.
-_CHOICE = {
-    "fraction": (Purpose.COORDINATES,),
-    "count": (Purpose.COORDINATES,),
-    "block": (Purpose.ROWS, Purpose.COLUMNS),
-}
 
-
-class CoordinateSteps:
-    """Coordinate directions with JAGUAR's momentum and the sign rule: three launches a step.
+class CoordinateLaunches(Family):
+    """Coordinate directions with a rule of one state buffer: three launches a step.
 
     Args:
+        method: what is computed; its direction is `Coordinates` or `ReleasedBlock`.
         slots: the tensors of these launches, in canonical order; contiguous, on GPUs or under the interpreter.
         everything: all tensors of the optimizer, over which a number of coordinates is counted.
-        direction: how S is drawn.
-        update: "sampled": the sign step moves S; "all": every coordinate.
-        stochastic: round updates stochastically where storage is narrower than fp32.
-        two_sided: the estimator visits x - tau e besides x + tau e.
-        n_directions: directions per step.
+        numbers: of a step, for these and other launches.
     """
 
-    def __init__(
-        self,
-        slots: Sequence[Slot],
-        everything: Sequence[Slot],
-        direction: Coordinates | ReleasedBlock,
-        *,
-        update: str,
-        stochastic: bool,
-        two_sided: bool,
-        n_directions: int,
-    ) -> None:
-        self._slots, self._direction, self._update = slots, direction, update
+    def __init__(self, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], numbers: Numbers) -> None:
+        direction, rule = method.direction, method.rule
+        assert isinstance(direction, (Coordinates, ReleasedBlock))
         layout, cuts, common = cuts_of(slots, everything, direction)
-        self._plan = Plan(slots, cuts, n_directions, common)
-        self._numbers = Numbers(slots, n_directions, (*_CHOICE.get(layout, ()), Purpose.ROUND, Purpose.ROUND_STATE))
+        super().__init__(method, slots, Plan(slots, cuts, common, numbers), numbers)
+        self._direction, self._all, self._n = direction, rule.update == "all", method.estimator.n_directions
+        # With several directions every entry needs the parameters as they were before the step.
+        self.fuses_restore = self._n == 1
+        self._options: dict[str, Any] = {
+            "LAYOUT": layout,
+            "ONES": direction.ones,
+            "TWO_SIDED": method.estimator.two_sided,
+            "STOCHASTIC": method.stochastic,
+            **arithmetic(rule),
+        }
         # At least a lane for each thread: the accesses of a lane that several threads hold are not ordered.
-        self._lanes = min(STRATA, max(128, 1 << (common[T.LANES.value] - 1).bit_length()))
-        self._options = {"LAYOUT": layout, "ONES": direction.ones, "TWO_SIDED": two_sided, "STOCHASTIC": stochastic}
+        lanes = min(STRATA, max(128, 1 << (common[T.LANES.value] - 1).bit_length()))
+        self._tiled = {"SEVERAL": self._n > 1, "BLOCK": BLOCK, "TILE": TILE, "LANES": lanes}
         share = direction.fraction(sum(slot.total for slot in everything))
         self._n_perturbed = round(share * sum(slot.count for slot in slots))
-        # With several directions every entry update needs the parameters as they were before the step.
-        self.takes_back = n_directions == 1
-        self.wrote = False
-        self._listed: dict[tuple[Draw, Pool], Tensor] = {}
+        self._scratch: dict[Pool, Tensor] = {}
+        self._listed: dict[Pool, Tensor] = {}
+        self._listed_of: Any = None
 
-    def n_perturbed(self, draw: Draw) -> int:
+    def n_perturbed(self, inputs: StepInputs) -> int:
         """Number of coordinates in S, to within the strata that tensors end in."""
         return self._n_perturbed
 
-    def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
-        """What moves the parameters along each direction and back; `taus` has one length per slot."""
-        return [CoordinateProbe(self, draw, taus) for draw in draws]
+    def probes(self, inputs: StepInputs) -> list[Probe]:
+        """What moves the parameters along each direction and back."""
+        last = len(inputs.draws) - 1
+        assert inputs.active is None, "kernels of coordinate directions have no mask"
+        moves = [partial(self._move_, k) for k in range(last + 1)]
+        return [SavedProbe(self._now, "perturb", move, self._release, k == last) for k, move in enumerate(moves)]
 
-    def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
-        """The perturbations that rounding swallows, per tensor."""
-        self._numbers.write([draw], taus=taus)
+    def lost(self, inputs: StepInputs) -> list[Lost]:
+        """The perturbations along the first direction that rounding swallows, per tensor."""
         report = [Lost(slot.name, 0, 0) for slot in self._slots]
-        for table in self._plan.launch(STRATA).tables:
+        for table in self._now().tables:
             counts = torch.zeros((len(table.members), 2), dtype=torch.int64, device=table.device)
-            self._sparse_("lost", table, [draw], counts=counts)
+            self._sparse_("lost", table, counts=counts)
             for i, (lost, perturbed) in zip(table.members, counts.tolist(), strict=True):
                 report[i] = Lost(self._slots[i].name, lost, perturbed)
         return report
 
-    def move_(self, job: str, draw: Draw, saved: dict[Pool, Tensor]) -> None:
-        """One launch per table: "perturb" (saves the touched values), "flip" or "restore"."""
-        work = self._plan.launch(STRATA)
-        for table in work.tables:
-            if job == "perturb":
-                values = self._plan.saved(table.pool)
-                self._sparse_(job, table, [draw], values)
-                saved[table.pool] = values  # not before: a launch that failed has nothing to take back
-            elif table.pool in saved:
-                self._sparse_(job, table, [draw], saved[table.pool])
-        work.done()
-
-    def begin(self, draw: Draw, taus: Sequence[float]) -> None:
-        """Writes the numbers that `move_` reads."""
-        self._numbers.write([draw], taus=taus)
-
-    def update_(
-        self,
-        draws: Sequence[Draw],
-        scalars: Sequence[Scalars],
-        momenta: Sequence[Tensor | None],
-        held: Probe | None = None,
-    ) -> None:
-        """Entry updates of every direction in order, then one sign step; restores what `held` left moved."""
-        assert held is None or isinstance(held, CoordinateProbe)
+    def update_(self, inputs: StepInputs) -> None:
+        """Entries of every direction in order, then one step; restores what the probe left moved."""
+        held, work = inputs.probe, self._updating
+        assert work is not None and (held is None or isinstance(held, SavedProbe))
         self.wrote = False
-        if held is not None and len(draws) > 1:
+        if held is not None and self._n > 1:
             held.finish()
-        work = self._updating(momenta)
-        self._numbers.write(draws, scalars)
+        restore = held is not None and held.moved
         for table in work.tables:
-            saved = held.saved.get(table.pool) if held is not None else None
-            if self._update == "all":
-                self._tiles_(table, draws, saved)
-            elif len(draws) > 1:
-                self._sparse_("several", table, draws, self._plan.saved(table.pool, len(draws)))
+            saved = self._saved(table.pool) if restore else None
+            if self._all:
+                self._tiles_(table, saved)
+            elif self._n > 1:
+                self._sparse_("several", table, saved=self._scratch[table.pool])
             else:
-                self._sparse_("update" if saved is None else "fused", table, draws, saved)
+                self._sparse_("fused" if restore else "update", table, saved=saved)
             self.wrote = True
-        if held is not None:
-            held.saved.clear()
         work.done()
-        self._listed.clear()
+        if held is not None:
+            held.forget()
+        self._release()
+        self._scratch.clear()
 
-    def check(self, momenta: Sequence[Tensor | None]) -> None:
-        """Looks at all tensors again; raises RuntimeError for those that kernels cannot be given."""
-        self._plan.forget()
-        if any(m is None for m in momenta):
-            self._plan.launch(STRATA)
-        else:
-            self._updating(momenta)
+    def _tables(self, state: State) -> tuple[Launch, Launch | None]:
+        moving = self._plan.launch(STRATA, [()] * len(self._slots), _moved)
+        if not all(len(own) == 1 for own in state):
+            return moving, None
+        if self._all:
+            return moving, self._plan.launch(BLOCK, state, _tiled, tiles=True)
+        return moving, self._plan.launch(STRATA, state, _sampled)
 
-    def _updating(self, momenta: Sequence[Tensor | None]) -> Launch:
-        if self._update == "all":
-            return self._plan.launch(BLOCK, momenta, _aligned, tiles=True)
-        return self._plan.launch(STRATA, momenta, _stored)
+    def _allocate(self, inputs: StepInputs, known: bool) -> None:
+        if isinstance(self._direction, ReleasedBlock) and inputs.draws[0] != self._listed_of:
+            # The drawn indices of the released code's block; of the other layouts kernels draw for themselves.
+            (draw,) = inputs.draws
+            indices = [index for index, _ in self._direction.sample(draw, self._slots)]
+            self._listed = {pool: self._plan.listing(pool, indices) for pool in self._plan.pools}
+            self._listed_of = draw
+        for pool in self._plan.pools:
+            if not known:
+                self._saved(pool)
+            elif self._n > 1 and not self._all:
+                self._scratch[pool] = self._plan.saved(pool, self._n)
+
+    def _move_(self, k: int, job: str, table: Table, factor: float) -> None:
+        self._sparse_(job, table, k, factor, self._saved(table.pool))
 
     def _sparse_(
-        self, job: str, table: Table, draws: Sequence[Draw], saved: Tensor | None = None, counts: Tensor | None = None
+        self,
+        job: str,
+        table: Table,
+        k: int = 0,
+        factor: float = 0.0,
+        saved: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
-        listed = self._listing(draws, table)
         launch(
             kernels.sparse,
             table.programs.shape[0],
-            *self._numbers.arguments(table),
-            listed,
+            *self._arguments(table, k),
             table.geometry if saved is None else saved,
             table.geometry if counts is None else counts,
+            factor,
             JOB=job,
-            X_FORMAT=T.FORMATS[table.pool[1]],
-            M_FORMAT=table.key[2] if len(table.key) > 2 else "fp32",
             BLOCK=STRATA,
+            **table.options,
             **self._options,
         )
 
-    def _tiles_(self, table: Table, draws: Sequence[Draw], saved: Tensor | None) -> None:
-        m_format, hint, grouped = table.key[2:]
+    def _tiles_(self, table: Table, saved: Tensor | None) -> None:
         launch(
             kernels.tiles,
             table.programs.shape[0],
-            *self._numbers.arguments(table),
-            self._listing(draws, table),
+            *self._arguments(table, 0),
             table.geometry if saved is None else saved,
             RESTORE=saved is not None,
-            SEVERAL=len(draws) > 1,
-            X_FORMAT=T.FORMATS[table.pool[1]],
-            M_FORMAT=m_format,
-            HINT=hint,
-            GROUPED=grouped,
-            BLOCK=BLOCK,
-            TILE=TILE,
-            LANES=self._lanes,
+            **table.options,
             **self._options,
+            **self._tiled,
         )
 
-    def _listing(self, draws: Sequence[Draw], table: Table) -> Tensor:
-        """The drawn indices of the released code's block; of the other layouts kernels draw for themselves."""
-        if not isinstance(self._direction, ReleasedBlock):
-            return table.geometry
-        (draw,) = draws
-        if (draw, table.pool) not in self._listed:
-            indices = [index for index, _ in self._direction.sample(draw, self._slots)]
-            self._listed[draw, table.pool] = self._plan.listing(table.pool, indices)
-        return self._listed[draw, table.pool]
+    def _arguments(self, table: Table, k: int) -> tuple[Tensor, ...]:
+        """What every launch along the k-th direction takes first."""
+        keys, scalars = self._numbers.keys(table.device, k), self._numbers.scalars(table.device)
+        listed = self._listed.get(table.pool, table.geometry)
+        return table.tensors, table.programs, keys, scalars, table.geometry, listed
 
 
-class CoordinateProbe:
-    """Saves the touched values and writes x + tau s, then x - tau s, then what was saved: one launch each."""
-
-    def __init__(self, steps: CoordinateSteps, draw: Draw, taus: Sequence[float]) -> None:
-        self._steps, self._draw, self._taus = steps, draw, taus
-        self.saved: dict[Pool, Tensor] = {}
-
-    def plus(self) -> None:
-        """x_S <- x_S + tau s."""
-        self._steps.begin(self._draw, self._taus)
-        self._steps.move_("perturb", self._draw, self.saved)
-
-    def minus(self) -> None:
-        """x_S <- x_S - tau s, from the saved values."""
-        self._steps.move_("flip", self._draw, self.saved)
-
-    def finish(self) -> None:
-        """x_S <- the saved values; tensors that a failed `plus` did not reach have none."""
-        self._steps.move_("restore", self._draw, self.saved)
-        self.saved.clear()
-
-    abort = finish
+def _sampled(slot: Slot, own: tuple[Tensor, ...]) -> Options:
+    return {"X_FORMAT": T.FORMATS[slot.tensor.dtype], "S0": T.FORMATS[own[0].dtype]}
 
 
-def _stored(slot: Slot, m: Tensor | None) -> Key:
-    assert m is not None
-    return (T.FORMATS[m.dtype],)
+def _moved(slot: Slot, own: tuple[Tensor, ...]) -> Options:
+    return {"X_FORMAT": T.FORMATS[slot.tensor.dtype], "S0": "fp32"}  # which is not read
 
 
-def _aligned(slot: Slot, m: Tensor | None) -> Key:
-    return (*_stored(slot, m), *alignment(slot, m))
+def _tiled(slot: Slot, own: tuple[Tensor, ...]) -> Options:
+    return {**_sampled(slot, own), **alignment(slot, own)}

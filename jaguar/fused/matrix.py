@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from jaguar.fused.plan import Cut, Key, Numbers, Plan, alignment
+from jaguar.fused.numbers import Numbers
+from jaguar.fused.plan import Cut, Launch, Options, Plan, alignment
+from jaguar.launches import StepInputs
+from jaguar.method import Method
 from jaguar.params import Slot
-from jaguar.rng import Draw, Purpose
-from jaguar.rules import Scalars
 from jaguar.triton_kernels import matrix as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK, TILE, launch
@@ -18,49 +21,49 @@ from jaguar.triton_kernels.launch import BLOCK, TILE, launch
 # The table's entries that matter to other launches only: strata, lanes, saved values.
 _COMMON = (0, 0, 0, 0)
 
+# Where tensors lie, and as what.
+_Places: TypeAlias = tuple[tuple[int, torch.dtype, int], ...]
 
-class MatrixSteps:
-    """x <- (1 - lr wd) x - lr O: one launch for every batch of matrices.
+
+class MatrixLaunches:
+    """x <- (1 - lr wd) x - lr O: one launch for every batch of matrices; scalars by kind, noise of the first direction.
 
     Args:
-        stochastic: round stochastically where storage is narrower than fp32.
+        method: how values are rounded.
+        numbers: of a step, filled for these and other launches.
     """
 
-    def __init__(self, stochastic: bool) -> None:
-        self._stochastic = stochastic
-        self._made: dict[tuple[tuple[int, int], ...], tuple[Plan, Numbers]] = {}
+    def __init__(self, method: Method, numbers: Numbers) -> None:
+        self._numbers = numbers
+        self._common = {"STOCHASTIC": method.stochastic, "BLOCK": BLOCK, "TILE": TILE}
+        self._made: dict[_Places, tuple[_Places, Launch]] = {}
 
-    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], scalars: Sequence[Scalars], draw: Draw) -> None:
-        """One step; a contiguous matrix and a Scalars per slot."""
-        plan, numbers = self._of(slots)
-        work = plan.launch(BLOCK, [o.view(s.tensor.shape) for s, o in zip(slots, factors, strict=True)], _key, True)
-        # Without the derivatives, of which there are as many as directions: this launch reads decay and lr only.
-        numbers.write([draw], [replace(s, rho=(), entry=()) for s in scalars])
+    def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], inputs: StepInputs) -> None:
+        """One step; a contiguous matrix per slot."""
+        work = self._work(slots, factors)
         for table in work.tables:
-            o_format, hint, grouped = table.key[2:]
-            launch(
-                kernels.along,
-                table.programs.shape[0],
-                *numbers.arguments(table),
-                X_FORMAT=T.FORMATS[table.pool[1]],
-                O_FORMAT=o_format,
-                STOCHASTIC=self._stochastic,
-                HINT=hint,
-                GROUPED=grouped,
-                BLOCK=BLOCK,
-                TILE=TILE,
-            )
+            keys, scalars = self._numbers.keys(table.device), self._numbers.scalars(table.device)
+            options: dict[str, Any] = table.options | self._common
+            launch(kernels.along, table.programs.shape[0], table.tensors, table.programs, keys, scalars,
+                   table.geometry, **options)  # fmt: skip
         work.done()
 
-    def _of(self, slots: Sequence[Slot]) -> tuple[Plan, Numbers]:
+    def _work(self, slots: Sequence[Slot], factors: Sequence[Tensor]) -> Launch:
         """Tables are kept for every batch: the same ones come back at every step (or every `ns_period`)."""
-        key = tuple((slot.tensor.data_ptr(), slot.start) for slot in slots)
-        if key not in self._made:
-            plan = Plan(slots, [Cut(0, 0)] * len(slots), 1, _COMMON)
-            self._made[key] = plan, Numbers(slots, 1, (Purpose.ROUND,))
-        return self._made[key]
+        batch = tuple((slot.tensor.data_ptr(), slot.tensor.dtype, slot.start) for slot in slots)
+        given = tuple((factor.data_ptr(), factor.dtype, 0) for factor in factors)
+        if batch not in self._made or self._made[batch][0] != given:
+            plan = Plan(slots, [Cut(0, 0)] * len(slots), _COMMON, self._numbers)
+            state = [(o.view(slot.tensor.shape),) for slot, o in zip(slots, factors, strict=True)]
+            plan.check(state)
+            work = plan.launch(BLOCK, state, _options, tiles=True)
+            # The factors are not written to, and must not be kept: their memory is that of the next ones.
+            written = [slot.tensor for slot in slots if not slot.tensor.is_inference()]
+            self._made[batch] = given, replace(work, versioned=written)
+        return self._made[batch][1]
 
 
-def _key(slot: Slot, factor: Tensor | None) -> Key:
-    assert factor is not None
-    return (T.FORMATS[factor.dtype], *alignment(slot, factor))
+def _options(slot: Slot, own: tuple[Tensor, ...]) -> Options:
+    (factor,) = own
+    formats = {"X_FORMAT": T.FORMATS[slot.tensor.dtype], "O_FORMAT": T.FORMATS[factor.dtype]}
+    return formats | alignment(slot, own)

@@ -1,8 +1,7 @@
-"""From slots to what kernels read: tables of tensors and programs, keys and scalars in device memory."""
+"""From slots to what kernels read: tables of tensors and programs in device memory."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from jaguar.directions import matrix_shape
+from jaguar.fused.numbers import Numbers
+from jaguar.launches import State
 from jaguar.params import Slot
-from jaguar.rng import Draw, Purpose
-from jaguar.rules import Scalars
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK
 
-# What the tensors of one launch share: device and dtype of the parameter, and what else a kernel is compiled for.
+# What a kernel is compiled for, as far as it depends on a tensor and its state.
+Options: TypeAlias = dict[str, Any]
+# The tables of a launch differ in it: device and dtype of the parameter, and values of options.
 Key: TypeAlias = tuple[Any, ...]
 # Saved values lie in one buffer per device and parameter dtype.
 Pool: TypeAlias = tuple[torch.device, torch.dtype]
@@ -54,6 +55,7 @@ class Table:
 
     Attributes:
         key: what they share.
+        options: what their kernel is compiled for.
         members: their positions in the list of slots.
         tensors: the tensor table, int64 (members, columns).
         programs: the program table, int64 (programs, columns).
@@ -62,6 +64,7 @@ class Table:
     """
 
     key: Key
+    options: Options
     members: list[int]
     tensors: Tensor
     programs: Tensor
@@ -86,14 +89,10 @@ class Launch:
 
     Attributes:
         tables: the tables.
-        addresses: where the tensors were when the tables were made.
-        dtypes: of the parameters, then.
         versioned: the tensors that are written to, and whose version counters autograd looks at.
     """
 
     tables: list[Table]
-    addresses: list[int]
-    dtypes: list[torch.dtype]
     versioned: list[Tensor]
 
     def done(self) -> None:
@@ -102,76 +101,58 @@ class Launch:
 
 
 class Plan:
-    """The tables of a list of slots: built once, and again when an address has changed."""
+    """Makes the tables of a list of slots, and the buffers of their saved values.
 
-    def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], n_directions: int, common: Sequence[int]) -> None:
-        self.slots, self._cuts, self._n_directions, self._common = slots, cuts, n_directions, common
-        self._tensors = [slot.tensor for slot in slots]
-        self._scalar_rows = scalar_rows(slots)
+    Args:
+        common: what all tensors have in common: size of strata, rest, number, lanes.
+    """
+
+    def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], common: Sequence[int], numbers: Numbers) -> None:
+        self.slots, self._cuts, self._common, self._numbers = slots, cuts, common, numbers
         # What the offsets below were made for; a tensor that became another one needs other launches.
-        self._forms = [_form(tensor) for tensor in self._tensors]
+        self._forms = [_form(slot.tensor) for slot in slots]
         self._offsets: list[int] = []
         self._totals: dict[Pool, int] = {}
         for slot, cut in zip(slots, cuts, strict=True):
             pool = slot.tensor.device, slot.tensor.dtype
             self._offsets.append(self._totals.get(pool, 0))
             self._totals[pool] = self._offsets[-1] + -(-cut.length // _PAD) * _PAD
-        self._built: dict[Any, Launch] = {}
 
-    def forget(self) -> None:
-        """Tables are made anew, from tensors as they are now."""
-        self._built.clear()
+    @property
+    def pools(self) -> list[Pool]:
+        """Of which there can be saved values."""
+        return list(self._totals)
 
-    def launch(
-        self,
-        block: int,
-        momenta: Sequence[Tensor | None] | None = None,
-        compiled_for: Callable[[Slot, Tensor | None], Key] = lambda slot, m: (),
-        tiles: bool = False,
-    ) -> Launch:
-        """One table for every device, parameter dtype and value of `compiled_for`.
-
-        Args:
-            block: size of a program: strata, or elements of `tiles`.
-            momenta: one per slot, for launches that move them.
-
-        Raises:
-            RuntimeError: a tensor cannot be given to a kernel; nothing was launched.
-        """
-        addresses = list(map(Tensor.data_ptr, self._tensors))
-        if momenta is not None:
-            addresses += [0 if m is None else m.data_ptr() for m in momenta]
-        which = block, tiles, momenta is None
-        dtypes = [tensor.dtype for tensor in self._tensors]  # an address can come back with another tensor
-        if which not in self._built or (self._built[which].addresses, self._built[which].dtypes) != (addresses, dtypes):
-            self._built[which] = self._made(addresses, dtypes, momenta, block, compiled_for, tiles)
-        return self._built[which]
-
-    def _made(
-        self,
-        addresses: list[int],
-        dtypes: list[torch.dtype],
-        momenta: Sequence[Tensor | None] | None,
-        block: int,
-        compiled_for: Callable[[Slot, Tensor | None], Key],
-        tiles: bool,
-    ) -> Launch:
-        of = [None] * len(self.slots) if momenta is None else momenta
+    def check(self, state: State) -> None:
+        """Raises RuntimeError for tensors that cannot be given to a kernel."""
         for slot, form in zip(self.slots, self._forms, strict=True):
             if _form(slot.tensor) != form:
                 raise RuntimeError(
                     f"{slot.name} was {_described(form)} and is now {_described(_form(slot.tensor))}; make the "
                     "optimizer after changing the model"
                 )
-        check(self.slots, of)
+        check(self.slots, state)
+
+    def launch(
+        self, block: int, state: State, compiled_for: Callable[[Slot, tuple[Tensor, ...]], Options], tiles: bool = False
+    ) -> Launch:
+        """One table for every device, parameter dtype and value of `compiled_for`; of tensors that were checked.
+
+        Args:
+            block: size of a program: strata, or elements of `tiles`.
+            state: one tuple per slot, of what is moved besides; empty ones for launches that move parameters only.
+        """
         groups: dict[Key, list[int]] = {}
-        for i, (slot, m) in enumerate(zip(self.slots, of, strict=True)):
+        options: dict[Key, Options] = {}
+        for i, (slot, own) in enumerate(zip(self.slots, state, strict=True)):
             if slot.count:
-                key = slot.tensor.device, slot.tensor.dtype, *compiled_for(slot, m)
+                made = compiled_for(slot, own)
+                key = slot.tensor.device, slot.tensor.dtype, *made.values()
                 groups.setdefault(key, []).append(i)
-        written = [t for t in (*self._tensors, *of) if t is not None and not t.is_inference()]
-        tables = [self._table(key, members, of, block, tiles) for key, members in groups.items()]
-        return Launch(tables, addresses, dtypes, written)
+                options[key] = made
+        tables = [self._table(key, options[key], members, state, block, tiles) for key, members in groups.items()]
+        written = [t for slot, own in zip(self.slots, state, strict=True) for t in (slot.tensor, *own)]
+        return Launch(tables, [t for t in written if not t.is_inference()])
 
     def saved(self, pool: Pool, n: int = 1) -> Tensor:
         """A buffer for the saved values of `n` directions, in the form that kernels load and store."""
@@ -185,25 +166,27 @@ class Plan:
                 table[offset : offset + index.numel()] = index
         return table
 
-    def _table(self, key: Key, members: list[int], momenta: Sequence[Tensor | None], block: int, tiles: bool) -> Table:
+    def _table(self, key: Key, options: Options, members: list[int], state: State, block: int, tiles: bool) -> Table:
         rows, programs, ranges = [], [], []
         n_programs = 0
         for t, i in enumerate(members):
-            slot, m, cut = self.slots[i], momenta[i], self._cuts[i]
+            slot, cut = self.slots[i], self._cuts[i]
             row = [0] * T.WIDTH.value
             row[T.X.value] = slot.tensor.data_ptr()
-            row[T.M.value] = 0 if m is None else m.data_ptr()
+            for column, own in zip((T.S0, T.S1, T.S2), state[i], strict=False):
+                row[column.value] = own.data_ptr()
             row[T.COUNT.value] = slot.count
             row[T.STREAM.value] = slot.stream
             row[T.START.value] = slot.start
             row[T.DRAW.value] = cut.stream
             row[T.ORIGIN.value] = cut.origin
             row[T.SAVED.value] = self._offsets[i] - cut.first
-            row[T.SCALARS.value] = self._scalar_rows[i] * scalar_width(self._n_directions)
+            row[T.SCALARS.value] = self._numbers.row(slot.kind)
             row[T.N_COLUMNS.value] = matrix_shape(slot.shape)[1]
             row[T.N_STRATA.value] = cut.strata
             row[T.IS_MATRIX.value] = int(len(slot.shape) >= 2)
             row[T.SIGNED.value] = int(slot.signed)
+            row[T.ACTIVE.value] = self._numbers.flag(slot)
             rows.append(row)
             begin, length = (0, slot.count) if tiles else (cut.first, cut.length)
             first = torch.arange(begin, begin + length, block, dtype=torch.int64)
@@ -211,70 +194,12 @@ class Plan:
             programs.append(torch.stack((torch.full_like(first, t), first, stratum), dim=1))
             ranges.append((n_programs, first.numel()))
             n_programs += first.numel()
-        common = [*self._common, self._n_directions, self._totals[key[0], key[1]]]
+        common = [*self._common, self._numbers.n_directions, self._totals[key[0], key[1]]]
         tensors, program, geometry = (
             table.to(key[0])
             for table in (torch.tensor(rows), torch.cat(programs), torch.tensor(common, dtype=torch.int64))
         )
-        return Table(key, members, tensors, program, ranges, geometry)
-
-
-class Numbers:
-    """Keys and scalars of a step in the memory of every device that launches read them on.
-
-    The buffers stay where they are: a CUDA graph that captured launches (not `write`, which copies from the host) reads
-    the numbers that were written last. `purposes` are those that the launches draw for.
-    """
-
-    def __init__(self, slots: Sequence[Slot], n_directions: int, purposes: Sequence[Purpose]) -> None:
-        self._n_directions, self._purposes = n_directions, purposes
-        self._rows = scalar_rows(slots)
-        self._first_of = {row: i for i, row in reversed(list(enumerate(self._rows)))}
-        self._n_keys = n_directions * T.KEYS.value
-        self._size = self._n_keys + (max(self._rows) + 1) * scalar_width(n_directions)
-        self._words: dict[Draw, list[int]] = {}
-        devices = dict.fromkeys(slot.tensor.device for slot in slots)
-        with torch.inference_mode(False):  # made in inference mode they could not be written to outside it
-            self._buffers = {device: torch.zeros(self._size, dtype=torch.int64, device=device) for device in devices}
-
-    def keys(self, device: torch.device) -> Tensor:
-        """Two words for each purpose of each direction: int64."""
-        return self._buffers[device][: self._n_keys]
-
-    def scalars(self, device: torch.device) -> Tensor:
-        """tau, beta, decay, lr, then rho and entry of each direction, per row of scalars: fp64."""
-        return self._buffers[device][self._n_keys :].view(torch.float64)
-
-    def arguments(self, table: Table) -> tuple[Tensor, ...]:
-        """What every launch takes first."""
-        keys, scalars = self.keys(table.device), self.scalars(table.device)
-        return table.tensors, table.programs, keys, scalars, table.geometry
-
-    def write(
-        self, draws: Sequence[Draw], scalars: Sequence[Scalars] | None = None, taus: Sequence[float] = ()
-    ) -> None:
-        """Puts a step's numbers where the next launches read them: `scalars` per slot, or only `taus`.
-
-        Single launches read the first of `draws`.
-        """
-        words = [0] * self._n_keys
-        for k, draw in enumerate(draws):
-            if draw not in self._words:
-                self._words = {d: w for d, w in self._words.items() if d.step == draw.step}
-                own = self._words[draw] = [0] * T.KEYS.value
-                for purpose in self._purposes:
-                    own[2 * purpose : 2 * purpose + 2] = draw.key(purpose)
-            words[k * T.KEYS.value : (k + 1) * T.KEYS.value] = self._words[draw]
-        width = scalar_width(self._n_directions)
-        numbers = [0.0] * (self._size - self._n_keys)
-        for row, i in self._first_of.items():  # the slots of a row have the same
-            values = [taus[i]] if scalars is None else _in_order(scalars[i])
-            numbers[row * width : row * width + len(values)] = values
-        packed = bytearray(struct.pack(f"={self._n_keys}q{len(numbers)}d", *words, *numbers))
-        together = torch.frombuffer(packed, dtype=torch.int64)
-        for device, buffer in self._buffers.items():
-            # From pinned memory the copy does not wait for the work that the device still has to do.
-            buffer.copy_(together.pin_memory() if device.type == "cuda" else together, non_blocking=True)
+        return Table(key, options, members, tensors, program, ranges, geometry)
 
 
 _Form: TypeAlias = tuple[torch.dtype, torch.Size, torch.device]
@@ -288,33 +213,15 @@ def _described(form: _Form) -> str:
     return f"{form[0]} of shape {tuple(form[1])} on {form[2]}"
 
 
-def scalar_rows(slots: Sequence[Slot]) -> list[int]:
-    """Which row of scalars each slot reads; slots of one group, precision, rate and gain share one."""
-    kinds = [(slot.group, slot.tensor.dtype == torch.float64, slot.rate, slot.gain) for slot in slots]
-    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    return [numbers[kind] for kind in kinds]
-
-
-def _in_order(s: Scalars) -> list[float]:
-    """The scalars of a group in the order of the table."""
-    return [s.tau, s.beta, s.decay, s.lr, *(value for pair in zip(s.rho, s.entry, strict=True) for value in pair)]
-
-
-def scalar_width(n_directions: int) -> int:
-    """Scalars of one group and compute dtype."""
-    return int(T.RHO.value) + 2 * n_directions
-
-
-def check(slots: Sequence[Slot], momenta: Sequence[Tensor | None]) -> None:
+def check(slots: Sequence[Slot], state: State) -> None:
     """Raises RuntimeError for what a kernel would read or write wrongly: it only sees addresses."""
     spans = []
-    for slot, m in zip(slots, momenta, strict=True):
-        for what, tensor in ((slot.name, slot.tensor), (f"the momentum of {slot.name}", m)):
-            if tensor is None:
-                continue
+    for slot, own in zip(slots, state, strict=True):
+        for number, tensor in enumerate((slot.tensor, *own)):
+            what = _named(slot, number, len(own))
             if tensor.device != slot.tensor.device:
                 raise RuntimeError(f"{what} is on {tensor.device}, its parameter on {slot.tensor.device}")
-            if tensor.dtype not in (T.FORMATS if tensor is m else T.STORAGE):
+            if tensor.dtype not in (T.FORMATS if number else T.STORAGE):
                 raise RuntimeError(f"{what} has dtype {tensor.dtype}, which the Triton kernels cannot store")
             if tensor.shape != slot.tensor.shape or not tensor.is_contiguous():
                 raise RuntimeError(
@@ -333,7 +240,20 @@ def check(slots: Sequence[Slot], momenta: Sequence[Tensor | None]) -> None:
             raise RuntimeError(f"{one} and {other} overlap in memory")
 
 
-def alignment(slot: Slot, m: Tensor | None) -> tuple[bool, bool]:
+def _named(slot: Slot, number: int, n: int) -> str:
+    """What a tensor is called: the parameter (number 0), its momentum, or one of its `n` state buffers."""
+    if not number:
+        return slot.name
+    return f"the momentum of {slot.name}" if n == 1 else f"state buffer {number} of {slot.name}"
+
+
+def alignment(slot: Slot, own: tuple[Tensor, ...] = ()) -> Options:
     """Whether accesses may be 16 bytes wide, and whether programs begin where the groups of random numbers do."""
-    pointers = [slot.tensor.data_ptr()] if m is None else [slot.tensor.data_ptr(), m.data_ptr()]
-    return all(pointer % 16 == 0 for pointer in pointers), slot.start % BLOCK == 0
+    wide = all(tensor.data_ptr() % 16 == 0 for tensor in (slot.tensor, *own))
+    return {"HINT": wide, "GROUPED": slot.start % BLOCK == 0}
+
+
+def formats(own: tuple[Tensor, ...]) -> Options:
+    """How each state buffer is stored."""
+    names = [T.FORMATS[tensor.dtype] for tensor in own] + ["none"] * (3 - len(own))
+    return dict(zip(("S0", "S1", "S2"), names, strict=True))

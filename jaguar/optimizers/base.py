@@ -3,95 +3,98 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from jaguar import ops, rng, rules
-from jaguar.estimators import ESTIMATORS, Probe
+from jaguar import ops, rng
+from jaguar.bind import Bound
+from jaguar.estimators import Derivatives, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
-from jaguar.launches import Direction, Launches
+from jaguar.launches import StepInputs
+from jaguar.method import Method
 from jaguar.module_state import ModuleState
-from jaguar.optimizers.checkpoint import Saved, deciding, packed, unpacked
+from jaguar.optimizers.checkpoint import Saved, packed, unpacked
 from jaguar.optimizers.contract import Contract, with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
-from jaguar.optimizers.freezing import Frozen
-from jaguar.optimizers.groups import Watch, check_group, prepared_group, split_groups
+from jaguar.optimizers.groups import Watch, check_group, checked_seed, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost, warn_of_skipped
-from jaguar.optimizers.options import checked_seed, common_options
-from jaguar.optimizers.roster import Kind, Roster
 from jaguar.optimizers.shown import shown
-from jaguar.params import Slot
+from jaguar.optimizers.state import Roster
+from jaguar.optimizers.trained import Measured, Trained
+from jaguar.optimizers.trials import trial
+from jaguar.params import Kind, Shard, Slot, check_shards
 from jaguar.record import Record
 from jaguar.rng import Draw
+from jaguar.rules import Scalars, all_finite
 
 Closure = Callable[[], Tensor]
 
 
 class ZerothOrder(Contract):
-    """Base of the zero-order optimizers: a step is measured into a record, and a record is applied.
+    """Runs a method: a step is measured into a record, and a record is applied.
 
-    Subclasses name their group keys and build their launches; everything that a step must guarantee is here:
-    parameters bit-identical after `measure`, one record per step, skipped steps, Ctrl-C, broken states, exact
-    state_dict.
+        record = measure(closure)       evaluates the model, leaves every parameter bit-identical
+        apply_(record)                  moves parameters and state; needs no model, no data, no closure
+
+    Args:
+        params: tensors (fp32, bf16, fp16, fp64), dicts with numbers of their own, or model.named_parameters(), whose
+            names make the random numbers independent of the order.
+        method: what is computed, a `jaguar.Method`.
+        seed: of all directions and rounding noise, in [0, 2**64).
+        backend: "auto", or a name that `jaguar info` lists.
+        restore: how dense directions get back: "copy" of the trained tensors, or "module" by module while the model
+            runs; None: a copy where it needs under a tenth of the free memory, else "module". No bit depends on it.
+        shards: by name (`#position` where names are not known), the tensors that are parts of bigger ones.
+        group_values: numbers that parameter groups may set for themselves: lr, tau (1e-3), weight_decay (0.0) and
+            those that the method's rule declares.
+
+    Raises:
+        ValueError: an argument is out of range, or a number of the rule is missing; the message names what would be
+            right.
+
+    Equivalent to: `g = sum(rho * e for rho, e in zip(rhos, directions)) / n; rule(x, g)`.
     """
-
-    group_keys: tuple[str, ...]  # numbers
-    group_flags: tuple[str, ...] = ()  # everything else
-    momentum_key: ClassVar[str]
-    _direction: Direction  # set before the base is initialised
-
-    # What happens to coordinates whose perturbation rounding swallows; a dense e cannot leave them out.
-    _fate_of_lost = "move by chance only"
 
     # Non-finite losses in a row after which a run is given up.
     max_skipped = 25
+    # Whether groups must say with `ns` what are matrices, as those of `jaguar.param_groups` do.
+    by_role: ClassVar[bool] = False
 
     def __init__(
         self,
         params: Any,
-        defaults: dict[str, Any],
+        method: Method,
         *,
-        options: dict[str, Any],
-        estimator: str,
-        n_directions: int,
-        rho_clip: float | None,
-        rounding: str | None,
-        momentum_dtype: torch.dtype | None,
-        maximize: bool,
-        seed: int,
-        backend: str,
+        seed: int = 0,
+        backend: str = "auto",
+        restore: str | None = None,
+        shards: Mapping[str, Shard] | None = None,
+        **group_values: Any,
     ) -> None:
-        self._options = options | common_options(
-            estimator=estimator,
-            n_directions=n_directions,
-            rho_clip=rho_clip,
-            rounding=rounding,
-            momentum_dtype=momentum_dtype,
-            maximize=maximize,
-        )
-        self._maximize = maximize
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be a jaguar.Method, got {type(method).__name__}")
+        if restore not in (None, "copy", "module"):
+            raise ValueError(f"restore={restore!r}: choose 'copy' or 'module', or None")
+        self.method = method
         self._seed, self._backend = checked_seed(seed), ops.choose(backend)
-        self._estimator, self._n_directions, self._rho_clip = ESTIMATORS[estimator], n_directions, rho_clip
-        self._stochastic, self._momentum_dtype = rounding != "nearest", momentum_dtype
         self._step = self._skipped = self._skipped_in_a_row = self._n_frozen = 0
         self._last_finite: int | None = None
         self._broken = False
-        self._pending: Record | None = None
-        self._moved: Probe | None = None  # a probe that has not come back: a walk, or inside step()
+        self._measured: Measured | None = None
         self._last_record: Record | None = None
-        self._slots: list[Slot] = []
-        self._frozen = Frozen()
-        self._steps: Launches | None = None
-        self._roster = Roster([], {})
-        self._watch = Watch((*self.group_keys, *self.group_flags))
+        self._shards = dict(shards or {})
+        self._trained = Trained(method, self._backend, restore)
+        self._watch = Watch((*method.keys, *method.rule.flags))
         self._guard, self._modules = LossGuard(), ModuleState()
         self.lost_share: dict[str, float] | None = None
-        check_group(self.group_keys, defaults, "the optimizer", self.group_flags)
+        defaults = method.rule.completed({"tau": 1e-3, "weight_decay": 0.0} | group_values)
+        check_group(method.keys, defaults, "the optimizer", method.rule.flags)
         super().__init__(split_groups(params), defaults)
         if not self._slots:
             raise ValueError(
@@ -100,21 +103,9 @@ class ZerothOrder(Contract):
                 if self._n_frozen
                 else "the list of parameters is empty"
             )
-        ops.require(self._backend, self._slots, self._direction, self._n_directions)
-
-    # -- what a subclass says --------------------------------------------------------------------------------------
-
-    def _make_steps(self, slots: list[Slot]) -> Launches:
-        """The launches for these tensors."""
-        raise NotImplementedError
-
-    def _has_momentum(self, group: dict[str, Any]) -> bool:
-        """Whether tensors of this group have a momentum buffer."""
-        raise NotImplementedError
-
-    def _with_roles(self, slots: list[Slot]) -> list[Slot]:
-        """The tensors, each with what its launches do with it."""
-        return slots
+        check_shards(self._shards, self._slots)
+        method.direction.check(self._slots)
+        ops.require(self._backend, method, self._slots, self.param_groups)
 
     # -- the step protocol -----------------------------------------------------------------------------------------
 
@@ -133,9 +124,10 @@ class ZerothOrder(Contract):
             RuntimeError: the optimizer is broken by an earlier failure.
             TypeError, ValueError: the closure returned something that is no scalar.
         """
-        steps = self._prepare(closure)
+        inputs, lrs = self._begin(closure)
         with HeldInterrupts() as interrupts:
-            return self._evaluate(closure, steps, interrupts, hold=self._walks)
+            self._measured = self._evaluate(closure, inputs, lrs, interrupts, hold=self.method.walk)
+        return self._measured.record
 
     def apply_(self, record: Record) -> None:
         """Moves parameters and state by a measured step; needs no model, no data and no closure.
@@ -152,35 +144,16 @@ class ZerothOrder(Contract):
         self._check_usable()
         if not isinstance(record, Record):
             raise TypeError(f"apply_ takes a jaguar.Record, got {type(record).__name__}")
-        if record is not self._pending and self._moved is None:  # else a step has begun, and freezing is for the next
-            self._read_frozen()
-        n_losses = self._estimator.n_losses(self._n_directions)
-        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=self._frozen.mark)
+        measured = self._measured
+        if measured is None or (record is not measured.record and measured.probe is None):
+            self._trained.read_frozen()  # else a step has begun, and freezing is for the next
+        n_losses = self.method.estimator.n_losses
+        frozen = self._trained.frozen.mark
+        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=frozen)
         self._watch.check(self.param_groups)
-        steps, draws, momenta = self._launches(), self._draws(), self._momenta()
-        scalars = self._scalars(record)
-        if not record.skipped and not all(s.finite for s in scalars.values()):
-            raise ValueError(
-                f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
-            )
-        with HeldInterrupts(), torch.no_grad():
-            held = self._moved
-            try:
-                if held is None and self._walks:
-                    held = self._walked(steps, draws)
-                if not record.skipped:
-                    steps.update_(draws, self._roster.per_slot(scalars), momenta, held)
-                elif held is not None:
-                    held.abort()
-                self._moved = None
-            except BaseException:
-                # A kernel that could not be launched has written nothing.
-                self._broken = steps.wrote or (held is None and self._walks)
-                raise
-            self._finish(record)
-            torch.clear_autocast_cache()
-        if record.skipped:
-            warn_of_skipped(record, self._skipped)
+        self._launches()
+        with HeldInterrupts():
+            self._move(record, self._inputs(record.lrs))
 
     _hooked_apply = with_step_hooks(_apply)
 
@@ -193,9 +166,9 @@ class ZerothOrder(Contract):
             Mean of the measured losses: 0-dim, fp32 (fp64 for fp64 models), detached; NaN if one was not finite.
         """
         if closure is not None:
-            record = self._measure_and_apply(closure)
-        elif self._pending is not None:
-            record = self._pending
+            record = self._measure_and_move(closure)
+        elif self._measured is not None:
+            record = self._measured.record
             self._apply(record)
         else:
             raise RuntimeError(
@@ -209,11 +182,12 @@ class ZerothOrder(Contract):
     def discard_(self) -> None:
         """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
         self._check_usable()
-        self._pending = None
-        if self._moved is not None:
+        measured, self._measured = self._measured, None
+        if measured is not None and measured.probe is not None:
+            if self._roster.left():
+                self._launches()
             with HeldInterrupts(), torch.no_grad():
-                self._moved.abort()
-            self._moved = None
+                measured.probe.abort()
 
     def watch_dtype(self, dtype: torch.dtype) -> None:
         """Says once what a loss loses that was computed in `dtype`; for closures that widen it before they return."""
@@ -234,150 +208,167 @@ class ZerothOrder(Contract):
         """Number of steps whose loss was not finite."""
         return self._skipped
 
+    @property
+    def fraction(self) -> float:
+        """p: the probability that a coordinate is perturbed in a step (of a matrix, with a block layout)."""
+        total = sum(slot.total for slot in self._slots if slot.tensor.requires_grad)
+        return self.method.direction.fraction(total)
+
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
-        return self._estimator.rho(record.losses, self.param_groups[0]["tau"], double=self._roster.double)
+        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], self._roster.double)
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, closure: Closure) -> Launches:
+    def _begin(self, closure: Closure) -> tuple[StepInputs, tuple[float, ...]]:
         """Everything that may fail, or take long, before the parameters are moved."""
         self._check_usable()
-        if self._moved is not None:
+        if self._measured is not None and self._measured.probe is not None:
             raise RuntimeError(
                 "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
             )
         if not callable(closure):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
         self._watch.check(self.param_groups)
-        self._pending = None
-        self._read_frozen()
-        steps = self._launches()
+        self._measured = None
+        self._trained.read_frozen()
+        bound = self._launches()
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        inputs = self._inputs(lrs)
+        bound.prepare(inputs)
         if self._step == 0 and self.lost_share is None:
             with torch.no_grad():
-                lost = steps.lost(self._draws()[0], self._taus())
+                lost = bound.lost(inputs)
             self.lost_share = {part.name: part.share for part in lost}
-            warn_of_lost(lost, self._fate_of_lost)
-        return steps
+            warn_of_lost(lost, self.method.direction.fate_of_lost)
+        return inputs, lrs
 
-    def _evaluate(self, closure: Closure, steps: Launches, interrupts: HeldInterrupts, hold: bool) -> Record:
-        """The evaluations of a step; with `hold` the last probe stays where it is, and `_moved` knows it."""
-        draws, double = self._draws(), self._roster.double
+    def _evaluate(
+        self, closure: Closure, inputs: StepInputs, lrs: tuple[float, ...], interrupts: HeldInterrupts, hold: bool
+    ) -> Measured:
+        """The evaluations of a step; with `hold` the last probe stays where it is."""
+        trained, roster = self._trained, self._trained.roster
         seed = rng.closure_seed(self._seed, self._step)
-        lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        surroundings = Isolation(closure, self._roster.devices, self._modules, self._step, self._roster.tensors)
+        surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors)
         with surroundings as isolation, torch.no_grad():
 
             def evaluate() -> float:
-                with interrupts.let_through(), explained():
-                    return self._guard.as_float(isolation.evaluate(closure, seed), double)
+                try:
+                    with interrupts.let_through(), explained():
+                        return self._guard.as_float(isolation.evaluate(closure, seed), roster.double)
+                finally:
+                    if roster.left():  # the closure has moved a tensor
+                        self._launches()
 
-            probes = steps.probes(draws, self._taus())
-            losses = self._estimator.measure(evaluate, probes, hold)
-            self._moved = probes[-1] if hold else None
-            record = Record(
-                self._step, lrs, losses, skipped=not all(map(math.isfinite, losses)), frozen=self._frozen.mark
+            def stepped(derivatives: Derivatives) -> AbstractContextManager[None]:
+                trained.make_state()
+                tried = replace(inputs, scalars=self._scalars(lrs, derivatives), state=roster.state)
+                return trial(trained.bound, tried, roster.tensors)
+
+            probes = trained.bound.probes(inputs)
+            losses = self.method.estimator.measure(evaluate, probes, hold, stepped)
+            held = probes[-1] if hold else None
+            try:
+                record = self._recorded(losses, lrs)
+            except BaseException:
+                if held is not None:
+                    held.abort()
+                raise
+        if roster.slots:
+            self._guard.watch(losses, trained.bound.n_perturbed(inputs))
+        return Measured(record, held)
+
+    def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> Record:
+        finite = all(map(math.isfinite, losses))
+        record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
+        if finite and not all_finite(self._scalars(lrs, self._derivatives(record))):
+            record = replace(record, skipped=True)  # finite losses, but rho overflows
+        if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
+            raise NonFiniteLoss(
+                f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last finite step: "
+                f"{'none' if self._last_finite is None else self._last_finite}. Lower lr or tau, or look at the data"
             )
-            if not record.skipped and not all(s.finite for s in self._scalars(record).values()):
-                record = replace(record, skipped=True)  # finite losses, but rho overflows
-            if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
-                self.discard_()
-                raise NonFiniteLoss(
-                    f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last "
-                    f"finite step: {'none' if self._last_finite is None else self._last_finite}. Lower lr or tau, or "
-                    "look at the data"
-                )
-            self._pending = record
-        if self._roster.slots:
-            self._guard.watch(losses, steps.n_perturbed(draws[0]))
         return record
 
-    def _measure_and_apply(self, closure: Closure) -> Record:
-        steps = self._prepare(closure)
+    def _measure_and_move(self, closure: Closure) -> Record:
+        inputs, lrs = self._begin(closure)
         with HeldInterrupts() as interrupts:
             try:
-                record = self._evaluate(closure, steps, interrupts, hold=self._walks or steps.takes_back)
-                self._apply(record)
+                hold = self.method.walk or self._trained.bound.fuses_restore
+                self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
+                self._move(measured.record, inputs)
             except BaseException:
                 if not self._broken:  # nothing was written: the parameters go back to where the step began
                     self.discard_()
                 raise
-        return record
+        return measured.record
+
+    def _move(self, record: Record, inputs: StepInputs) -> None:
+        """Moves parameters and state by a record that belongs here; interrupts are held."""
+        bound, method = self._trained.bound, self.method
+        moves = not record.skipped and method.estimator.moves(record.losses)
+        scalars = self._scalars(record.lrs, self._derivatives(record) if moves else None)
+        if not all_finite(scalars):
+            raise ValueError(
+                f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
+            )
+        with torch.no_grad():
+            if moves:
+                self._trained.make_state()
+            probe = None if self._measured is None else self._measured.probe
+            inputs = replace(inputs, scalars=scalars, state=self._roster.state, probe=probe)
+            replays = probe is None and method.walk
+            if moves or replays:
+                bound.prepare(inputs)
+            try:
+                if replays:
+                    probe = self._walked(inputs)
+                if moves:
+                    bound.update_(replace(inputs, probe=probe) if replays else inputs)
+                elif probe is not None:
+                    probe.abort()
+            except BaseException:
+                # A kernel that could not be launched has written nothing.
+                self._broken = bound.wrote or replays
+                raise
+            self._measured, self._last_record = None, record
+            self._finish(record)
+            torch.clear_autocast_cache()
+        if record.skipped:
+            warn_of_skipped(record, self._skipped)
+
+    def _inputs(self, lrs: Sequence[float]) -> StepInputs:
+        """What is given to the launches before the losses are known."""
+        draws = tuple(Draw(self._seed, self._step, k) for k in range(self.method.estimator.n_directions))
+        return self._trained.inputs(draws, self._scalars(lrs))
+
+    def _scalars(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
+        return self._trained.scalars(self.param_groups, lrs, self._step - self._skipped + 1, derivatives)
+
+    def _launches(self) -> Bound:
+        return self._trained.launches(self.param_groups, self.state)
+
+    def _derivatives(self, record: Record) -> Derivatives:
+        return lambda tau, double: self.method.estimator.along(record.losses, tau, double)
 
     @property
-    def _walks(self) -> bool:
-        return self._options.get("restore") == "walk"
+    def _slots(self) -> list[Slot]:
+        return self._trained.slots
 
-    def _draws(self) -> list[Draw]:
-        return [Draw(self._seed, self._step, k) for k in range(self._n_directions)]
+    @property
+    def _roster(self) -> Roster:
+        return self._trained.roster
 
-    def _launches(self) -> Launches:
-        """The launches, over tensors that were seen to be in their places."""
-        if self._steps is None:
-            self._slots = self._with_roles(self._slots)
-            trained = [slot for slot in self._slots if slot.tensor.requires_grad]
-            self._steps, self._roster = self._make_steps(trained), Roster(trained, self.state)
-        elif self._roster.state is not self.state:
-            self._roster = Roster(self._roster.slots, self.state)
-        if self._roster.check():
-            self._steps.check(self._roster.momenta())
-        return self._steps
-
-    def _read_frozen(self) -> None:
-        if self._frozen.read(self._slots):
-            self._steps = None
-
-    def _taus(self) -> list[float]:
-        kinds = {k: rules.rounded(self.param_groups[k.group]["tau"], k.double) for k in self._roster.kinds}
-        return self._roster.per_slot(kinds)
-
-    def _scalars(self, record: Record) -> dict[Kind, rules.Scalars]:
-        """The scalars of every parameter group and compute dtype."""
-        made = {}
-        for kind in self._roster.kinds:
-            group = self.param_groups[kind.group]
-            rho = [] if record.skipped else self._estimator.rho(record.losses, group["tau"], double=kind.double)
-            made[kind] = rules.step_scalars(
-                [-r for r in rho] if self._maximize else rho,
-                lr=record.lrs[kind.group] * kind.rate,
-                gain=kind.gain,
-                beta=group.get(self.momentum_key, 0.0),
-                tau=group["tau"],
-                weight_decay=group["weight_decay"],
-                rho_clip=self._rho_clip,
-                double=kind.double,
-            )
-        return made
-
-    def _momenta(self) -> list[Tensor | None]:
-        """The momentum of every slot, made where it is missing: parameter precision, but bf16 for fp16."""
-        momenta = self._roster.momenta()
-        missing = [slot for slot, m in zip(self._roster.slots, momenta, strict=True) if m is None]
-        for slot in missing:
-            if self._has_momentum(self.param_groups[slot.group]):
-                own = torch.bfloat16 if slot.tensor.dtype == torch.float16 else slot.tensor.dtype
-                with torch.inference_mode(False):  # state made in inference mode could not be written to outside it
-                    self.state[slot.tensor]["momentum"] = torch.zeros(
-                        slot.tensor.shape, dtype=self._momentum_dtype or own, device=slot.tensor.device
-                    )
-        if missing:
-            momenta = self._roster.momenta()
-            self._launches().check(momenta)
-        return momenta
-
-    def _walked(self, steps: Launches, draws: list[Draw]) -> Probe | None:
+    def _walked(self, inputs: StepInputs) -> Probe | None:
         """Walks as `measure` did: a record is replayed."""
         probe = None
-        for probe in steps.probes(draws, self._taus()):
-            self._moved = probe
-            probe.plus()
-            if self._estimator.name == "two-sided":
-                probe.minus()
+        for probe in self._trained.bound.probes(inputs):
+            for point in self.method.estimator.points:
+                probe.to(point)
         return probe
 
     def _finish(self, record: Record) -> None:
         self._step += 1
-        self._pending, self._last_record = None, record
         self._opt_called = True  # what schedulers look for; they see step() only, and apply_ is a step too
         if record.skipped:
             self._skipped += 1
@@ -404,25 +395,33 @@ class ZerothOrder(Contract):
             raise RuntimeError(
                 "a parameter group can be added only before the first measure: the records made so far would not fit it"
             )
-        group, n_frozen = prepared_group(param_group, self.param_groups, self.group_keys, self.group_flags)
+        method, number = self.method, len(self.param_groups)
+        if isinstance(param_group, dict):
+            param_group = method.rule.prepared(param_group, number, self.defaults)
+        group, n_frozen = prepared_group(param_group, self.param_groups, method.keys, method.rule.flags)
+        for key in method.keys:
+            if key not in group and key not in self.defaults:
+                raise ValueError(f"parameter group {number} has no {key}: pass {key}=... to the optimizer or the group")
         groups = list(self.param_groups)
         super().add_param_group(group)
         try:
-            self._slots = slots_of(self.param_groups, known=self._slots)
+            slots = slots_of(self.param_groups, self._slots, self._shards)
+            self._trained.take(method.in_roles(slots, self.param_groups))
         except ValueError:
             self.param_groups[:] = groups
             raise
         self._n_frozen += n_frozen
-        self._steps = None
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_usable()
-        if self._moved is not None:
+        if self._measured is not None and self._measured.probe is not None:
             raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
-        return packed(state, self.group_keys, self._saved())
+        return packed(state, tuple(self.method.keys), self._saved())
 
     def _saved(self) -> Saved:
-        options = deciding(self._options, type(self), self._slots)
+        options = self.method.options()
+        if rows := [f"{slot.name}[{slot.kept}]" for slot in self._slots if slot.kept is not None]:
+            options["padding_rows"] = ", ".join(rows)
         return Saved(self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite, options)
 
     def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
@@ -431,19 +430,14 @@ class ZerothOrder(Contract):
         self.state.update(exact)
         self._step, self._seed, self._last_finite = saved.step, saved.seed, saved.last_finite
         self._skipped, self._skipped_in_a_row = saved.skipped, saved.skipped_in_a_row
-        self._broken, self._pending, self._moved, self._last_record = False, None, None, None
+        self._broken, self._measured, self._last_record = False, None, None
         self._watch.restart(self.param_groups if self._step else None)
-        self._slots, self._steps = slots_of(self.param_groups, known=self._slots), None
+        self._trained.take(slots_of(self.param_groups, self._slots, self._shards))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a wrapper of this very object's step into the instance; a copy must not carry it.
         return {key: value for key, value in self.__dict__.items() if not key.endswith("_hooks") and key != "step"}
 
     def __repr__(self) -> str:
-        backend = ops.summary(self._backend, self._slots, self._direction, self._n_directions)
-        now = f"backend: {backend}, seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"
-        lines = [*self._describe(), now, *["maximizes the loss"] * self._maximize]
-        return shown(self, self.group_keys, self.group_flags, self._slots, self._n_frozen, lines)
-
-    def _describe(self) -> list[str]:
-        return [", ".join(f"{key}={value}" for key, value in self._options.items())]
+        now = f"seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"
+        return shown(self, self.method, self._slots, self._n_frozen, self._backend, now)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jaguar.params import Slot, canonical_name
+from jaguar.params import canonical_name
 
 # Options that earlier versions did not have, and what they did.
 _SINCE = {"maximize": False}
@@ -25,7 +25,7 @@ class Saved:
         skipped: steps whose loss was not finite.
         skipped_in_a_row: the last of them without one between that was.
         last_finite: the last step whose loss was, if there was one.
-        options: those that decide bits, as `deciding` gives them.
+        options: those that decide bits: a `Method` as plain values, and the rows that stay.
     """
 
     step: int
@@ -44,19 +44,6 @@ class Saved:
         """What `entry` gave; entries of later versions may have more."""
         known = {field.name: entry[field.name] for field in fields(cls)}
         return cls(**known | {"last_finite": None if entry["last_finite"] < 0 else entry["last_finite"]})
-
-
-def deciding(options: dict[str, Any], kind: type, slots: Sequence[Slot]) -> dict[str, Any]:
-    """The options that decide bits: not how a step gets back, unless it walks, nor the name of a subclass of a user."""
-    options = dict(options)
-    if options.get("restore") != "walk" and "restore" in options:
-        options["restore"] = None
-    if "optimizer" in options:
-        own = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("jaguar.")]
-        options["optimizer"] = own[0]
-    if rows := [f"{slot.name}[{slot.kept}]" for slot in slots if slot.kept is not None]:
-        options["padding_rows"] = ", ".join(rows)
-    return options
 
 
 def packed(state_dict: dict[str, Any], numbers: Sequence[str], own: Saved) -> dict[str, Any]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import gc
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any
 
 from torch import nn
 
-from jaguar.params import Slot, build_slots, identity
+from jaguar.params import Shard, Slot, build_slots, identity
 
 # Names that a table may have; looking for the modules of a tensor takes a tenth of a second.
 _TABLE = re.compile(r"#\d+|(?:.*\.)?[^.]*(?:weight|emb)[^.]*", re.IGNORECASE)
 
 
-def slots_of(groups: list[dict[str, Any]], known: Sequence[Slot]) -> list[Slot]:
+def slots_of(
+    groups: list[dict[str, Any]], known: Sequence[Slot], shards: Mapping[str, Shard] | None = None
+) -> list[Slot]:
     """The slots of parameter groups, those of embeddings with the row that stays as it is.
 
     A row of `padding_idx` has no gradient through its embedding, so it is neither perturbed nor moved nor decayed nor
@@ -28,12 +30,15 @@ def slots_of(groups: list[dict[str, Any]], known: Sequence[Slot]) -> list[Slot]:
     Args:
         groups: torch's.
         known: slots of tensors whose modules were looked for before.
+        shards: as `build_slots`.
 
     Raises:
         ValueError: a table has `max_norm`, or as `build_slots`.
     """
     rows = {slot.tensor: slot.kept for slot in known}
-    slots = [replace(s, kept=rows[s.tensor]) if rows.get(s.tensor) is not None else s for s in build_slots(groups)]
+    slots = [
+        replace(s, kept=rows[s.tensor]) if rows.get(s.tensor) is not None else s for s in build_slots(groups, shards)
+    ]
     tables = {
         identity(slot.tensor): slot
         for slot in slots

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from jaguar.params import canonical_name, check_tensor, identity, named_entries
-from jaguar.rules import rounded
+from jaguar.params import canonical_name, check_tensor, identity, is_int, named_entries
+from jaguar.rules import COMMON, Range
 
 
 def split_groups(params: Any) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def split_groups(params: Any) -> list[dict[str, Any]]:
     return [{"params": entries}]
 
 
-def check_group(keys: Sequence[str], group: dict[str, Any], where: str, flags: Sequence[str] = ()) -> None:
+def check_group(keys: Mapping[str, Range], group: Mapping[str, Any], where: str, flags: Sequence[str] = ()) -> None:
     """Raises ValueError for an option that a group cannot have, or a number (`keys`) outside its range."""
     for key in group:
         if key not in (*keys, *flags, "params", "param_names", "initial_lr"):
@@ -47,18 +46,12 @@ def check_group(keys: Sequence[str], group: dict[str, Any], where: str, flags: S
             value = float(group[key])
         except (TypeError, ValueError, RuntimeError):  # of a tensor with more than one element
             raise ValueError(f"{key}={group[key]!r} of {where} is not a number") from None
-        if key == "tau" and not (0.0 < value < math.inf and rounded(value) > 0.0):
-            raise ValueError(
-                f"tau={value} of {where}: the length of the perturbation must be positive (1e-3 is common)"
-            )
-        if key in ("lr", "vector_lr", "weight_decay") and not 0.0 <= value < math.inf:
-            raise ValueError(f"{key}={value} of {where} must be at least 0")
-        if key in ("beta", "momentum") and not 0.0 <= value < 1.0:
-            raise ValueError(f"{key}={value} of {where} must lie in [0, 1)")
+        if not keys[key].admits(value):
+            raise ValueError(f"{key}={value} of {where}{keys[key].wanted}")
 
 
 def prepared_group(
-    group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Sequence[str], flags: Sequence[str] = ()
+    group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Mapping[str, Range], flags: Sequence[str] = ()
 ) -> tuple[dict[str, Any], int]:
     """The group as torch takes it, and how many frozen tensors were left out.
 
@@ -132,10 +125,21 @@ class Watch:
                         "run; only lr may be "
                         "scheduled (with OneCycleLR: cycle_momentum=False)"
                     )
-            check_group(["lr"], {"lr": group["lr"]}, f"parameter group {i}")
+            check_group(COMMON, {"lr": group["lr"]}, f"parameter group {i}")
 
     def restart(self, groups: Sequence[dict[str, Any]] | None) -> None:
         """Takes these groups as the first ones (None: the next ones that are checked)."""
         self._first = None
         if groups is not None:
             self.check(groups)
+
+
+def checked_seed(seed: Any) -> int:
+    """`seed`, if it is a uint64.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not is_int(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}: give an int in [0, 2**64)")
+    return int(seed)

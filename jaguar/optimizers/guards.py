@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaguar.launches import Lost
+from jaguar.launches import Lost, State
 from jaguar.params import Slot
 from jaguar.record import Record
+from jaguar.rules import Buffer
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
@@ -125,20 +126,22 @@ def warn_of_skipped(record: Record, n_skipped: int) -> None:
         )
 
 
-def check_storage(slots: Sequence[Slot], momenta: Sequence[Tensor | None]) -> None:
-    """Raises RuntimeError where a parameter or its momentum is not where it should be; nothing was changed yet."""
-    for slot, momentum in zip(slots, momenta, strict=True):
+def check_storage(slots: Sequence[Slot], buffers: Sequence[tuple[Buffer, ...]], state: State) -> None:
+    """Raises RuntimeError where a parameter or its state is not where it should be; nothing was changed yet."""
+    for slot, own, held in zip(slots, buffers, state, strict=True):
         x = slot.tensor
-        for what, tensor in ((slot.name, x), (f"the momentum of {slot.name}", momentum)):
-            if tensor is not None and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        named = [(f"the {b.name} of {slot.name}", m) for b, m in zip(own, held, strict=False)]
+        for what, tensor in ((slot.name, x), *named):
+            if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
                 raise RuntimeError(
                     f"the storage of {what} was freed (offloaded or resharded); bring it back before the step"
                 )
-        if momentum is not None and (momentum.shape != x.shape or momentum.device != x.device):
-            raise RuntimeError(
-                f"the momentum of {slot.name} is {tuple(momentum.shape)} on {momentum.device}, the parameter "
-                f"{tuple(x.shape)} on {x.device}; make the optimizer after moving the model"
-            )
+        for what, m in named:
+            if m.shape != x.shape or m.device != x.device:
+                raise RuntimeError(
+                    f"{what} is {tuple(m.shape)} on {m.device}, the parameter {tuple(x.shape)} on {x.device}; make "
+                    "the optimizer after moving the model"
+                )
 
 
 def warn_of_lost(lost: Sequence[Lost], consequence: str) -> None:

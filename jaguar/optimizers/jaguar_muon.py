@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from jaguar import ops
-from jaguar.directions import Coordinates, matrix_shape
-from jaguar.launches import Launches
-from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
-from jaguar.optimizers.matrices import NS, listed, matrix_shapes
-from jaguar.optimizers.options import is_int
-from jaguar.params import Slot
-from jaguar.schemes import SCHEMES, checked, scalar_iterate
-
-# vector_lr as a multiple of lr, where it is not given.
-_VECTOR_RATIO = 0.01
-_ADJUSTMENTS = (None, "original", "match_rms_adamw")
+from jaguar.directions import Coordinates, ReleasedBlock
+from jaguar.estimators import estimator as make_estimator
+from jaguar.method import Method
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.common import refuse_with_released
+from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
+from jaguar.params import Shard
+from jaguar.rules import AveragedSign
 
 
-class JaguarMuon(CoordinateMomentum):
+class JaguarMuon(ZerothOrder):
     """Muon with momentum on sampled coordinates: matrices move along the polar factor of their momentum.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   e = sum over i in S of s_i e_i
@@ -74,6 +68,7 @@ class JaguarMuon(CoordinateMomentum):
         seed: of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists; "cuda": Newton-Schulz in csrc, other launches as "auto".
         released: see above; excludes the sampling, beta, update, ns and vector_lr arguments.
+        shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
 
     Raises:
         ValueError: an argument is out of range, or a group has no `ns`; the message names what would be right.
@@ -82,8 +77,7 @@ class JaguarMuon(CoordinateMomentum):
     Equivalent to: `M[S] = beta * M[S] + (1 - beta) * rho * s; X -= lr * jaguar.newton_schulz(M)`.
     """
 
-    group_keys: tuple[str, ...] = ("lr", "tau", "beta", "weight_decay", "vector_lr")
-    group_flags: tuple[str, ...] = ("ns",)
+    by_role: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -112,158 +106,35 @@ class JaguarMuon(CoordinateMomentum):
         seed: int = 0,
         backend: str = "auto",
         released: bool = False,
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        steps = checked(ns_steps, ns_coefficients, ns_dtype)
-        if not is_int(ns_period) or ns_period < 1:
-            raise ValueError(f"ns_period={ns_period!r}: give an int of at least 1; 1 moves every matrix in every step")
-        if adjust_lr not in _ADJUSTMENTS:
-            raise ValueError(f"adjust_lr={adjust_lr!r}: choose {', '.join(map(repr, _ADJUSTMENTS))}")
-        self._period, self._adjust, self._ns_backend = ns_period, adjust_lr, ops.choose(backend)
-        self._ns: dict[str, Any] = {"steps": steps, "coefficients": ns_coefficients, "dtype": ns_dtype}
-        self._released = bool(released)
-        options = {
-            "ns_steps": steps,
-            "ns_coefficients": ns_coefficients,
-            "ns_dtype": str(ns_dtype),
-            "ns_period": ns_period,
-            "adjust_lr": adjust_lr,
-        }
-        fixed = {
-            "coordinates": (coordinates, 0.01),
-            "layout": (layout, "uniform"),
-            "signs": (signs, "rademacher"),
-            "update": (update, "sampled"),
-            "beta": (beta, 0.9),
-            "ns_steps": (ns_steps, None),
-            "ns_coefficients": (ns_coefficients, "cubic"),
-            "ns_dtype": (ns_dtype, torch.bfloat16),
-            "ns_period": (ns_period, 1),
-            "vector_lr": (vector_lr, None),
-            "adjust_lr": (adjust_lr, None),
-        }
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "tau": tau,
-                "beta": beta,
-                "weight_decay": weight_decay,
-                "vector_lr": _ratio(vector_lr, lr),
-            },
-            options=options,
-            coordinates=coordinates,
-            layout=layout,
-            signs=signs,
-            update=update,
-            released=released,
-            fixed=fixed,
-            estimator=estimator,
-            n_directions=n_directions,
-            rho_clip=rho_clip,
-            maximize=maximize,
-            rounding=rounding,
+        rule: AveragedSign = Orthogonal(update, True, ns_steps, ns_coefficients, ns_dtype, ns_period, adjust_lr)
+        numbers: dict[str, Any] = {"lr": lr, "tau": tau, "weight_decay": weight_decay}
+        if released:
+            refuse_with_released(
+                JaguarMuon,
+                coordinates=coordinates,
+                layout=layout,
+                signs=signs,
+                update=update,
+                beta=beta,
+                ns_steps=ns_steps,
+                ns_coefficients=ns_coefficients,
+                ns_dtype=ns_dtype,
+                ns_period=ns_period,
+                vector_lr=vector_lr,
+                adjust_lr=adjust_lr,
+            )
+            rule = ReleasedOrthogonal()
+        else:
+            numbers |= {"beta": beta, "vector_lr": vector_lr}
+        sampling = Coordinates(coordinates, layout, signs)
+        method = Method(
+            ReleasedBlock() if released else sampling,
+            rule,
+            make_estimator(estimator, n_directions, rho_clip),
+            rounding=rounding or "stochastic",
             momentum_dtype=momentum_dtype,
-            seed=seed,
-            backend="auto" if backend == "cuda" else backend,
+            maximize=maximize,
         )
-        self._check_backend(self._slots)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, with its `ns`; only before the first `measure`."""
-        if isinstance(param_group, dict):
-            if "ns" not in param_group and not self._released:
-                raise ValueError(
-                    f"parameter group {len(self.param_groups)} does not say whether Newton-Schulz moves its matrices: "
-                    "pass jaguar.param_groups(model), or dicts with 'ns': True or False"
-                )
-            if "ns" in param_group:
-                param_group = param_group | {"ns": _checked_ns(param_group["ns"])}
-            if param_group.get("vector_lr") is not None and not self._released:
-                lr = param_group.get("lr", self.defaults["lr"])
-                param_group = param_group | {"vector_lr": _ratio(param_group["vector_lr"], lr)}
-        super().add_param_group(param_group)
-
-    def _check_backend(self, slots: Sequence[Slot]) -> None:
-        """Raises Unavailable where Newton-Schulz of a matrix cannot run; before anything is written."""
-        for slot in filter(self._is_matrix, slots):
-            ops.assigned(self._ns_backend, slot.tensor, self._ns["steps"], self._ns["dtype"])
-
-    def _is_matrix(self, slot: Slot) -> bool:
-        return not self._released and len(slot.shape) >= 2 and bool(self.param_groups[slot.group]["ns"])
-
-    def _with_roles(self, slots: list[Slot]) -> list[Slot]:
-        return [replace(slot, **self._role(slot)) for slot in slots]
-
-    def _role(self, slot: Slot) -> dict[str, Any]:
-        """How far a tensor moves, and by which rule."""
-        if self._released:
-            return {"gain": _released_gain(slot)}
-        group = self.param_groups[slot.group]
-        if not self._is_matrix(slot):
-            return {"rate": float(group["vector_lr"])}
-        rows, columns = matrix_shapes(slot, group["ns"])
-        gain = 1.0
-        if self._adjust == "original" and columns:
-            gain = math.sqrt(max(1.0, rows / columns))
-        elif self._adjust == "match_rms_adamw":
-            gain = 0.2 * math.sqrt(max(rows, columns))
-        return {"rate": float(self._period), "gain": gain, "signed": False}
-
-    def _make_steps(self, slots: Sequence[Slot]) -> Launches:
-        if self._released:
-            return super()._make_steps(slots)
-        assert isinstance(self._direction, Coordinates)
-        self._check_backend(slots)
-        stacked = [s.stream for s in slots if len(s.shape) == 3 and self.param_groups[s.group]["ns"] != "flatten"]
-        return ops.muon_steps(
-            self._backend,
-            slots,
-            self._direction,
-            stacked=frozenset(stacked),
-            newton_schulz=ops.NewtonSchulz(self._ns_backend, **self._ns),
-            period=self._period,
-            **self._how,
-        )
-
-    def _describe(self) -> list[str]:
-        if self._released:
-            return [*super()._describe(), "all tensors: the closed form of the released code's ten quintic steps"]
-        matrices = [slot for slot in self._slots if self._is_matrix(slot)]
-        names = [ops.assigned(self._ns_backend, s.tensor, self._ns["steps"], self._ns["dtype"]) for s in matrices]
-        how = f"{self._ns['coefficients']}, {self._ns['steps']} steps, {self._ns['dtype']}"
-        turns = f", each in 1 of {self._period} steps" if self._period > 1 else ""
-        return [
-            *super()._describe(),
-            f"Newton-Schulz: {how}{turns}, on {' and '.join(dict.fromkeys(names)) or 'nothing'}",
-            f"  moves {listed(matrices)}",
-            f"  the sign rule moves {listed([slot for slot in self._slots if not self._is_matrix(slot)])}",
-        ]
-
-
-def _ratio(vector_lr: float | None, lr: float) -> float:
-    if vector_lr is None:
-        return _VECTOR_RATIO
-    for name, value in (("lr", lr), ("vector_lr", vector_lr)):
-        if not isinstance(value, (int, float)) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-            raise ValueError(f"{name}={value!r} is not a number")
-    if not 0.0 <= vector_lr < math.inf:
-        raise ValueError(f"vector_lr={vector_lr} must be at least 0")
-    if not lr > 0:
-        raise ValueError(f"vector_lr={vector_lr} is kept as its ratio to lr, and lr={lr}: give an lr above 0")
-    return float(vector_lr) / float(lr)
-
-
-def _checked_ns(ns: Any) -> bool | str:
-    if isinstance(ns, str) or ns not in NS:  # 0 == False, and numpy has truths of its own
-        if ns != "flatten":
-            raise ValueError(f"ns={ns!r}: choose {', '.join(map(repr, NS))}")
-        return "flatten"
-    return bool(ns)
-
-
-def _released_gain(slot: Slot) -> float:
-    """Length of the closed form's step on the drawn entries: of a rank-one block, or of a vector over its 2-norm."""
-    rows, columns = matrix_shape(slot.shape)
-    drawn = max(1, rows // 10) * max(1, columns // 10)
-    quintic = SCHEMES["quintic"].coefficients(10)
-    return (scalar_iterate(1.0, quintic) if len(slot.shape) >= 2 else 1.0) / math.sqrt(drawn)
+        super().__init__(params, method, seed=seed, backend=backend, shards=shards, **numbers)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from jaguar.optimizers.coordinate_momentum import CoordinateMomentum
+from jaguar.directions import Coordinates, ReleasedBlock
+from jaguar.estimators import estimator as make_estimator
+from jaguar.method import Method
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.common import refuse_with_released
+from jaguar.params import Shard
+from jaguar.rules import AveragedSign
 
 _DEFAULT_LR = {"sampled": 1e-4, "all": 1e-6}
 
 
-class JaguarSignSGD(CoordinateMomentum):
+class JaguarSignSGD(ZerothOrder):
     """SignSGD with momentum on sampled coordinates: two forward passes a step, one momentum buffer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   e = sum over i in S of s_i e_i
@@ -44,6 +50,7 @@ class JaguarSignSGD(CoordinateMomentum):
         backend: "auto", or a name that `jaguar info` lists.
         released: what the authors' released code computes (one joint block of 10 % of the rows x 10 % of the columns
             per matrix, the same sign, no momentum), for table parity; excludes the sampling, beta and update arguments.
+        shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.
@@ -51,8 +58,6 @@ class JaguarSignSGD(CoordinateMomentum):
     Source: arXiv 2506.04430, Algorithm 1.
     Equivalent to: `m[S] = beta * m[S] + (1 - beta) * rho * s; x[S] -= lr * m[S].sign()`.
     """
-
-    group_keys: tuple[str, ...] = ("lr", "tau", "beta", "weight_decay")
 
     def __init__(
         self,
@@ -75,30 +80,26 @@ class JaguarSignSGD(CoordinateMomentum):
         seed: int = 0,
         backend: str = "auto",
         released: bool = False,
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        given = {"coordinates": coordinates, "layout": layout, "signs": signs, "update": update, "beta": beta}
-        usual = inspect.signature(JaguarSignSGD).parameters
-        super().__init__(
-            params,
-            {
-                "lr": _DEFAULT_LR.get(update) if lr is None else lr,
-                "tau": tau,
-                "beta": beta,
-                "weight_decay": weight_decay,
-            },
-            options={},
-            coordinates=coordinates,
-            layout=layout,
-            signs=signs,
-            update=update,
-            released=released,
-            fixed={name: (value, usual[name].default) for name, value in given.items()},
-            estimator=estimator,
-            n_directions=n_directions,
-            rho_clip=rho_clip,
-            maximize=maximize,
-            rounding=rounding,
+        if released:
+            refuse_with_released(
+                JaguarSignSGD, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
+            )
+        sampling = Coordinates(coordinates, layout, signs)
+        method = Method(
+            ReleasedBlock() if released else sampling,
+            AveragedSign(update, averages=not released),
+            make_estimator(estimator, n_directions, rho_clip),
+            rounding=rounding or "stochastic",
             momentum_dtype=momentum_dtype,
-            seed=seed,
-            backend=backend,
+            maximize=maximize,
         )
+        numbers: dict[str, Any] = {
+            "lr": _DEFAULT_LR[update] if lr is None else lr,
+            "tau": tau,
+            "weight_decay": weight_decay,
+        }
+        if not released:
+            numbers["beta"] = beta
+        super().__init__(params, method, seed=seed, backend=backend, shards=shards, **numbers)

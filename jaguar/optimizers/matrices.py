@@ -6,15 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from jaguar.directions import matrix_shape
 from jaguar.optimizers.roles import Role, is_factor, roles_of
 from jaguar.params import Slot, identity
-
-# How a group's tensors with two or more dimensions are read.
-NS = (True, False, "flatten")
 
 
 def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -87,12 +82,6 @@ def _outside(model: nn.Module) -> set[Any]:
         if isinstance(base, nn.Module) and base is not inner:
             found |= {_key(p) for p in inner.parameters()} - {_key(p) for p in base.parameters()}
     return found
-
-
-def matrix_shapes(slot: Slot, ns: Any) -> tuple[int, int]:
-    """Rows and columns of the matrix (or of each matrix of a batch) that Newton-Schulz sees."""
-    shape = slot.shape[1:] if ns != "flatten" and len(slot.shape) == 3 else slot.shape
-    return matrix_shape(torch.Size(shape))
 
 
 def collapsed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str, int]]:

@@ -6,36 +6,80 @@ from collections.abc import Sequence
 
 import torch
 
+from jaguar import ops
+from jaguar.directions import Sparse
+from jaguar.method import Method
+from jaguar.optimizers.matrices import listed
+from jaguar.optimizers.state import buffers_of, state_dtype
+from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
 from jaguar.params import Slot
 
 
 def shown(
-    optimizer: torch.optim.Optimizer,
-    numbers: Sequence[str],
-    flags: Sequence[str],
-    slots: Sequence[Slot],
-    n_frozen: int,
-    how: Sequence[str],
+    optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Slot], n_frozen: int, backend: str, now: str
 ) -> str:
     """What an optimizer trains, how, and each group's values.
 
     Args:
         optimizer: its name and its groups are shown.
-        numbers: keys of the groups that have a number.
-        flags: further keys, which a group may have.
+        method: what it computes.
         slots: what it trains.
         n_frozen: tensors that were left out.
-        how: lines between those of the tensors and those of the groups.
+        backend: what was asked for.
+        now: where it stands.
     """
     count = sum(slot.count for slot in slots)
     frozen = f", {n_frozen} frozen tensors left out" if n_frozen else ""
     later = sum(not slot.tensor.requires_grad for slot in slots)
     frozen += f", {later} of them frozen now" if later else ""
-    lines = [f"parameters: {len(slots)} tensors, {count:,} elements{frozen}", *how]
+    lines = [f"parameters: {len(slots)} tensors, {count:,} elements{frozen}"]
+    lines += _method(optimizer, method, slots)
+    lines += _matrices(optimizer, method, slots, backend)
+    launches = "auto" if backend == "cuda" else backend
+    lines += [f"backend: {ops.summary(launches, method, slots, optimizer.param_groups)}, {now}"]
+    lines += ["maximizes the loss"] * method.maximize
     lines += [f"padding row {slot.kept} of {slot.name} stays as it is" for slot in slots if slot.kept is not None]
     for i, group in enumerate(optimizer.param_groups):
         # A learning rate may be a tensor of one element.
-        values = [f"{key}={float(group[key]):g}" for key in numbers]
-        values += [f"{key}={group[key]}" for key in flags if key in group]
+        values = [f"{key}={float(group[key]):g}" for key in method.keys]
+        values += [f"{key}={group[key]}" for key in method.rule.flags if key in group]
         lines.append(f"group {i}: {len(group['params'])} tensors, {', '.join(values)}")
     return f"{type(optimizer).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+
+def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Slot]) -> list[str]:
+    """Lines about the parts of a method, its cost and its state."""
+    total = sum(slot.total for slot in slots if slot.tensor.requires_grad)
+    sparse, estimator = isinstance(method.direction, Sparse), method.estimator
+    how = f", update {method.rule.update}" if sparse else ", restored by a walk" if method.walk else ""
+    precision = "parameter precision" if method.momentum_dtype is None else str(method.momentum_dtype)
+    held = sum(
+        slot.count * state_dtype(slot.tensor.dtype, buffer, method.momentum_dtype).itemsize
+        for slot, own in zip(slots, buffers_of(method, slots, optimizer.param_groups), strict=True)
+        for buffer in own
+    )
+    count = max(1, sum(slot.count for slot in slots))
+    clip = "" if estimator.rho_clip is None else f", |rho| at most {estimator.rho_clip:g}"
+    return [
+        f"{method.direction.shown(total)}{how}",
+        *method.rule.shown(optimizer.param_groups, method.direction.fraction(total), precision),
+        f"estimator: {estimator.name}, {estimator.n_directions} direction(s), rounding {method.rounding}{clip}",
+        f"evaluations per step: {estimator.n_losses}, state: {held / count:.4g} bytes per parameter",
+    ]
+
+
+def _matrices(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Slot], backend: str) -> list[str]:
+    rule, groups = method.rule, optimizer.param_groups
+    if isinstance(rule, ReleasedOrthogonal):
+        return ["all tensors: the closed form of the released code's ten quintic steps"]
+    if not isinstance(rule, Orthogonal):
+        return []
+    matrices = [slot for slot in slots if rule.is_matrix(slot, groups[slot.group])]
+    names = [ops.assigned(backend, s.tensor, rule.steps, rule.ns_dtype) for s in matrices]
+    how = f"{rule.ns_coefficients}, {rule.steps} steps, {rule.ns_dtype}"
+    turns = f", each in 1 of {rule.ns_period} steps" if rule.ns_period > 1 else ""
+    return [
+        f"Newton-Schulz: {how}{turns}, on {' and '.join(dict.fromkeys(names)) or 'nothing'}",
+        f"  moves {listed(matrices)}",
+        f"  the sign rule moves {listed([s for s in slots if not rule.is_matrix(s, groups[s.group])])}",
+    ]

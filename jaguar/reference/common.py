@@ -1,8 +1,8 @@
-"""What the coordinate and the dense launches of the reference share: moving a value and storing a value."""
+"""Shared by the launches of the reference: the work of a step, moving a value and storing a value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,57 +10,95 @@ import torch
 from torch import Tensor
 
 from jaguar import rng, rules
+from jaguar.launches import State, StepInputs
+from jaguar.method import Method
 from jaguar.params import Slot
 from jaguar.reference.pieces import Piece, pieces
-from jaguar.rng import Draw, Purpose
+from jaguar.rng import STATE_PURPOSES, Draw, Purpose
 from jaguar.rounding import compute_dtype, needs_noise, store
 from jaguar.rules import Scalars
+
+# Reads and writes the elements of a tensor that a part of a launch works on.
+Read = Callable[[Tensor], Tensor]
+Write = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Common:
-    """Tensors and options that all launches of one optimizer have in common.
+    """Tensors and method of all launches of one optimizer.
 
     Attributes:
+        method: what is computed.
         slots: the tensors, in canonical order.
-        stochastic: round updates stochastically where storage is narrower than fp32.
-        two_sided: the estimator visits x - tau e besides x + tau e.
     """
 
+    method: Method
     slots: Sequence[Slot]
-    stochastic: bool
-    two_sided: bool
 
     @cached_property
     def pieces(self) -> list[Piece]:
         """The tensors, small ones together."""
-        return pieces(self.slots)
+        return pieces(self.slots, self.method.direction.units(self.slots))
 
-    def work(
-        self, scalars: Sequence[Scalars], momenta: Sequence[Tensor | None]
-    ) -> Iterator[tuple[Piece, Scalars, list[Tensor]]]:
-        """Every piece with its scalars and its momenta, none where there is no momentum."""
-        for piece in self.pieces:
-            own = [m for i in piece.where if (m := momenta[i]) is not None]
-            yield piece, scalars[piece.where[0]], own
+    def working(self, inputs: StepInputs) -> list[tuple[int, Piece]]:
+        """The pieces that take part, with their numbers."""
+        active = inputs.active
+        return [(k, piece) for k, piece in enumerate(self.pieces) if active is None or active[piece.where[0]]]
+
+    def work(self, inputs: StepInputs) -> Iterator[tuple[int, Piece, Scalars, list[tuple[Tensor, ...]]]]:
+        """Every piece that takes part: its number, its scalars, and the tensors of each of its state buffers."""
+        for k, piece in self.working(inputs):
+            buffers = list(zip(*(inputs.state[i] for i in piece.where), strict=True))
+            yield k, piece, inputs.scalars[piece.kind], buffers
 
     @property
     def wrote(self) -> bool:
         """Whether the last `update_` came to write anything: torch does not say."""
         return True
 
-    def check(self, momenta: Sequence[Tensor | None]) -> None:
+    def check(self, state: State) -> None:
         """Nothing that torch would not check itself."""
+
+    def prepare(self, inputs: StepInputs) -> None:
+        """Nothing: torch allocates as it goes."""
 
     def endpoints(self, x: Tensor, e: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """The two stored points whose losses are compared: x + tau e, and x - tau e or x itself."""
-        return moved(x, e, tau), moved(x, e, -tau) if self.two_sided else x
+        return moved(x, e, tau), moved(x, e, -tau) if self.method.estimator.two_sided else x
+
+    def enter_(
+        self,
+        piece: Piece,
+        s: Scalars,
+        state: Sequence[Tensor],
+        g: Tensor,
+        draw: Draw,
+        where: Tensor | slice,
+        read: Read,
+        write: Write,
+    ) -> list[Tensor]:
+        """Enters g into the elements `where` of the state buffers; returns what they hold then, widened."""
+        wide = g.dtype
+        new = self.method.rule.entry(*(read(m).to(wide) for m in state), g, *s.entry)
+        held = []
+        for m, value, purpose in zip(state, new if isinstance(new, tuple) else (new,), STATE_PURPOSES, strict=False):
+            kept = self.stored(value, m.dtype, draw, piece, where, purpose)
+            write(m, kept)
+            held.append(kept.to(wide))
+        return held
+
+    def stepped(
+        self, piece: Piece, s: Scalars, x: Tensor, along: Sequence[Tensor], draw: Draw, where: Tensor | slice
+    ) -> Tensor:
+        """What the elements `where` of a parameter, which hold x, become."""
+        value = self.method.rule.step(x.to(compute_dtype(x.dtype)), *along, s.decay, s.lr, *s.step)
+        return self.stored(value, x.dtype, draw, piece, where, Purpose.ROUND)
 
     def stored(
         self, value: Tensor, dtype: torch.dtype, draw: Draw, piece: Piece, where: Tensor | slice, purpose: Purpose
     ) -> Tensor:
         """`value` as `dtype`, rounded with the noise of the elements `where` of the piece."""
-        if not (self.stochastic and needs_noise(dtype)):
+        if not (self.method.stochastic and needs_noise(dtype)):
             return store(value, dtype)
         key = draw.key(purpose)
         if isinstance(where, slice):

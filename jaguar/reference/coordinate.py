@@ -1,20 +1,21 @@
-"""JAGUAR's launches: perturb, flip and restore the sampled coordinates; momentum entry and sign step."""
+"""Launches of coordinate directions: move and restore the sampled coordinates, enter them into state, step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from jaguar import rules
-from jaguar.directions import Coordinates, ReleasedBlock
+from jaguar.directions import Sparse
 from jaguar.estimators import Probe
-from jaguar.launches import Lost
+from jaguar.launches import Lost, StepInputs
 from jaguar.reference.common import Common, moved
 from jaguar.reference.pieces import Piece
-from jaguar.rng import Draw, Purpose
+from jaguar.rng import Draw
 from jaguar.rounding import compute_dtype
 from jaguar.rules import Scalars
 from jaguar.samples import Chosen
@@ -22,17 +23,10 @@ from jaguar.storage import flat_, gather, ranges, scatter_
 
 
 @dataclass(frozen=True)
-class CoordinateSteps(Common):
-    """Coordinate directions with JAGUAR's momentum and the sign rule.
+class CoordinateLaunches(Common):
+    """Coordinate directions with any rule."""
 
-    Attributes:
-        direction: how S is drawn.
-        update: "sampled": the sign step moves S; "all": every coordinate.
-    """
-
-    direction: Coordinates | ReleasedBlock
-    update: str
-    takes_back = True
+    fuses_restore = True
     _samples: dict[Draw, list[Chosen]] = field(default_factory=dict, init=False, repr=False)
 
     def samples(self, draw: Draw) -> list[Chosen]:
@@ -40,64 +34,95 @@ class CoordinateSteps(Common):
         if draw not in self._samples:
             for other in [d for d in self._samples if d.step != draw.step]:
                 del self._samples[other]
-            self._samples[draw] = self.direction.choose(draw, self.slots, [p.where for p in self.pieces])
+            direction = self.method.direction
+            assert isinstance(direction, Sparse)
+            self._samples[draw] = direction.choose(draw, self.slots, [p.where for p in self.pieces])
         return self._samples[draw]
 
-    def n_perturbed(self, draw: Draw) -> int:
+    def n_perturbed(self, inputs: StepInputs) -> int:
         """Number of coordinates in S."""
-        return sum(chosen.count for chosen in self.samples(draw))
+        chosen = self.samples(inputs.draws[0])
+        return sum(chosen[k].count for k, _ in self.working(inputs))
 
-    def probes(self, draws: Sequence[Draw], taus: Sequence[float]) -> list[Probe]:
-        """What moves the parameters along each direction and back; `taus` has one length per slot."""
-        lengths = [taus[piece.where[0]] for piece in self.pieces]
-        return [CoordinateProbe(list(zip(self.pieces, self.samples(draw), lengths, strict=True))) for draw in draws]
+    def probes(self, inputs: StepInputs) -> list[Probe]:
+        """What moves the parameters along each direction and back."""
+        made: list[Probe] = []
+        for draw in inputs.draws:
+            chosen = self.samples(draw)
+            work = [(piece, chosen[k], inputs.scalars[piece.kind].tau) for k, piece in self.working(inputs)]
+            made.append(CoordinateProbe(work))
+        return made
 
-    def lost(self, draw: Draw, taus: Sequence[float]) -> list[Lost]:
-        """The perturbations that rounding swallows, per tensor."""
+    def lost(self, inputs: StepInputs) -> list[Lost]:
+        """The perturbations along the first direction that rounding swallows, per tensor."""
         report: dict[int, tuple[int, int]] = {}
-        for piece, chosen in zip(self.pieces, self.samples(draw), strict=True):
+        for k, piece in self.working(inputs):
             ends = torch.tensor(piece.counts, device=piece.device).cumsum(0)
             of, lost = (torch.zeros(len(piece.slots), dtype=torch.int64, device=piece.device) for _ in range(2))
             with piece.indexable_(piece.tensors) as x:
-                for place, sign in chosen.parts():
+                for place, sign in self.samples(inputs.draws[0])[k].parts():
                     slot = torch.searchsorted(ends, place, right=True)
                     of += torch.bincount(slot, minlength=len(piece.slots))
-                    gone = slot[~self._live(x, place, sign, taus[piece.where[0]])]
+                    gone = slot[~self._live(x, place, sign, inputs.scalars[piece.kind].tau)]
                     lost += torch.bincount(gone, minlength=len(piece.slots))
             report.update(zip(piece.where, zip(lost.tolist(), of.tolist(), strict=True), strict=True))
-        return [Lost(slot.name, *report[i]) for i, slot in enumerate(self.slots)]
+        return [Lost(self.slots[i].name, *report[i]) for i in sorted(report)]
 
-    def update_(
-        self,
-        draws: Sequence[Draw],
-        scalars: Sequence[Scalars],
-        momenta: Sequence[Tensor | None],
-        held: Probe | None = None,
-    ) -> None:
-        """Entry updates of every direction in order, then one sign step; the parameters are those before the step."""
-        if held is not None:
-            held.finish()
-        for number, (piece, s, own) in enumerate(self.work(scalars, momenta)):
-            chosen = [self.samples(draw)[number] for draw in draws]
-            if not any(c.count for c in chosen) and not (piece.slots[0].signed and self.update == "all"):
+    def update_(self, inputs: StepInputs) -> None:
+        """Entries of every direction in order, then one step; the parameters are those before the step."""
+        if inputs.probe is not None:
+            inputs.probe.abort()
+        every = self.method.rule.update == "all"
+        for k, piece, s, buffers in self.work(inputs):
+            chosen = [self.samples(draw)[k] for draw in inputs.draws]
+            if not any(c.count for c in chosen) and not (piece.slots[0].signed and every):
                 continue
-            with piece.indexable_(piece.tensors) as x, piece.indexable_(own) as m:
-                touched = None if len(draws) == 1 else torch.zeros(piece.count, dtype=torch.bool, device=piece.device)
-                for k, draw in enumerate(draws):
-                    for place, sign in chosen[k].parts():
-                        place = self._enter_(piece, s, x, m, k, draw, place, sign)
-                        if touched is not None:
-                            touched[place] = True
-                        elif piece.slots[0].signed and self.update == "sampled":
-                            self._step_at_(piece, s, x, m, draw, place)
-                if not piece.slots[0].signed:
-                    continue
-                if self.update == "all":
-                    self._step_all_(piece, s, x, m, draws[0])
-                elif touched is not None:
-                    for part in ranges(piece.count):
-                        self._step_at_(piece, s, x, m, draws[0], touched[part].nonzero().squeeze(1) + part.start)
+            with piece.indexable_(piece.tensors) as x, ExitStack() as stack:
+                state = [stack.enter_context(piece.indexable_(tensors)) for tensors in buffers]
+                if state:
+                    self._update_(piece, s, x, state, inputs.draws, chosen)
+                else:
+                    self._step_along_g_(piece, s, x, inputs.draws, chosen)
         self._samples.clear()
+
+    def _update_(
+        self, piece: Piece, s: Scalars, x: Tensor, state: list[Tensor], draws: Sequence[Draw], chosen: list[Chosen]
+    ) -> None:
+        signed, every = piece.slots[0].signed, self.method.rule.update == "all"
+        touched = None if len(draws) == 1 else torch.zeros(piece.count, dtype=torch.bool, device=piece.device)
+        for k, draw in enumerate(draws):
+            for place, sign in chosen[k].parts():
+                place, along = self._enter_(piece, s, x, state, s.weights[k], draw, place, sign)
+                if touched is not None:
+                    touched[place] = True
+                elif signed and not every:
+                    self._step_at_(piece, s, x, along, draw, place)
+        if signed and every:
+            self._step_all_(piece, s, x, state, draws[0])
+        elif signed and touched is not None:
+            for part in ranges(piece.count):
+                place = touched[part].nonzero().squeeze(1) + part.start
+                along = [gather(m, place).to(compute_dtype(piece.dtype)) for m in state]
+                self._step_at_(piece, s, x, along, draws[0], place)
+
+    def _step_along_g_(self, piece: Piece, s: Scalars, x: Tensor, draws: Sequence[Draw], chosen: list[Chosen]) -> None:
+        """The step of a rule without state: g, the mean over directions, is kept as a vector meanwhile."""
+        wide = compute_dtype(piece.dtype)
+        g = torch.zeros(piece.count, dtype=wide, device=piece.device)
+        touched = torch.zeros(piece.count, dtype=torch.bool, device=piece.device)
+        for k in range(len(draws)):
+            for place, sign in chosen[k].parts():
+                live = self._live(x, place, sign, s.tau)
+                place, sign = place[live], sign[live]
+                g[place] = g[place] + sign.to(wide) * s.weights[k]
+                touched[place] = True
+        if len(draws) > 1:
+            g = g / g.new_full((), len(draws))
+        if self.method.rule.update == "all":
+            self._step_all_(piece, s, x, [g], draws[0])
+        else:
+            place = touched.nonzero().squeeze(1)
+            self._step_at_(piece, s, x, [g[place]], draws[0], place)
 
     def _live(self, x: Tensor, place: Tensor, sign: Tensor, tau: float) -> Tensor:
         """Where the perturbation is not lost; the other coordinates count as unsampled."""
@@ -105,39 +130,51 @@ class CoordinateSteps(Common):
         return plus != other
 
     def _enter_(
-        self, piece: Piece, s: Scalars, x: Tensor, m: Tensor, k: int, draw: Draw, place: Tensor, sign: Tensor
-    ) -> Tensor:
-        """The k-th direction's momentum entries; returns the places whose perturbation was not lost."""
+        self, piece: Piece, s: Scalars, x: Tensor, state: list[Tensor], weight: float, draw: Draw, place: Tensor,
+        sign: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """One direction's entries; returns the places whose perturbation was not lost, and their state."""
         wide, live = compute_dtype(piece.dtype), self._live(x, place, sign, s.tau)
         if not bool(live.all()):
             place, sign = place[live], sign[live]
-        entry = rules.momentum_entry(gather(m, place).to(wide), sign.to(wide), s.beta, s.entry[k])
-        scatter_(m, place, self.stored(entry, m.dtype, draw, piece, place, Purpose.ROUND_STATE))
-        return place
+        g = sign.to(wide) * weight
+        read, write = partial(_read, place=place), partial(_write, place=place)
+        return place, self.enter_(piece, s, state, g, draw, place, read, write)
 
-    def _step_at_(self, piece: Piece, s: Scalars, x: Tensor, m: Tensor, draw: Draw, place: Tensor) -> None:
-        wide = compute_dtype(piece.dtype)
-        value = rules.sign_step(gather(x, place).to(wide), gather(m, place).to(wide), s.decay, s.lr)
-        scatter_(x, place, self.stored(value, x.dtype, draw, piece, place, Purpose.ROUND))
+    def _step_at_(
+        self, piece: Piece, s: Scalars, x: Tensor, along: Sequence[Tensor], draw: Draw, place: Tensor
+    ) -> None:
+        scatter_(x, place, self.stepped(piece, s, gather(x, place), along, draw, place))
 
-    def _step_all_(self, piece: Piece, s: Scalars, x: Tensor, m: Tensor, draw: Draw) -> None:
+    def _step_all_(self, piece: Piece, s: Scalars, x: Tensor, along: Sequence[Tensor], draw: Draw) -> None:
         wide = compute_dtype(piece.dtype)
         with flat_(x) as flat:
             for part in ranges(piece.count):
-                value = rules.sign_step(flat[part].to(wide), m.view(-1)[part].to(wide), s.decay, s.lr)
-                flat[part] = self.stored(value, flat.dtype, draw, piece, part, Purpose.ROUND)
+                beside = [m.view(-1)[part].to(wide) for m in along]
+                flat[part] = self.stepped(piece, s, flat[part], beside, draw, part)
+
+
+def _read(m: Tensor, place: Tensor) -> Tensor:
+    return gather(m, place)
+
+
+def _write(m: Tensor, values: Tensor, place: Tensor) -> None:
+    scatter_(m, place, values)
 
 
 class CoordinateProbe:
-    """Saves the touched values and writes x + tau s, then x - tau s, then what was saved."""
+    """Saves the touched values when it first moves them, and moves and restores from what was saved."""
 
     def __init__(self, work: list[tuple[Piece, Chosen, float]]) -> None:
         self._work = work
         self._saved: list[Tensor] = []
         self._reached: list[int] = []  # how many values of each were saved
 
-    def plus(self) -> None:
-        """x_S <- x_S + tau s."""
+    def to(self, scale: float) -> None:
+        """x_S <- x_S + scale tau s."""
+        if self._saved:
+            self._write_(scale)
+            return
         for piece, chosen, tau in self._work:
             saved = torch.empty(chosen.count, dtype=piece.dtype, device=piece.device)
             self._saved.append(saved)
@@ -148,21 +185,17 @@ class CoordinateProbe:
                         values = gather(x, place)
                         saved[self._reached[-1] :][: place.numel()] = values
                         self._reached[-1] += place.numel()
-                        scatter_(x, place, moved(values, sign, tau))
-
-    def minus(self) -> None:
-        """x_S <- x_S - tau s, from the saved values."""
-        self._write_(-1.0)
+                        scatter_(x, place, moved(values, sign, scale * tau))
 
     def finish(self) -> None:
-        """x_S <- the saved values; pieces and parts that a failed `plus` did not reach have none."""
+        """x_S <- the saved values; pieces and parts that a failed `to` did not reach have none."""
         self._write_(None)
         self._saved.clear()
         self._reached.clear()
 
     abort = finish
 
-    def _write_(self, side: float | None) -> None:
+    def _write_(self, scale: float | None) -> None:
         for (piece, chosen, tau), saved, reached in zip(self._work, self._saved, self._reached, strict=False):
             if not reached:
                 continue
@@ -171,5 +204,5 @@ class CoordinateProbe:
                 for place, sign in chosen.parts():
                     if first < reached:
                         values = saved[first:][: place.numel()]
-                        scatter_(x, place, values if side is None else moved(values, sign, side * tau))
+                        scatter_(x, place, values if scale is None else moved(values, sign, scale * tau))
                     first += place.numel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,7 @@ class Piece:
 
     Attributes:
         count: number of elements; of several slots at most `CHUNK`.
+        kind: of each of the slots.
     """
 
     def __init__(self, where: Sequence[int], slots: Sequence[Slot]) -> None:
@@ -32,7 +33,8 @@ class Piece:
         self.counts = [slot.count for slot in slots]
         self.count = sum(self.counts)
         self.dtype, self.device = slots[0].tensor.dtype, slots[0].tensor.device
-        self._whole = Elements([(slot.stream, slot.start, slot.count) for slot in slots], self.device)
+        self.kind = slots[0].kind
+        self._whole = Elements([run for slot in slots for run in slot.spans(0, slot.count)], self.device)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -43,8 +45,7 @@ class Piece:
         """The logical elements of a part, which of several slots is the whole."""
         if len(self.slots) > 1:
             return self._whole
-        slot = self.slots[0]
-        return Elements([(slot.stream, slot.start + part.start, part.stop - part.start)], self.device)
+        return Elements(self.slots[0].spans(part.start, part.stop - part.start), self.device)
 
     def at(self, place: Tensor) -> tuple[int | Tensor, Tensor]:
         """Stream and logical index of the elements at `place`."""
@@ -89,8 +90,8 @@ class Piece:
                 yield x
 
 
-def pieces(slots: Sequence[Slot]) -> list[Piece]:
-    """All slots, small ones that are alike in pieces of at most `CHUNK` elements."""
+def pieces(slots: Sequence[Slot], units: Sequence[Hashable]) -> list[Piece]:
+    """All slots, small ones that are alike and of one unit in pieces of at most `CHUNK` elements."""
     found: list[list[int]] = []
     open_ones: dict[object, tuple[list[int], int]] = {}
     for i, slot in enumerate(slots):
@@ -98,7 +99,7 @@ def pieces(slots: Sequence[Slot]) -> list[Piece]:
             found.append([i])
             continue
         x = slot.tensor
-        kind = x.device, x.dtype, slot.group, slot.rate, slot.gain, slot.signed
+        kind = x.device, x.dtype, slot.kind, slot.signed, units[i]
         members, count = open_ones.get(kind, ([], CHUNK + 1))
         if count + slot.count > CHUNK:
             members, count = [], 0

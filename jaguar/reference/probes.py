@@ -29,19 +29,16 @@ class CopyProbe:
         self._work, self._move = work, move
         self._saved: list[Tensor] = []
 
-    def plus(self) -> None:
-        """x <- x + tau e."""
-        for piece, tau in self._work:
-            self._saved.append(piece.read(piece.tensors))
-            self._move(piece, tau, self._saved[-1])
-
-    def minus(self) -> None:
-        """x <- x - tau e, from the copies."""
-        for (piece, tau), saved in zip(self._work, self._saved, strict=True):
-            self._move(piece, -tau, saved)
+    def to(self, scale: float) -> None:
+        """x <- x + scale tau e, from the copies, which the first call makes."""
+        first = not self._saved
+        for k, (piece, tau) in enumerate(self._work):
+            if first:
+                self._saved.append(piece.read(piece.tensors))
+            self._move(piece, scale * tau, self._saved[k])
 
     def finish(self) -> None:
-        """x <- the copies; pieces that a failed `plus` did not reach have none."""
+        """x <- the copies; pieces that a failed `to` did not reach have none."""
         for (piece, _), saved in zip(self._work, self._saved, strict=False):
             piece.write_(piece.tensors, saved)
         self._saved.clear()
@@ -59,23 +56,21 @@ class ModuleProbe:
     def __init__(self, slots: Sequence[Slot], taus: Sequence[float], move: Callable[[Slot, float], None]) -> None:
         self._by_identity = {identity(slot.tensor): (slot, tau) for slot, tau in zip(slots, taus, strict=True)}
         self._move = move
-        self._sign = 0.0
+        self._scale = 0.0
         self._saved: dict[Slot, Tensor] = {}
         self._depth: dict[Slot, int] = {}
         self._hooks: list[Any] = []
 
-    def plus(self) -> None:
-        """From now on modules run with x + tau e."""
-        self._sign = 1.0
-        self._hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-
-    def minus(self) -> None:
-        """From now on modules run with x - tau e."""
-        self._check_all_used()
-        self._sign = -1.0
+    def to(self, scale: float) -> None:
+        """From now on modules run with x + scale tau e."""
+        if self._hooks:
+            self._check_all_used()
+        else:
+            self._hooks = [
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, always_call=True),
+            ]
+        self._scale = scale
 
     def finish(self) -> None:
         """Modules run with x again."""
@@ -110,7 +105,7 @@ class ModuleProbe:
             if self._depth.setdefault(slot, 0) == 0:
                 with torch.no_grad():
                     self._saved[slot] = slot.tensor.detach().clone()
-                    self._move(slot, self._sign * tau)
+                    self._move(slot, self._scale * tau)
             self._depth[slot] += 1
 
     def _leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -138,15 +133,11 @@ class WalkProbe:
         self._work, self._move, self._before = work, move, before
         self._at = [0.0] * len(self._work)
 
-    def plus(self) -> None:
-        """x <- x + tau e, after the walk back of the direction before."""
+    def to(self, scale: float) -> None:
+        """x <- x + (scale - where it is) tau e, after the walk back of the direction before."""
         if self._before is not None:
             self._before.abort()
-        self._walk(1.0)
-
-    def minus(self) -> None:
-        """x <- x - 2 tau e."""
-        self._walk(-1.0)
+        self._walk(scale)
 
     def finish(self) -> None:
         """Nothing: the parameters stay moved."""

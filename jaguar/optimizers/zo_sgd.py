@@ -1,18 +1,18 @@
-"""The methods that JAGUAR is compared with."""
+"""ZO-SGD (MeZO, arXiv 2305.17333)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from jaguar import ops
-from jaguar.directions import DENSE, Gaussian, Rademacher
-from jaguar.estimators import RESTORES, choose_restore
-from jaguar.launches import Launches
+from jaguar.directions import dense
+from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
-from jaguar.params import Slot
+from jaguar.optimizers.common import Common, parts
+from jaguar.params import Shard
+from jaguar.rules import SGD, Rule
 
 
 class ZOSGD(ZerothOrder):
@@ -40,6 +40,7 @@ class ZOSGD(ZerothOrder):
         maximize: make the loss larger, as in torch.optim.
         seed: of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
+        shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.
@@ -48,10 +49,7 @@ class ZOSGD(ZerothOrder):
     Equivalent to: `g = rho * z; m = momentum * m + g; x -= lr * m`.
     """
 
-    group_keys: tuple[str, ...] = ("lr", "tau", "momentum", "weight_decay")
-    momentum_key = "momentum"
-    _rule = "sgd"
-    _direction: Gaussian | Rademacher
+    _rule: ClassVar[Rule] = SGD()
 
     def __init__(
         self,
@@ -71,61 +69,21 @@ class ZOSGD(ZerothOrder):
         maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        if distribution not in DENSE:
-            raise ValueError(f"distribution={distribution!r}: choose {' or '.join(map(repr, DENSE))}")
-        if restore is not None and restore not in RESTORES:
-            raise ValueError(f"restore={restore!r}: choose {', '.join(map(repr, RESTORES))}, or None")
-        self._direction, self._restore = DENSE[distribution], restore
-        options = {"optimizer": type(self).__name__, "distribution": distribution, "restore": restore}
-        defaults = {"lr": lr, "tau": tau, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            options=options,
-            estimator=estimator,
+        common = Common(
+            tau=tau,
+            restore=restore,
+            momentum_dtype=momentum_dtype,
+            rounding=rounding,
             n_directions=n_directions,
+            estimator=estimator,
             rho_clip=rho_clip,
             maximize=maximize,
-            rounding=rounding,
-            momentum_dtype=momentum_dtype,
             seed=seed,
             backend=backend,
+            shards=shards,
         )
-
-    def _make_steps(self, slots: Sequence[Slot]) -> Launches:
-        return ops.dense_steps(
-            self._backend,
-            slots,
-            self._direction,
-            restore=self._restore or choose_restore(slots),
-            rule=self._rule,
-            stochastic=self._stochastic,
-            two_sided=self._estimator.name == "two-sided",
-            n_directions=self._n_directions,
-        )
-
-    def _has_momentum(self, group: dict[str, Any]) -> bool:
-        return float(group["momentum"]) > 0.0
-
-
-class ZOSignSGD(ZOSGD):
-    """ZO-SignSGD: the sign of a two-point estimate along dense random directions, every coordinate moves by lr.
-
-        g = mean over directions of rho z;   m <- momentum m + g;   x <- (1 - lr wd) x - lr sign(m)
-
-    (m = g without momentum.) With one direction and no momentum sign(g) = sign(rho) sign(z). The public codes multiply
-    z by sign(rho) and keep its magnitudes, which is ZO-SGD with |rho| = 1.
-
-    Args:
-        params: as `ZOSGD`, and all further arguments too.
-        lr: length of every coordinate's step.
-
-    Raises:
-        ValueError: an argument is out of range; the message names what would be right.
-
-    Source: Liu, Chen, Chen, Hong, "signSGD via zeroth-order oracle", ICLR 2019, Algorithm 1.
-    Equivalent to: `g = rho * z; m = momentum * m + g; x -= lr * m.sign()`.
-    """
-
-    _rule = "sign"
+        decides, runs = parts(common)
+        method = Method(dense(distribution), self._rule, **decides)
+        super().__init__(params, method, lr=lr, momentum=momentum, weight_decay=weight_decay, **runs)

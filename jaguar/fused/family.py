@@ -1,0 +1,66 @@
+"""What the launches of coordinate and of dense directions have in common: tables, buffers, and when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from jaguar.fused.numbers import Numbers
+from jaguar.fused.plan import Launch, Plan, Pool
+from jaguar.launches import State, StepInputs
+from jaguar.method import Method
+from jaguar.params import Slot
+
+
+class Family:
+    """Launches over a list of slots; `numbers` are filled by the caller, before `prepare`."""
+
+    def __init__(self, method: Method, slots: Sequence[Slot], plan: Plan, numbers: Numbers) -> None:
+        self._method, self._slots, self._plan, self._numbers = method, slots, plan, numbers
+        self._state: State = [()] * len(slots)
+        self._moving: Launch | None = None
+        self._updating: Launch | None = None
+        self._buffers: dict[Pool, Tensor] = {}
+        self.wrote = False
+
+    def check(self, state: State) -> None:
+        """Looks at all tensors again and makes the tables for them.
+
+        Raises:
+            RuntimeError: one cannot be given to a kernel; nothing was launched.
+        """
+        self._state, self._moving, self._updating = state, None, None
+        self._plan.check(state)
+        self._moving, self._updating = self._tables(state)
+
+    def prepare(self, inputs: StepInputs) -> None:
+        """Makes what is missing, tables and buffers: before a step's probes, and again when the weights are known."""
+        known = any(s.weights for s in inputs.scalars.values())
+        if self._moving is None or (known and self._updating is None):
+            self.check(inputs.state)
+        self._allocate(inputs, known)
+
+    def _now(self) -> Launch:
+        """The tables of launches that move parameters, for tensors as they are."""
+        if self._moving is None:  # they could not be made, and the reason is told again
+            self.check(self._state)
+        assert self._moving is not None
+        return self._moving
+
+    def _tables(self, state: State) -> tuple[Launch, Launch | None]:
+        """Those of launches that move parameters, and of those that move state as well, where there is state."""
+        raise NotImplementedError
+
+    def _saved(self, pool: Pool) -> Tensor:
+        """The buffer of the values that a probe saves; those of one step share it."""
+        if pool not in self._buffers:
+            self._buffers[pool] = self._plan.saved(pool)
+        return self._buffers[pool]
+
+    def _allocate(self, inputs: StepInputs, known: bool) -> None:
+        """Buffers of the probes, or of the update where weights are `known`."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        self._buffers.clear()

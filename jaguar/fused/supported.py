@@ -1,0 +1,33 @@
+"""Which methods have kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaguar.directions import DENSE, Coordinates, Dense, ReleasedBlock
+from jaguar.method import Method
+from jaguar.rng import STATE_PURPOSES
+from jaguar.triton_kernels import rules as kernels
+
+
+def unsupported(method: Method, groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why there are no launches for a method, as the end of a sentence."""
+    direction, rule = method.direction, method.rule
+    if isinstance(direction, Dense):
+        if direction.name not in DENSE:
+            return f"{type(direction).__name__} is drawn by the reference only"
+    elif not isinstance(direction, (Coordinates, ReleasedBlock)):
+        return f"{type(direction).__name__} is drawn by the reference only"
+    elif isinstance(direction, ReleasedBlock) and method.estimator.n_directions > 1:
+        # Their blocks overlap anywhere, so the programs of one launch would meet in the same elements.
+        return "released=True with several directions has no kernel"
+    elif any(len(rule.state(group)) != 1 for group in groups):
+        return "kernels of coordinate directions hold one state buffer"
+    if any(len(rule.state(group)) > len(STATE_PURPOSES) for group in groups):
+        return f"kernels hold up to {len(STATE_PURPOSES)} state buffers"
+    stateful = any(rule.state(group) for group in groups)
+    for function in (rule.entry, rule.step) if stateful else (rule.step,):
+        if not hasattr(kernels, function.__name__):
+            return f"the rule's {function.__name__} has no kernel in jaguar.triton_kernels.rules"
+    return None

@@ -1,0 +1,130 @@
+"""A method: the frozen value that decides every bit of a run, given group values and a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from jaguar import rng
+from jaguar.directions import Direction, Sparse
+from jaguar.estimators import Estimator, TwoSided
+from jaguar.params import Kind, Slot
+from jaguar.rules import COMMON, Range, Rule, Scalars, plain, rounded
+
+_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a zero-order optimizer computes: a direction to look along, points to evaluate, a rule to move by.
+
+        rho_k = estimator(losses along e_k),   e_k = direction;   state, x <- rule(g),   g = mean over k of rho_k e_k
+
+    (Along coordinate directions g is entered into state one direction after the other.) Two runs with equal methods,
+    group values, seeds, names and losses have equal bits. Backend, copy or module restore are execution and no part
+    of it. `jaguar.ZerothOrder(params, method, **group_values)` runs any.
+
+    The parts are public in their modules: `jaguar.directions`, `jaguar.rules` (and `jaguar.orthogonal`),
+    `jaguar.estimators`.
+
+    Example:
+
+        method = jaguar.Method(jaguar.directions.Rademacher(), jaguar.rules.Sign(), jaguar.estimators.OneSided(4))
+        optimizer = jaguar.ZerothOrder(model.named_parameters(), method, lr=1e-4, momentum=0.9)
+        optimizer.step(closure)
+
+    Attributes:
+        direction: `Gaussian()`, `Rademacher()`, `Coordinates(...)`, ...
+        rule: `SGD()`, `Sign()`, `AveragedSign(...)`, ...
+        estimator: `TwoSided(...)`, `OneSided(...)`, ...
+        rounding: "stochastic" or "nearest", for everything stored in less than fp32.
+        momentum_dtype: torch.float32, bfloat16 or float8_e5m2; None: the parameter's (bfloat16 for fp16 parameters).
+        maximize: make the loss larger, as in torch.optim.
+        walk: go back by steps along e, which leaves the drift of their roundings; a part of the method for its bits.
+
+    Raises:
+        ValueError: a field is out of range, or two parts do not fit; the message names what would be right.
+    """
+
+    direction: Direction
+    rule: Rule
+    estimator: Estimator = field(default_factory=TwoSided)
+    rounding: str = "stochastic"
+    momentum_dtype: torch.dtype | None = None
+    maximize: bool = False
+    walk: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("direction", Direction), ("rule", Rule), ("estimator", Estimator)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} is no {kind.__name__}")
+        if self.rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"rounding={self.rounding!r}: choose 'stochastic' (the default) or 'nearest'")
+        if self.momentum_dtype is not None and self.momentum_dtype not in _MOMENTUM_DTYPES:
+            raise ValueError(
+                f"momentum_dtype={self.momentum_dtype}: choose one of {', '.join(map(str, _MOMENTUM_DTYPES))}, "
+                "or None for the parameters' precision"
+            )
+        if not isinstance(self.maximize, bool):
+            raise ValueError(f"maximize={self.maximize!r}: choose True, to make the loss larger, or False")
+        if self.walk and isinstance(self.direction, Sparse):
+            raise ValueError("walk=True is for dense directions; the few values that coordinates touch are saved")
+        self.estimator.check(self.direction, self.walk)
+        self.rule.check(self.direction)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether values are rounded stochastically where storage is narrower than fp32."""
+        return self.rounding == "stochastic"
+
+    @property
+    def keys(self) -> dict[str, Range]:
+        """The numbers of a parameter group."""
+        return {"lr": COMMON["lr"], "tau": COMMON["tau"], **self.rule.keys, "weight_decay": COMMON["weight_decay"]}
+
+    def options(self) -> dict[str, Any]:
+        """The method as plain values, which a checkpoint has and a journal begins with."""
+        return {
+            "optimizer": self.rule.name,
+            **self.direction.options(),
+            **self.rule.options(),
+            **({} if isinstance(self.direction, Sparse) else {"restore": "walk" if self.walk else None}),
+            "rng": rng.TAG,
+            **self.estimator.options(),
+            "rounding": self.rounding,
+            "momentum_dtype": plain(self.momentum_dtype),
+            "maximize": self.maximize,
+        }
+
+    def in_roles(self, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> list[Slot]:
+        """The slots, each with what the rule does with it."""
+        return [replace(slot, **self.rule.role(slot, groups[slot.group])) for slot in slots]
+
+    def scalars(self, kind: Kind, group: Mapping[str, Any], lr: float, rho: Sequence[float], t: int) -> Scalars:
+        """The numbers of a step for tensors of one kind, from the one place that makes them.
+
+        Args:
+            group: its parameter group.
+            lr: the group's learning rate of the step.
+            rho: derivatives; none before the losses are known.
+            t: number of the step among those that move something, from 1.
+        """
+        double, rule, clip = kind.double, self.rule, self.estimator.rho_clip
+        if self.maximize:
+            rho = [-r for r in rho]
+        if clip is not None:
+            limit = rounded(clip, double)
+            rho = [math.copysign(min(abs(r), limit), r) for r in rho]
+        lr = lr * kind.rate
+        return Scalars(
+            tau=rounded(group["tau"], double),
+            decay=rounded(1.0 - lr * group["weight_decay"], double),
+            lr=rounded(lr * kind.gain, double),
+            entry=tuple(rounded(n, double) for n in rule.entry_numbers(group, t)),
+            step=tuple(rounded(n, double) for n in rule.step_numbers(group, t)),
+            weights=rule.weights(rho, group, double) if rho else (),
+        )

@@ -1,0 +1,48 @@
+"""Names of the optimizers, in the package and on the command line: one table, readable without torch.
+
+A new optimizer is a file of its own, a row of `METHODS` and an import for type checkers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from jaguar.optimizers.base import ZerothOrder as ZerothOrder
+    from jaguar.optimizers.jaguar_muon import JaguarMuon as JaguarMuon
+    from jaguar.optimizers.jaguar_signsgd import JaguarSignSGD as JaguarSignSGD
+    from jaguar.optimizers.matrices import param_groups as param_groups
+    from jaguar.optimizers.zo_sgd import ZOSGD as ZOSGD
+    from jaguar.optimizers.zo_signsgd import ZOSignSGD as ZOSignSGD
+
+
+class Named(NamedTuple):
+    """An optimizer that has a name on the command line.
+
+    Attributes:
+        cls: its public class; None: torch.optim.SGD.
+        module: where that is; None: in torch.
+        lr: its default learning rate, as --help shows it.
+    """
+
+    cls: str | None
+    module: str | None
+    lr: str
+
+
+# The first-order baseline: torch.optim.SGD with backward passes, through the same trainer.
+FIRST_ORDER = "fo-sgd"
+
+METHODS: dict[str, Named] = {
+    "jaguar-signsgd": Named("JaguarSignSGD", "jaguar.optimizers.jaguar_signsgd", "1e-4, 1e-6 with --update all"),
+    "jaguar-muon": Named("JaguarMuon", "jaguar.optimizers.jaguar_muon", "1e-3"),
+    "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6"),
+    "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6"),
+    FIRST_ORDER: Named(None, None, "1e-3"),
+}
+
+METHOD = "jaguar-signsgd"  # the default
+
+# Public name -> module: the classes of the table, and what is public beside them.
+HOME: dict[str, str] = {row.cls: row.module for row in METHODS.values() if row.cls and row.module}
+HOME |= {"ZerothOrder": "jaguar.optimizers.base", "param_groups": "jaguar.optimizers.matrices"}

@@ -1,0 +1,111 @@
+"""Cached state buffers and places of the trained tensors, so that the host's work per step is small."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jaguar.launches import State
+from jaguar.method import Method
+from jaguar.optimizers.guards import check_storage
+from jaguar.params import Kind, Slot
+from jaguar.rounding import compute_dtype
+from jaguar.rules import Buffer
+
+
+class Roster:
+    """One list of slots and one optimizer state.
+
+    Attributes:
+        entries: the optimizer's state; another object needs another roster.
+        slots: the slots.
+        kinds: the kinds that occur.
+        double: whether losses are fp64: one of the parameters is.
+        devices: where the parameters are.
+        tensors: the parameters, by slot.
+        state: the buffers of every slot as `moved` saw them; () where one is not made yet.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], entries: dict[Tensor, dict[str, Any]], buffers: Sequence[tuple[Buffer, ...]]
+    ) -> None:
+        self.entries, self.slots, self._buffers = entries, slots, buffers
+        self.kinds: list[Kind] = list(dict.fromkeys(slot.kind for slot in slots))
+        self.double = any(kind.double for kind in self.kinds)
+        self.devices = {slot.tensor.device for slot in slots}
+        self.tensors = [slot.tensor for slot in slots]
+        self._seen: list[int] | None = None
+        # One (entry of the state, name) per buffer of every slot.
+        self._wanted: list[tuple[dict[str, Any], str]] = []
+        self._held: list[Tensor | None] = []
+        self.state: State = [()] * len(slots)
+        self._places: list[Any] = []
+
+    def _look(self) -> None:
+        seen = list(map(id, self.entries.values()))
+        if seen != self._seen:  # entries were added, taken away or replaced
+            self._seen, own = seen, [self.entries.get(t, {}) for t in self.tensors]
+            self._wanted = [(e, b.name) for e, buffers in zip(own, self._buffers, strict=True) for b in buffers]
+        held = [entry.get(name) for entry, name in self._wanted]
+        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
+            return
+        left = iter(held)
+        found = [[next(left) for _ in own] for own in self._buffers]
+        there = [[m for m in own if m is not None] for own in found]
+        self.state = [tuple(own) if len(own) == len(all_) else () for own, all_ in zip(there, found, strict=True)]
+        self._held, self._places = held, []
+
+    def moved(self) -> bool:
+        """Looks at all tensors; returns whether one is another one, or elsewhere, than at the last call.
+
+        Raises:
+            RuntimeError: one is not where it should be.
+        """
+        self._look()
+        tensors = self.tensors
+        # Not strides and shapes, which cost as much as the rest of the step.
+        places: list[Any] = [
+            *map(Tensor.data_ptr, tensors),
+            *map(Tensor.is_contiguous, tensors),
+            *map(Tensor.numel, tensors),
+        ]
+        places += [tensor.dtype for tensor in tensors]  # an address can come back with another tensor
+        places += [0 if m is None else m.data_ptr() for m in self._held]
+        if places == self._places:
+            return False
+        check_storage(self.slots, self._buffers, self.state)
+        self._places = places
+        return True
+
+    def make(self, method: Method) -> bool:
+        """Makes the buffers that are missing; returns whether any was."""
+        missing = [i for i, own in enumerate(self._buffers) if own and not self.state[i]]
+        with torch.inference_mode(False):  # made in inference mode it could not be written to outside it
+            for i in missing:
+                tensor, entry = self.tensors[i], self.entries[self.tensors[i]]
+                for buffer in self._buffers[i]:
+                    if buffer.name not in entry:
+                        dtype = state_dtype(tensor.dtype, buffer, method.momentum_dtype)
+                        entry[buffer.name] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+        return bool(missing) and self.moved()
+
+    def left(self) -> bool:
+        """Whether a parameter is elsewhere than at the last `moved`: after a closure, which may do anything."""
+        return list(map(Tensor.data_ptr, self.tensors)) != self._places[: len(self.tensors)]
+
+
+def buffers_of(method: Method, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> list[tuple[Buffer, ...]]:
+    """The state that the rule keeps of every slot."""
+    by_group = [method.rule.state(group) for group in groups]
+    return [by_group[slot.group] for slot in slots]
+
+
+def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | None) -> torch.dtype:
+    """In what a buffer is stored: `chosen`, or parameter precision, but bf16 for fp16; wide ones in neither."""
+    if buffer.wide:
+        return compute_dtype(parameter)
+    return chosen or (torch.bfloat16 if parameter == torch.float16 else parameter)

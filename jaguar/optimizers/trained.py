@@ -1,0 +1,120 @@
+"""The tensors that an optimizer trains: which take part, the launches for them, and what a step gives these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from jaguar.bind import Bound, bind
+from jaguar.estimators import Derivatives, Probe, choose_restore
+from jaguar.launches import StepInputs
+from jaguar.method import Method
+from jaguar.optimizers.freezing import Frozen
+from jaguar.optimizers.state import Roster, buffers_of
+from jaguar.params import Kind, Slot
+from jaguar.record import Record
+from jaguar.rng import Draw
+from jaguar.rules import Scalars
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step that was measured and not applied.
+
+    Attributes:
+        record: what was measured.
+        probe: the last probe, if the parameters are not back yet.
+    """
+
+    record: Record
+    probe: Probe | None
+
+
+class Trained:
+    """Slots and their launches, made when a step needs them and kept until something changes.
+
+    Args:
+        method: what is computed.
+        backend: which `ops.choose` returned.
+        restore: how dense directions get back: "copy", "module" or None.
+
+    Attributes:
+        slots: all tensors of the optimizer, in canonical order.
+        frozen: those that have requires_grad=False by now.
+        roster: those that take part.
+    """
+
+    def __init__(self, method: Method, backend: str, restore: str | None) -> None:
+        self._method, self._backend, self._restore = method, backend, restore
+        self.slots: list[Slot] = []
+        self.frozen = Frozen()
+        self.roster = Roster([], {}, [])
+        self._bound: Bound | None = None
+
+    def take(self, slots: list[Slot]) -> None:
+        """Other slots from now on."""
+        self.slots, self._bound = slots, None
+
+    def read_frozen(self) -> None:
+        """Looks which tensors have requires_grad=False."""
+        if self.frozen.read(self.slots):
+            self._bound = None
+
+    @property
+    def bound(self) -> Bound:
+        """The launches, over tensors that `launches` looked at."""
+        assert self._bound is not None
+        return self._bound
+
+    def launches(self, groups: Groups, state: dict[Tensor, dict[str, Any]]) -> Bound:
+        """The launches, over tensors that are seen to be in their places.
+
+        Args:
+            groups, state: the optimizer's.
+
+        Raises:
+            RuntimeError: a tensor is not where it should be.
+        """
+        if self._bound is None:
+            self.slots = self._method.in_roles(self.slots, groups)
+            taking_part = [slot for slot in self.slots if slot.tensor.requires_grad]
+            self._method.direction.check(taking_part)
+            restore = "walk" if self._method.walk else self._restore or choose_restore(taking_part)
+            self._bound = bind(self._method, taking_part, groups, self._backend, restore)
+            self.roster = Roster(taking_part, state, buffers_of(self._method, taking_part, groups))
+        elif self.roster.entries is not state:
+            self.roster = Roster(self.roster.slots, state, buffers_of(self._method, self.roster.slots, groups))
+        if self.roster.moved():
+            self._bound.check(self.roster.state)
+        return self._bound
+
+    def make_state(self) -> None:
+        """Makes the state buffers that are missing."""
+        if self.roster.make(self._method):
+            self.bound.check(self.roster.state)
+
+    def inputs(self, draws: tuple[Draw, ...], scalars: Mapping[Kind, Scalars]) -> StepInputs:
+        """What the launches of a step are given."""
+        active = self._method.direction.active(draws[0], self.roster.slots)
+        return StepInputs(draws, scalars, self.roster.state, active)
+
+    def scalars(
+        self, groups: Groups, lrs: Sequence[float], t: int, derivatives: Derivatives | None = None
+    ) -> dict[Kind, Scalars]:
+        """The scalars of every kind of tensor; without weights where there are no derivatives.
+
+        Args:
+            lrs: learning rate of each group.
+            t: number of the step among those that move something, from 1.
+        """
+        made: dict[Kind, Scalars] = {}
+        for kind in self.roster.kinds:
+            group = groups[kind.group]
+            rho = derivatives(group["tau"], kind.double) if derivatives is not None else ()
+            made[kind] = self._method.scalars(kind, group, lrs[kind.group], rho, t)
+        return made
