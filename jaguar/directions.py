@@ -49,8 +49,8 @@ class Direction:
         """The fields as plain values."""
         raise NotImplementedError
 
-    def shown(self, total: int) -> str:
-        """A line about it, of `total` coordinates in the set."""
+    def shown(self, slots: Sequence[Slot]) -> str:
+        """A line about it, along these tensors."""
         raise NotImplementedError
 
 
@@ -68,7 +68,7 @@ class Dense(Direction):
         """The distribution."""
         return {"distribution": self.name}
 
-    def shown(self, total: int) -> str:
+    def shown(self, slots: Sequence[Slot]) -> str:
         """A line about it."""
         return f"direction: {self.name}"
 
@@ -226,10 +226,10 @@ class Coordinates(Sparse):
         """The fields."""
         return {"coordinates": self.coordinates, "layout": self.layout, "signs": self.signs, "released": False}
 
-    def shown(self, total: int) -> str:
+    def shown(self, slots: Sequence[Slot]) -> str:
         """A line about it."""
         what = f"{self.coordinates!r}, layout {self.layout}, signs {self.signs}"
-        return f"coordinates: {what} (fraction {self.fraction(total):.6g})"
+        return f"coordinates: {what} (fraction {self.fraction(sum(slot.total for slot in slots)):.6g})"
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
         """What is chosen of every set of slots (positions)."""
@@ -313,9 +313,9 @@ class ReleasedBlock(Sparse):
         """The options of `Coordinates`, which have no part in it."""
         return Coordinates().options() | {"released": True}
 
-    def shown(self, total: int) -> str:
+    def shown(self, slots: Sequence[Slot]) -> str:
         """A line about it."""
-        return f"coordinates: released code's joint block (fraction {self.fraction(total):.6g})"
+        return f"coordinates: released code's joint block (fraction {self.fraction(0):.6g})"
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
         """The blocks of every set of slots, as `Coordinates.choose`."""

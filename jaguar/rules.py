@@ -221,20 +221,31 @@ class Rule:
             fraction: share of the coordinates that a step samples.
             momentum: in what the state is stored.
         """
-        return []
+        state = any(self.state(group) for group in groups)
+        return [f"rule: {self!r}" + (f", momentum: {momentum}" if state else "")]
 
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """m <- momentum m + g; x <- (1 - lr wd) x - lr m. Without momentum no state is kept, and m = g."""
+    """m <- momentum m + g; x <- (1 - lr wd) x - lr m. Where momentum is 0 no state is kept, and m = g.
 
-    keys: ClassVar[Mapping[str, Range]] = {"momentum": FACTOR}
+    Attributes:
+        momentum: False: groups have none.
+    """
+
+    momentum: bool = True
+
     widths: ClassVar[tuple[int, int]] = (1, 0)
 
     @property
     def name(self) -> str:
         """What a checkpoint calls it."""
         return "ZOSGD"
+
+    @property
+    def keys(self) -> Mapping[str, Range]:  # type: ignore[override]
+        """momentum."""
+        return {"momentum": FACTOR} if self.momentum else {}
 
     @property
     def entry(self) -> Callable[..., Any]:
@@ -248,11 +259,15 @@ class SGD(Rule):
 
     def state(self, group: Mapping[str, Any]) -> tuple[Buffer, ...]:
         """Momentum, where it is not 0."""
-        return (Buffer("momentum"),) if float(group["momentum"]) > 0.0 else ()
+        return (Buffer("momentum"),) if float(group.get("momentum", 0.0)) > 0.0 else ()
 
     def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
         """The momentum factor."""
-        return (float(group["momentum"]),)
+        return (float(group.get("momentum", 0.0)),)
+
+    def options(self) -> dict[str, Any]:
+        """Whether there is no momentum."""
+        return {} if self.momentum else {"momentum": False}
 
 
 @dataclass(frozen=True)

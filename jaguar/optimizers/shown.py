@@ -49,7 +49,8 @@ def shown(
 
 def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Slot]) -> list[str]:
     """Lines about the parts of a method, its cost and its state."""
-    total = sum(slot.total for slot in slots if slot.tensor.requires_grad)
+    trained = [slot for slot in slots if slot.tensor.requires_grad]
+    fraction = method.direction.fraction(sum(slot.total for slot in trained))
     sparse, estimator = isinstance(method.direction, Sparse), method.estimator
     how = f", update {method.rule.update}" if sparse else ", restored by a walk" if method.walk else ""
     precision = "parameter precision" if method.momentum_dtype is None else str(method.momentum_dtype)
@@ -61,8 +62,8 @@ def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Sl
     count = max(1, sum(slot.count for slot in slots))
     clip = "" if estimator.rho_clip is None else f", |rho| at most {estimator.rho_clip:g}"
     return [
-        f"{method.direction.shown(total)}{how}",
-        *method.rule.shown(optimizer.param_groups, method.direction.fraction(total), precision),
+        f"{method.direction.shown(trained)}{how}",
+        *method.rule.shown(optimizer.param_groups, fraction, precision),
         f"estimator: {estimator.name}, {estimator.n_directions} direction(s), rounding {method.rounding}{clip}",
         f"evaluations per step: {estimator.n_losses}, state: {held / count:.4g} bytes per parameter",
     ]
@@ -77,6 +78,7 @@ def _matrices(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[
     matrices = [slot for slot in slots if rule.is_matrix(slot, groups[slot.group])]
     names = [ops.assigned(backend, s.tensor, rule.steps, rule.ns_dtype) for s in matrices]
     how = f"{rule.ns_coefficients}, {rule.steps} steps, {rule.ns_dtype}"
+    how += "" if rule.adjust_lr is None else f", lr adjusted as {rule.adjust_lr}"
     turns = f", each in 1 of {rule.ns_period} steps" if rule.ns_period > 1 else ""
     return [
         f"Newton-Schulz: {how}{turns}, on {' and '.join(dict.fromkeys(names)) or 'nothing'}",
