@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar, TypeAlias
@@ -56,17 +56,30 @@ class Direction:
 
 @dataclass(frozen=True)
 class Dense(Direction):
-    """A direction that moves every coordinate."""
+    """A direction that moves every coordinate.
+
+    Attributes:
+        name: of the distribution, in checkpoints.
+    """
 
     name: ClassVar[str]
 
+    @property
+    def drawn(self) -> Dense:
+        """The direction whose values these are."""
+        return self
+
     def values_of(self, draw: Draw, elements: Elements) -> Tensor:
-        """e of these elements: fp32."""
+        """e of these elements, in their order: fp32, on their device.
+
+        A pure function of the draw and of each element's stream and logical index (`elements.at`), whatever is asked
+        for beside it.
+        """
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """The distribution."""
-        return {"distribution": self.name}
+        """The distribution and the fields."""
+        return {"distribution": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
 
     def shown(self, slots: Sequence[Slot]) -> str:
         """A line about it."""

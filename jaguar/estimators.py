@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jaguar.directions import Direction
 from jaguar.params import Slot, free_bytes, is_int
-from jaguar.rules import rounded
+from jaguar.rules import plain, rounded
 
 # (tau, double) -> one derivative per direction.
 Derivatives: TypeAlias = Callable[[float, bool], list[float]]
@@ -55,18 +55,20 @@ _COPY_SHARE = 0.1
 class Estimator:
     """Which points are evaluated, and the directional derivative that their losses give.
 
-    A subclass is a frozen dataclass whose fields decide bits.
+    A subclass is a frozen dataclass whose fields decide bits. The losses are all that a record has of a step: `rho`,
+    `along` and `moves` are functions of them.
 
     Attributes:
         n_directions: directions per step.
         rho_clip: bound on |rho|, or None.
+        name: in checkpoints.
+        points: of each direction, in order of evaluation, in units of tau e; the last one is where a walk ends.
     """
 
     n_directions: int = 1
     rho_clip: float | None = None
 
     name: ClassVar[str]
-    # Points of each direction in order of evaluation, in units of tau e; the last one is where a walk ends.
     points: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
@@ -115,8 +117,8 @@ class Estimator:
         """Raises ValueError if it cannot measure along `direction`, or not where the way back is a walk."""
 
     def options(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return {"estimator": self.name, "n_directions": self.n_directions, "rho_clip": self.rho_clip}
+        """The name, and the fields as plain values."""
+        return {"estimator": self.name} | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaguar import rules
 from jaguar.directions import DENSE, Coordinates, Dense, ReleasedBlock
 from jaguar.method import Method
 from jaguar.rng import STATE_PURPOSES
@@ -15,9 +16,9 @@ def unsupported(method: Method, groups: Sequence[Mapping[str, Any]]) -> str | No
     """Why there are no launches for a method, as the end of a sentence."""
     direction, rule = method.direction, method.rule
     if isinstance(direction, Dense):
-        if direction.name not in DENSE:
-            return f"{type(direction).__name__} is drawn by the reference only"
-    elif not isinstance(direction, (Coordinates, ReleasedBlock)):
+        if direction.drawn not in DENSE.values():
+            return f"{type(direction.drawn).__name__} is drawn by the reference only"
+    elif type(direction) not in (Coordinates, ReleasedBlock):
         return f"{type(direction).__name__} is drawn by the reference only"
     elif isinstance(direction, ReleasedBlock) and method.estimator.n_directions > 1:
         # Their blocks overlap anywhere, so the programs of one launch would meet in the same elements.
@@ -28,6 +29,9 @@ def unsupported(method: Method, groups: Sequence[Mapping[str, Any]]) -> str | No
         return f"kernels hold up to {len(STATE_PURPOSES)} state buffers"
     stateful = any(rule.state(group) for group in groups)
     for function in (rule.entry, rule.step) if stateful else (rule.step,):
-        if not hasattr(kernels, function.__name__):
-            return f"the rule's {function.__name__} has no kernel in jaguar.triton_kernels.rules"
+        name = function.__name__
+        if not hasattr(kernels, name):
+            return f"the rule's {name} has no kernel in jaguar.triton_kernels.rules"
+        if getattr(rules, name, function) is not function:
+            return f"the rule's {name} is not jaguar.rules.{name}, which has a kernel: give it a name of its own"
     return None
