@@ -1,0 +1,22 @@
+"""Directions e of a zero-order step: dense (Gaussian, Rademacher) or a few signed coordinates.
+
+A direction is never stored: it is a pure function of the step key and the logical element index. Dense directions
+give their values for a range of elements; coordinate directions give the chosen elements and their signs.
+"""
+
+from jaguar.directions.base import Dense, Direction, Sparse
+from jaguar.directions.coordinates import Coordinates, ReleasedBlock, matrix_shape
+from jaguar.directions.distributions import DENSE, Gaussian, Rademacher, dense
+
+__all__ = [
+    "DENSE",
+    "Coordinates",
+    "Dense",
+    "Direction",
+    "Gaussian",
+    "Rademacher",
+    "ReleasedBlock",
+    "Sparse",
+    "dense",
+    "matrix_shape",
+]

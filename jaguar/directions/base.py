@@ -1,0 +1,110 @@
+"""What a direction is: dense, or a few signed coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from jaguar.params import Slot
+from jaguar.rng import Draw, Elements
+from jaguar.samples import Chosen, Sample
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where a step looks. A subclass is a frozen dataclass whose fields decide bits: `Dense` or `Sparse`."""
+
+    # What happens to coordinates whose perturbation rounding swallows.
+    fate_of_lost: ClassVar[str] = "move by chance only"
+
+    def units(self, slots: Sequence[Slot]) -> list[Hashable]:
+        """What of each slot decides whether it takes part in a step; slots with equal units take part together."""
+        return [None] * len(slots)
+
+    def active(self, draw: Draw, slots: Sequence[Slot]) -> list[bool] | None:
+        """The slots that take part in the step of `draw`; None: all. The others are neither read nor written."""
+        return None
+
+    def fraction(self, total: int) -> float:
+        """The probability that a coordinate of a matrix is perturbed, of `total` coordinates in the set."""
+        return 1.0
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Raises ValueError if it cannot be drawn for these slots."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        raise NotImplementedError
+
+    def shown(self, slots: Sequence[Slot]) -> str:
+        """A line about it, along these tensors."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Direction):
+    """A direction that moves every coordinate.
+
+    Attributes:
+        name: of the distribution, in checkpoints.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def drawn(self) -> Dense:
+        """The direction whose values these are."""
+        return self
+
+    def values_of(self, draw: Draw, elements: Elements) -> Tensor:
+        """e of these elements, in their order: fp32, on their device.
+
+        A pure function of the draw and of each element's stream and logical index (`elements.at`), whatever is asked
+        for beside it.
+        """
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The distribution and the fields."""
+        return {"distribution": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def shown(self, slots: Sequence[Slot]) -> str:
+        """A line about it."""
+        return f"direction: {self.name}"
+
+
+@dataclass(frozen=True)
+class Sparse(Direction):
+    """A direction that moves a few signed coordinates; the others take no part in the entry into state.
+
+    Attributes:
+        ones: all signs are +1.
+    """
+
+    fate_of_lost: ClassVar[str] = "are not trained"
+
+    @property
+    def ones(self) -> bool:
+        """Whether all signs are +1."""
+        raise NotImplementedError
+
+    def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
+        """What is chosen of every set of slots (positions), as places in the vector that its tensors make in order.
+
+        The slots of a set are on one device. A set costs about as much as a slot: small tensors go together.
+        """
+        raise NotImplementedError
+
+    def sample(self, draw: Draw, slots: Sequence[Slot]) -> list[Sample]:
+        """The sample of every slot, as local indices in ascending order."""
+        return [_whole(chosen) for chosen in self.choose(draw, slots, [[i] for i in range(len(slots))])]
+
+
+def _whole(chosen: Chosen) -> Sample:
+    """All parts in one."""
+    index, sign = zip(*chosen.parts(), strict=True)
+    return torch.cat(index), torch.cat(sign)
