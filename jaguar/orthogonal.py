@@ -43,6 +43,7 @@ class Orthogonal(AveragedSign):
     ns_dtype: torch.dtype = torch.bfloat16
     ns_period: int = 1
     adjust_lr: str | None = None
+    called: ClassVar[str] = "JaguarMuon"
     flags: ClassVar[tuple[str, ...]] = ("ns",)
 
     def __post_init__(self) -> None:
@@ -65,11 +66,6 @@ class Orthogonal(AveragedSign):
     def keys(self) -> Mapping[str, Range]:  # type: ignore[override]
         """beta, and the learning rate of what is no matrix: a multiple of lr."""
         return {"beta": FACTOR, "weight_decay": NOT_NEGATIVE, "vector_lr": NOT_NEGATIVE}
-
-    @property
-    def name(self) -> str:
-        """What a checkpoint calls it."""
-        return "JaguarMuon"
 
     def check(self, direction: Direction) -> None:
         """Raises ValueError for dense directions, whose launches have no step for matrices."""
@@ -136,12 +132,8 @@ class ReleasedOrthogonal(AveragedSign):
 
     averages: bool = False
 
+    called: ClassVar[str] = "JaguarMuon"
     flags: ClassVar[tuple[str, ...]] = ("ns",)
-
-    @property
-    def name(self) -> str:
-        """What a checkpoint calls it."""
-        return "JaguarMuon"
 
     def check(self, direction: Direction) -> None:
         """Raises ValueError for other directions."""

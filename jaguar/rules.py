@@ -166,8 +166,8 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """What a checkpoint calls it."""
-        return type(self).__name__
+        """What a checkpoint calls it: `called` of its own class, else the class's name."""
+        return str(vars(type(self)).get("called", type(self).__name__))
 
     @property
     def entry(self) -> Callable[..., Any]:
@@ -210,6 +210,14 @@ class Rule:
     def check(self, direction: Direction) -> None:
         """Raises ValueError if it cannot move along `direction`."""
 
+    def check_numbers(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError if it does not give as many numbers as it declares."""
+        given = len(self.entry_numbers(group, 1)), len(self.step_numbers(group, 1))
+        if given != self.widths:
+            raise ValueError(
+                f"{self.name} declares widths={self.widths}, and entry_numbers and step_numbers give {given} numbers"
+            )
+
     def options(self) -> dict[str, Any]:
         """The fields as plain values."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
@@ -235,12 +243,8 @@ class SGD(Rule):
 
     momentum: bool = True
 
+    called: ClassVar[str] = "ZOSGD"
     widths: ClassVar[tuple[int, int]] = (1, 0)
-
-    @property
-    def name(self) -> str:
-        """What a checkpoint calls it."""
-        return "ZOSGD"
 
     @property
     def keys(self) -> Mapping[str, Range]:  # type: ignore[override]
@@ -274,10 +278,7 @@ class SGD(Rule):
 class Sign(SGD):
     """m <- momentum m + g; x <- (1 - lr wd) x - lr sign(m)."""
 
-    @property
-    def name(self) -> str:
-        """What a checkpoint calls it."""
-        return "ZOSignSGD"
+    called: ClassVar[str] = "ZOSignSGD"
 
     @property
     def step(self) -> Callable[..., Tensor]:
@@ -299,6 +300,7 @@ class AveragedSign(Rule):
     update: str = "sampled"  # type: ignore[misc]
     averages: bool = True
 
+    called: ClassVar[str] = "JaguarSignSGD"
     widths: ClassVar[tuple[int, int]] = (1, 0)
 
     def __post_init__(self) -> None:
@@ -309,11 +311,6 @@ class AveragedSign(Rule):
     def keys(self) -> Mapping[str, Range]:  # type: ignore[override]
         """beta."""
         return {"beta": FACTOR} if self.averages else {}
-
-    @property
-    def name(self) -> str:
-        """What a checkpoint calls it."""
-        return "JaguarSignSGD"
 
     @property
     def entry(self) -> Callable[..., Any]:

@@ -144,6 +144,27 @@ def test_missing_and_unknown_group_values_are_named() -> None:
     assert opt.param_groups[0]["tau"] == 1e-3 and opt.param_groups[0]["weight_decay"] == 0.0
 
 
+class Miscounted(SGD):
+    """Declares one number for its entry and gives two."""
+
+    def entry_numbers(self, group: Any, t: int) -> tuple[float, ...]:
+        return (0.5, 0.5)
+
+
+def test_a_rule_gives_the_numbers_that_it_declares() -> None:
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"Miscounted declares widths=\(1, 0\), and .* give \(2, 0\) numbers"):
+        ZerothOrder([x], Method(Gaussian(), Miscounted()), lr=1.0, momentum=0.0)
+
+
+def test_a_rule_of_the_users_has_its_own_name_in_checkpoints() -> None:
+    class Mine(SGD):
+        pass
+
+    assert Method(Gaussian(), Mine()).options()["optimizer"] == "Mine"
+    assert Method(Gaussian(), SGD()).options()["optimizer"] == "ZOSGD"
+
+
 NAMED: dict[str, tuple[Any, Method, dict[str, float]]] = {
     "JaguarSignSGD": (
         lambda p: jaguar.JaguarSignSGD(p, lr=1e-3, tau=TAU, seed=12345, coordinates=0.1, beta=0.7),

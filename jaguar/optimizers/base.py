@@ -405,6 +405,7 @@ class ZerothOrder(Contract):
         groups = list(self.param_groups)
         super().add_param_group(group)
         try:
+            method.rule.check_numbers(self.param_groups[number])
             slots = slots_of(self.param_groups, self._slots, self._shards)
             self._trained.take(method.in_roles(slots, self.param_groups))
         except ValueError:
