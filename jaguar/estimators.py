@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jaguar.directions import Direction
 from jaguar.params import Slot, free_bytes, is_int
-from jaguar.rules import plain, rounded
+from jaguar.rule import plain, rounded
 
 # (tau, double) -> one derivative per direction.
 Derivatives: TypeAlias = Callable[[float, bool], list[float]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from jaguar.estimators import Probe
 from jaguar.params import Kind, Slot
 from jaguar.rng import Draw
-from jaguar.rules import Scalars
+from jaguar.rule import Scalars
 
 # State buffers of every slot, in the order that the rule declares them; () where it has none.
 State: TypeAlias = Sequence[tuple[Tensor, ...]]

@@ -13,7 +13,7 @@ from jaguar import rng
 from jaguar.directions import Direction, Sparse
 from jaguar.estimators import Estimator, TwoSided
 from jaguar.params import Kind, Slot
-from jaguar.rules import COMMON, Range, Rule, Scalars, plain, rounded
+from jaguar.rule import COMMON, Range, Rule, Scalars, plain, rounded
 
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
 

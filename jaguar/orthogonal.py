@@ -13,7 +13,8 @@ from torch import Tensor
 from jaguar.directions import Direction, ReleasedBlock, Sparse, matrix_shape
 from jaguar.launches import Moves, Orthogonaliser, StepInputs
 from jaguar.params import Slot, is_int
-from jaguar.rules import FACTOR, NOT_NEGATIVE, AveragedSign, Range, plain
+from jaguar.rule import FACTOR, NOT_NEGATIVE, Range, plain
+from jaguar.rules import AveragedSign
 from jaguar.schemes import SCHEMES, checked, scalar_iterate
 
 # How a group's tensors with two or more dimensions are read.

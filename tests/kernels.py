@@ -20,7 +20,7 @@ import interpreter  # noqa: F401 (twice as fast)
 from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
-from jaguar import fused, ops, reference, rules
+from jaguar import fused, ops, reference
 from jaguar.directions import DENSE, Coordinates, Direction, ReleasedBlock, Sparse
 from jaguar.estimators import OneSided, Probe, TwoSided
 from jaguar.fused.plan import Plan, Table
@@ -29,7 +29,8 @@ from jaguar.method import Method
 from jaguar.orthogonal import MatrixStage
 from jaguar.params import Slot
 from jaguar.rng import Draw
-from jaguar.rules import SGD, AveragedSign, Rule, Sign
+from jaguar.rule import Rule, rounded
+from jaguar.rules import SGD, AveragedSign, Sign
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import around
 
@@ -274,7 +275,7 @@ class Twins:
         draws = tuple(Draw(SEED, step, d) for d in range(self.method.estimator.n_directions))
         scalars = {}
         for kind in dict.fromkeys(slot.kind for slot in self.steps[k].slots):
-            group, own = GROUPS[kind.group], [rules.rounded(r, kind.double) for r in rho]
+            group, own = GROUPS[kind.group], [rounded(r, kind.double) for r in rho]
             scalars[kind] = self.method.scalars(kind, group, group["lr"], own, 1)
         return StepInputs(draws, scalars, self.models[k].state, self.active, probe)
 

@@ -42,7 +42,8 @@ from jaguar.directions import DENSE
 from jaguar.fused.numbers import arithmetic
 from jaguar.fused.plan import Plan
 from jaguar.fused.supported import unsupported
-from jaguar.rules import SGD, AveragedSign, Buffer, Rule
+from jaguar.rule import Buffer, Rule
+from jaguar.rules import SGD, AveragedSign
 from jaguar.triton_kernels import rules as kernels
 from jaguar.triton_kernels.launch import around
 

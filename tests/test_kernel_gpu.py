@@ -45,12 +45,13 @@ from test_kernel_rng import (  # noqa: F401  (collected here too, and then run o
 )
 from torch import Tensor
 
-from jaguar import ZOSGD, JaguarSignSGD, ops, rules
+from jaguar import ZOSGD, JaguarSignSGD, ops
 from jaguar.directions import DENSE, Coordinates
 from jaguar.estimators import TwoSided
 from jaguar.launches import StepInputs
 from jaguar.params import Slot
 from jaguar.rng import Draw, Purpose
+from jaguar.rule import rounded
 from jaguar.rules import AveragedSign, Sign
 from jaguar.triton_kernels import tables as T
 
@@ -228,7 +229,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(kind: str) -> None:
             MOVES[move](probe)
         check(move)
     for k, (steps, probe) in enumerate(zip(both, probes, strict=True)):
-        known = replace(inputs(k, [rules.rounded(0.37)]), probe=probe)
+        known = replace(inputs(k, [rounded(0.37)]), probe=probe)
         steps.prepare(known)
         steps.update_(known)
     check("update")

@@ -14,7 +14,8 @@ import jaguar
 from jaguar import Method, ZerothOrder, directions, estimators, orthogonal, rules
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.estimators import OneSided, TwoSided
-from jaguar.rules import SGD, AveragedSign, Rule, Sign
+from jaguar.rule import Rule
+from jaguar.rules import SGD, AveragedSign, Sign
 
 # Parts with their group values; new parts of the package join by themselves where they need no arguments.
 DIRECTIONS = {

@@ -16,7 +16,7 @@ from jaguar.launches import StepInputs
 from jaguar.method import Method
 from jaguar.params import Kind, Slot
 from jaguar.rng import STATE_PURPOSES, Draw, Purpose
-from jaguar.rules import Rule
+from jaguar.rule import Rule
 from jaguar.triton_kernels import rules as kernels
 from jaguar.triton_kernels import tables as T
 

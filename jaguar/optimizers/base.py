@@ -31,7 +31,7 @@ from jaguar.optimizers.trials import trial
 from jaguar.params import Kind, Shard, Slot, check_shards
 from jaguar.record import Record
 from jaguar.rng import Draw
-from jaguar.rules import Scalars, all_finite
+from jaguar.rule import Scalars, all_finite
 
 Closure = Callable[[], Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from jaguar.launches import Lost, State
 from jaguar.params import Slot
 from jaguar.record import Record
-from jaguar.rules import Buffer
+from jaguar.rule import Buffer
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise

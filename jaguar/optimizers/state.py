@@ -14,7 +14,7 @@ from jaguar.method import Method
 from jaguar.optimizers.guards import check_storage
 from jaguar.params import Kind, Slot
 from jaguar.rounding import compute_dtype
-from jaguar.rules import Buffer
+from jaguar.rule import Buffer
 
 
 class Roster:

@@ -17,7 +17,7 @@ from jaguar.optimizers.state import Roster, buffers_of
 from jaguar.params import Kind, Slot
 from jaguar.record import Record
 from jaguar.rng import Draw
-from jaguar.rules import Scalars
+from jaguar.rule import Scalars
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -12,7 +12,8 @@ from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
 from jaguar.params import Shard
-from jaguar.rules import SGD, Rule
+from jaguar.rule import Rule
+from jaguar.rules import SGD
 
 
 class ZOSGD(ZerothOrder):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jaguar.optimizers.zo_sgd import ZOSGD
-from jaguar.rules import Rule, Sign
+from jaguar.rule import Rule
+from jaguar.rules import Sign
 
 
 class ZOSignSGD(ZOSGD):

@@ -16,7 +16,7 @@ from jaguar.params import Slot
 from jaguar.reference.pieces import Piece, pieces
 from jaguar.rng import STATE_PURPOSES, Draw, Purpose
 from jaguar.rounding import compute_dtype, needs_noise, store
-from jaguar.rules import Scalars
+from jaguar.rule import Scalars
 
 # Reads and writes the elements of a tensor that a part of a launch works on.
 Read = Callable[[Tensor], Tensor]

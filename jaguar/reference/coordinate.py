@@ -17,7 +17,7 @@ from jaguar.reference.common import Common, moved
 from jaguar.reference.pieces import Piece
 from jaguar.rng import Draw
 from jaguar.rounding import compute_dtype
-from jaguar.rules import Scalars
+from jaguar.rule import Scalars
 from jaguar.samples import Chosen
 from jaguar.storage import flat_, gather, ranges, scatter_
 

@@ -1,0 +1,181 @@
+"""What a rule declares: numbers of parameter groups, state buffers, and the two functions of a step."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from jaguar.directions import Direction
+from jaguar.params import Slot
+
+
+def rounded(value: float, double: bool = False) -> float:
+    """`value` rounded to fp32 (unless `double`), overflowing to infinity.
+
+    One operation on fp32 numbers done in fp64 and then rounded is the correctly rounded fp32 operation.
+    """
+    return value if double else ctypes.c_float(value).value
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The numbers of one step that launches read, for tensors of one kind, rounded to their compute dtype.
+
+    Attributes:
+        tau: length of the perturbation.
+        decay: 1 - lr * weight_decay, made in fp64.
+        lr: length of the step.
+        entry: the rule's own numbers for its entry into state.
+        step: the rule's own numbers for its step.
+        weights: what each direction contributes to g, rho or a multiple of it; () before the losses are known.
+    """
+
+    tau: float
+    decay: float
+    lr: float
+    entry: tuple[float, ...] = ()
+    step: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are finite."""
+        return all(map(math.isfinite, self.weights))
+
+
+def all_finite(scalars: Mapping[Any, Scalars]) -> bool:
+    """Whether the weights of all kinds of tensors are finite."""
+    return all(s.finite for s in scalars.values())
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number of a parameter group may have.
+
+    Attributes:
+        admits: whether a value is one of them.
+        wanted: the end of the message that refuses others.
+    """
+
+    admits: Callable[[float], bool]
+    wanted: str
+
+
+NOT_NEGATIVE = Range(lambda value: 0.0 <= value < math.inf, " must be at least 0")
+POSITIVE = Range(lambda value: value < math.inf and rounded(value) > 0.0, " must be positive")
+FACTOR = Range(lambda value: 0.0 <= value < 1.0, " must lie in [0, 1)")
+LENGTH = Range(POSITIVE.admits, ": the length of the perturbation must be positive (1e-3 is common)")
+
+# What every parameter group has.
+COMMON: Mapping[str, Range] = {"lr": NOT_NEGATIVE, "tau": LENGTH, "weight_decay": NOT_NEGATIVE}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A state tensor of every parameter's shape.
+
+    Attributes:
+        name: its key in the optimizer's state.
+        wide: stored in the compute dtype (fp32, or fp64 for fp64 parameters), whatever `momentum_dtype` says; else in
+            the method's `momentum_dtype`, or in the parameter's dtype (bfloat16 for fp16 parameters).
+    """
+
+    name: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a step does with g: state <- entry(*state, g, *numbers), then x <- step(x, *state, decay, lr, *numbers).
+
+    Without state, g stands in its place. A subclass is a frozen dataclass whose fields decide bits; the numbers that
+    users may set per parameter group are declared by `keys`. Its two functions are plain torch on values in the compute
+    dtype; for the Triton backend `jaguar.triton_kernels.rules` has functions of the same names and arguments.
+    """
+
+    # Numbers of a parameter group besides lr, tau and weight_decay, and what they may be; and what is no number.
+    keys: ClassVar[Mapping[str, Range]] = {}
+    flags: ClassVar[tuple[str, ...]] = ()
+    # How many numbers of their own `entry` and `step` take.
+    widths: ClassVar[tuple[int, int]] = (0, 0)
+    # What coordinate directions move: "sampled" coordinates, or "all".
+    update: ClassVar[str] = "sampled"
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint calls it: `called` of its own class, else the class's name."""
+        return str(vars(type(self)).get("called", type(self).__name__))
+
+    @property
+    def entry(self) -> Callable[..., Any]:
+        """The function that enters g into state: a tensor, or a tuple where there are several buffers."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        """The function that moves a parameter."""
+        raise NotImplementedError
+
+    def state(self, group: Mapping[str, Any]) -> tuple[Buffer, ...]:
+        """The state of the parameters of a group."""
+        return ()
+
+    def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """The own numbers of `entry` in the t-th step that moves something, t = 1, 2, ..."""
+        return ()
+
+    def step_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """The own numbers of `step`."""
+        return ()
+
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool) -> tuple[float, ...]:
+        """What each direction contributes, per unit of e."""
+        return tuple(rho)
+
+    def completed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The numbers that a user gave for all groups, completed."""
+        return values
+
+    def prepared(self, group: dict[str, Any], number: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter group that a user gave, checked and completed; `number` is its place."""
+        return group
+
+    def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What a slot's `rate`, `gain` and `signed` are, where they are not the usual ones."""
+        return {}
+
+    def check(self, direction: Direction) -> None:
+        """Raises ValueError if it cannot move along `direction`."""
+
+    def check_numbers(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError if it does not give as many numbers as it declares."""
+        given = len(self.entry_numbers(group, 1)), len(self.step_numbers(group, 1))
+        if given != self.widths:
+            raise ValueError(
+                f"{self.name} declares widths={self.widths}, and entry_numbers and step_numbers give {given} numbers"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+    def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
+        """Lines about it.
+
+        Args:
+            fraction: share of the coordinates that a step samples.
+            momentum: in what the state is stored.
+        """
+        state = any(self.state(group) for group in groups)
+        return [f"rule: {self!r}" + (f", momentum: {momentum}" if state else "")]
+
+
+def plain(value: Any) -> Any:
+    """A field's value as JSON has it: dtypes by name."""
+    return str(value) if isinstance(value, torch.dtype) else value
