@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from jaguar import rng
 from jaguar.directions import Direction, Sparse
-from jaguar.estimators import Estimator, TwoSided
+from jaguar.estimators import Derivatives, Estimator, TwoSided
 from jaguar.params import Kind, Slot
 from jaguar.rule import COMMON, Range, Rule, Scalars, plain, rounded
 
@@ -100,6 +101,24 @@ class Method:
             "maximize": self.maximize,
         }
 
+    def moves(self, losses: Sequence[float]) -> bool:
+        """Whether a step with these losses, all finite, moves anything."""
+        return self.estimator.moves(self._smaller(losses))
+
+    def derivatives(self, losses: Sequence[float]) -> Derivatives:
+        """The derivatives that a step with these losses moves along."""
+        return partial(self.estimator.along, self._smaller(losses))
+
+    def downhill(self, derivatives: Derivatives) -> Derivatives:
+        """Derivatives of the loss as those of what is made smaller."""
+        if not self.maximize:
+            return derivatives
+        return lambda tau, double: [-rho for rho in derivatives(tau, double)]
+
+    def _smaller(self, losses: Sequence[float]) -> Sequence[float]:
+        """What is made smaller: the losses, or minus the losses."""
+        return [-loss for loss in losses] if self.maximize else losses
+
     def in_roles(self, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> list[Slot]:
         """The slots, each with what the rule does with it."""
         return [replace(slot, **self.rule.role(slot, groups[slot.group])) for slot in slots]
@@ -110,12 +129,10 @@ class Method:
         Args:
             group: its parameter group.
             lr: the group's learning rate of the step.
-            rho: derivatives; none before the losses are known.
+            rho: derivatives of what is made smaller; none before the losses are known.
             t: number of the step among those that move something, from 1.
         """
         double, rule, clip = kind.double, self.rule, self.estimator.rho_clip
-        if self.maximize:
-            rho = [-r for r in rho]
         if clip is not None:
             limit = rounded(clip, double)
             rho = [math.copysign(min(abs(r), limit), r) for r in rho]

@@ -262,7 +262,8 @@ class ZerothOrder(Contract):
 
             def stepped(derivatives: Derivatives) -> AbstractContextManager[None]:
                 trained.make_state()
-                tried = replace(inputs, scalars=self._scalars(lrs, derivatives), state=roster.state)
+                scalars = self._scalars(lrs, self.method.downhill(derivatives))
+                tried = replace(inputs, scalars=scalars, state=roster.state)
                 return trial(trained.bound, tried, roster.tensors)
 
             probes = trained.bound.probes(inputs)
@@ -281,7 +282,7 @@ class ZerothOrder(Contract):
     def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> Record:
         finite = all(map(math.isfinite, losses))
         record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
-        if finite and not all_finite(self._scalars(lrs, self._derivatives(record))):
+        if finite and not all_finite(self._scalars(lrs, self.method.derivatives(record.losses))):
             record = replace(record, skipped=True)  # finite losses, but rho overflows
         if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
             raise NonFiniteLoss(
@@ -306,8 +307,8 @@ class ZerothOrder(Contract):
     def _move(self, record: Record, inputs: StepInputs) -> None:
         """Moves parameters and state by a record that belongs here; interrupts are held."""
         bound, method = self._trained.bound, self.method
-        moves = not record.skipped and method.estimator.moves(record.losses)
-        scalars = self._scalars(record.lrs, self._derivatives(record) if moves else None)
+        moves = not record.skipped and method.moves(record.losses)
+        scalars = self._scalars(record.lrs, self.method.derivatives(record.losses) if moves else None)
         if not all_finite(scalars):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
@@ -347,9 +348,6 @@ class ZerothOrder(Contract):
 
     def _launches(self) -> Bound:
         return self._trained.launches(self.param_groups, self.state)
-
-    def _derivatives(self, record: Record) -> Derivatives:
-        return lambda tau, double: self.method.estimator.along(record.losses, tau, double)
 
     @property
     def _slots(self) -> list[Slot]:
