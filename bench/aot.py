@@ -40,6 +40,9 @@ POINTERS = {"tensors": "*i64", "programs": "*i64", "keys": "*i64", "scalars": "*
 # The functions of the rules, and how many numbers of their own they take.
 RULES = {name: {"ENTRY": rules.heavy_ball, "STEP": step, "N_ENTRY": 1, "N_STEP": 0}
          for name, step in (("sgd", rules.sgd_step), ("sign", rules.sign_step))}  # fmt: skip
+RULES |= {name: {"ENTRY": entry, "STEP": step, "N_ENTRY": 4, "N_STEP": 3}
+          for name, entry, step in (("adam", rules.adam, rules.adam_step),
+                                    ("amsgrad", rules.amsgrad, rules.amsgrad_step))}  # fmt: skip
 SAVED = {"fp64": "*fp64", "fp32": "*fp32", "fp16": "*fp16", "bf16": "*u16"}
 
 
@@ -108,9 +111,8 @@ def cases() -> list[Case]:
             + ("" if hint else " unaligned")
             + "".join(f" {k}={v}" for k, v in more.items())
         )
-        found.append(
-            Case(name, dense.step, constants, x, accesses(constants["TILE"], (x, m), (x, m)) if hint else (0, 0))
-        )
+        held = (x, *(constants[buffer] for buffer in ("S0", "S1", "S2")))
+        found.append(Case(name, dense.step, constants, x, accesses(constants["TILE"], held, held) if hint else (0, 0)))
 
     def along(x: str = "bf16", o: str = "bf16", hint: bool = True) -> None:
         constants = {"X_FORMAT": x, "O_FORMAT": o, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}
@@ -166,6 +168,13 @@ def cases() -> list[Case]:
         step("plain", distribution, m="bf16", SEVERAL=True, GROUPED=False)
         step("plain", distribution, x="fp16", m="e5m2", SEVERAL=True, GROUPED=False)
         step("plain", distribution, hint=False)
+        for job in ("plain", "saved"):
+            step(job, distribution, "amsgrad", m="bf16", S1="fp32", S2="fp32")
+        for x, m in (("fp32", "fp32"), ("fp16", "bf16"), ("bf16", "e5m2")):
+            step("plain", distribution, "amsgrad", x, m, S1="fp32", S2="fp32")
+        step("plain", distribution, "amsgrad", "fp64", "fp64", S1="fp64", S2="fp64")
+        step("plain", distribution, "adam", m="bf16", S1="fp32")
+        step("plain", distribution, "adam", m="bf16", S1="fp32", SEVERAL=True)
         for job in ("save", "flip", "lost"):
             move(job, distribution, masked=True)
         step("saved", distribution, MASKED=True)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from jaguar.rule import FACTOR, NOT_NEGATIVE, POSITIVE, Buffer, Range, Rule, rounded
 
-__all__ = ["FACTOR", "NOT_NEGATIVE", "POSITIVE", "SGD", "AveragedSign", "Buffer", "Range", "Rule", "Sign"]
+__all__ = ["FACTOR", "NOT_NEGATIVE", "POSITIVE", "SGD", "AdaMM", "AveragedSign", "Buffer", "Range", "Rule", "Sign"]
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
@@ -64,6 +65,59 @@ def sign_step(x: Tensor, m: Tensor, decay: float, lr: float) -> Tensor:
     Equivalent to: `x * decay - lr * m.sign()`.
     """
     return x * decay - m.sign() * lr
+
+
+def adam(m: Tensor, v: Tensor, g: Tensor, beta1: float, rest1: float, beta2: float, rest2: float) -> tuple[Tensor, ...]:
+    """m <- beta1 m + (1 - beta1) g; v <- beta2 v + (1 - beta2) g^2; rest = 1 - beta.
+
+    Source: arXiv 1412.6980, Algorithm 1.
+    Equivalent to: `(beta1 * m + rest1 * g, beta2 * v + rest2 * g * g)`.
+    """
+    return m * beta1 + g * rest1, v * beta2 + (g * g) * rest2
+
+
+def amsgrad(
+    m: Tensor, v: Tensor, h: Tensor, g: Tensor, beta1: float, rest1: float, beta2: float, rest2: float
+) -> tuple[Tensor, ...]:
+    """`adam`, and h <- max(h, v).
+
+    Source: arXiv 1904.09237, Algorithm 2.
+    Equivalent to: `(*adam(m, v, g, ...), torch.maximum(h, v))`.
+    """
+    m, v = adam(m, v, g, beta1, rest1, beta2, rest2)
+    return m, v, torch.maximum(h, v)
+
+
+def adam_step(x: Tensor, m: Tensor, v: Tensor, decay: float, lr: float, eps: float, c1: float, c2: float) -> Tensor:
+    """x <- (1 - lr wd) x - lr ((c1 m) / (sqrt(c2 v) + eps)); c = 1 / (1 - beta^t) corrects the bias, or is 1.
+
+    Equivalent to: `x * decay - lr * ((c1 * m) / ((c2 * v).sqrt() + eps))`.
+    """
+    return x * decay - (m * c1) / (root(v * c2) + eps) * lr
+
+
+def amsgrad_step(
+    x: Tensor, m: Tensor, v: Tensor, h: Tensor, decay: float, lr: float, eps: float, c1: float, c2: float
+) -> Tensor:
+    """`adam_step` with h in place of v."""
+    return adam_step(x, m, h, decay, lr, eps, c1, c2)
+
+
+def root(v: Tensor) -> Tensor:
+    """The square root, rounded correctly: libraries' own on CPUs are off by one bit in some of the numbers.
+
+    In fp32 by way of fp64. In fp64 one step of Newton's with the exact remainder v - y^2, from halves of y.
+    """
+    if v.dtype != torch.float64:
+        return torch.sqrt(v.to(torch.float64)).to(v.dtype)
+    y = torch.sqrt(v)
+    shifted = y * 134217729.0  # 2^27 + 1
+    high = shifted - (shifted - y)
+    low = y - high
+    remainder = ((v - high * high) - (high + high) * low) - low * low
+    # Below, the remainder's last bits would be subnormal; above, the products overflow. Infinity and NaN stay.
+    exact = (v > 2.0**-900) & (v < 2.0**900)
+    return torch.where(exact, y + remainder / (y + y), y)
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
@@ -180,3 +234,49 @@ class AveragedSign(Rule):
         betas = sorted({float(group.get("beta", 0.0)) for group in groups})
         memory = " / ".join(f"{1.0 / (fraction * (1.0 - beta)):,.0f}" for beta in betas)
         return [f"momentum: {momentum}, remembers {memory} steps"]
+
+
+@dataclass(frozen=True)
+class AdaMM(Rule):
+    """m <- beta1 m + (1 - beta1) g; v <- beta2 v + (1 - beta2) g^2; x <- (1 - lr wd) x - lr m / (sqrt(v) + eps).
+
+    v and h = max(h, v), which stands in its place with `amsgrad`, are fp32 for parameters of half precision.
+
+    Attributes:
+        amsgrad: divide by the root of the largest v so far.
+        bias_correction: divide m by 1 - beta1^t and v by 1 - beta2^t, t the number of steps that moved.
+    """
+
+    amsgrad: bool = True
+    bias_correction: bool = False
+
+    called: ClassVar[str] = "ZOAdaMM"
+    keys: ClassVar[Mapping[str, Range]] = {"beta1": FACTOR, "beta2": FACTOR, "eps": POSITIVE}
+    widths: ClassVar[tuple[int, int]] = (4, 3)
+
+    @property
+    def entry(self) -> Callable[..., Any]:
+        """`amsgrad` or `adam`."""
+        return amsgrad if self.amsgrad else adam
+
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        """`amsgrad_step` or `adam_step`."""
+        return amsgrad_step if self.amsgrad else adam_step
+
+    def state(self, group: Mapping[str, Any]) -> tuple[Buffer, ...]:
+        """m, v and h."""
+        more = (Buffer("h", wide=True),) if self.amsgrad else ()
+        return (Buffer("momentum"), Buffer("v", wide=True), *more)
+
+    def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """Both factors, and what is missing to 1."""
+        beta1, beta2 = float(group["beta1"]), float(group["beta2"])
+        return beta1, 1.0 - beta1, beta2, 1.0 - beta2
+
+    def step_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """eps and both corrections."""
+        c1 = c2 = 1.0
+        if self.bias_correction:
+            c1, c2 = (1.0 / (1.0 - float(group[key]) ** t) for key in ("beta1", "beta2"))
+        return float(group["eps"]), c1, c2

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Method, ZerothOrder, ZOSignSGD, directions, rules
+from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Method, ZerothOrder, ZOAdaMM, ZOSignSGD, directions, rules
 
 TAU = 2.0**-4  # far above the spacing of bf16 below 1, so that no perturbation is lost
 
@@ -30,6 +30,8 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "muon": (JaguarMuon, {"coordinates": 0.2, "lr": 1e-2, "weight_decay": 0.1, "ns_period": 2}),
     "muon-released": (JaguarMuon, {"released": True, "lr": 2e-2}),
     "signs": (ZOSignSGD, {"restore": "copy", "lr": 1e-3, "momentum": 0.9, "n_directions": 2}),
+    "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
+    "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
     "composed": (
         ZerothOrder,
         {"method": Method(directions.Rademacher(), rules.AveragedSign()), "lr": 1e-3, "beta": 0.9, "restore": "copy"},

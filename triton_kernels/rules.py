@@ -29,3 +29,46 @@ def sgd_step(x, m, decay, lr):
 def sign_step(x, m, decay, lr):
     """(1 - lr wd) x - lr sign(m), sign(0) = 0."""
     return x * decay - tl.where(m > 0, lr, tl.where(m < 0, -1.0 * lr, 0.0))
+
+
+@triton.jit
+def adam(m, v, g, beta1, rest1, beta2, rest2):
+    """beta1 m + (1 - beta1) g, and beta2 v + (1 - beta2) g^2."""
+    return m * beta1 + g * rest1, v * beta2 + (g * g) * rest2
+
+
+@triton.jit
+def amsgrad(m, v, h, g, beta1, rest1, beta2, rest2):
+    """`adam`, and max(h, v)."""
+    m, v = adam(m, v, g, beta1, rest1, beta2, rest2)
+    return m, v, tl.maximum(h, v, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def adam_step(x, m, v, decay, lr, eps, c1, c2):
+    """(1 - lr wd) x - lr ((c1 m) / (sqrt(c2 v) + eps))."""
+    return x * decay - quotient(m * c1, root(v * c2) + eps) * lr
+
+
+@triton.jit
+def amsgrad_step(x, m, v, h, decay, lr, eps, c1, c2):
+    """`adam_step` with h in place of v."""
+    return adam_step(x, m, h, decay, lr, eps, c1, c2)
+
+
+@triton.jit
+def root(v):
+    """The square root, rounded correctly."""
+    if v.dtype == tl.float64:
+        return tl.sqrt(v)
+    else:
+        return tl.sqrt_rn(v)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded correctly."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaguar.optimizers.jaguar_muon import JaguarMuon as JaguarMuon
     from jaguar.optimizers.jaguar_signsgd import JaguarSignSGD as JaguarSignSGD
     from jaguar.optimizers.matrices import param_groups as param_groups
+    from jaguar.optimizers.zo_adamm import ZOAdaMM as ZOAdaMM
     from jaguar.optimizers.zo_sgd import ZOSGD as ZOSGD
     from jaguar.optimizers.zo_signsgd import ZOSignSGD as ZOSignSGD
 
@@ -38,6 +39,7 @@ METHODS: dict[str, Named] = {
     "jaguar-muon": Named("JaguarMuon", "jaguar.optimizers.jaguar_muon", "1e-3"),
     "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6"),
     "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6"),
+    "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4"),
     FIRST_ORDER: Named(None, None, "1e-3"),
 }
 
