@@ -6,10 +6,26 @@ no law leaves a row out.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Method, ZerothOrder, ZOAdaMM, ZOSignSGD, directions, rules
+from torch import Tensor
+
+from jaguar import (
+    ZOSGD,
+    JaguarMuon,
+    JaguarSignSGD,
+    LeZO,
+    Method,
+    ZerothOrder,
+    ZOAdaMM,
+    ZOSignSGD,
+    directions,
+    rules,
+)
+from jaguar.params import canonical_name
 
 TAU = 2.0**-4  # far above the spacing of bf16 below 1, so that no perturbation is lost
 
@@ -32,6 +48,7 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "signs": (ZOSignSGD, {"restore": "copy", "lr": 1e-3, "momentum": 0.9, "n_directions": 2}),
     "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
     "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
+    "layers": (LeZO, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1, "keep": 0.5}),
     "composed": (
         ZerothOrder,
         {"method": Method(directions.Rademacher(), rules.AveragedSign()), "lr": 1e-3, "beta": 0.9, "restore": "copy"},
@@ -53,11 +70,21 @@ LAWS: dict[str, list[str]] = {
 }
 
 
+def every_second(params: Iterable[Any]) -> tuple[str, ...]:
+    """Names of the tensors that are layers by themselves: those with an even number; the others are outside."""
+    entries = [e for group in params for e in (group["params"] if isinstance(group, dict) else [group])]
+    names = [canonical_name(e[0]) if isinstance(e, tuple) else f"#{i}" for i, e in enumerate(entries)]
+    return tuple(name for name in names if int("".join(re.findall(r"\d+", name)[:1]) or 0) % 2 == 0)
+
+
 def built(cls: type[ZerothOrder], params: Any, options: dict[str, Any]) -> ZerothOrder:
-    """The optimizer; groups say what are matrices where they must, and a composition's arguments go to its parts."""
+    """The optimizer; groups say what are matrices, and names what are layers, where they must; a composition's
+    arguments go to its parts."""
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if cls is LeZO:
+        options = {"layers": every_second(params)} | options
     if cls.by_role:
-        groups = list(params)
-        groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
         params = [{"ns": True} | group for group in groups]
     if cls is ZerothOrder:
         method = options["method"]

@@ -362,7 +362,8 @@ def test_closure_runs_under_no_grad_on_the_callers_thread(config: str) -> None:
     assert flags and not any(flags) and torch.is_grad_enabled()
     assert all(p.grad is None and p.requires_grad and p.is_leaf for p in bag.parameters())
     versions = [p._version for p in bag.parameters() if p.numel() > 1]
-    opt.step(bag)
+    for _ in range(8):  # in each of which LeZO leaves some out
+        opt.step(bag)
     assert all(p._version > v for p, v in zip((p for p in bag.parameters() if p.numel() > 1), versions, strict=True)), (
         "autograd notices"
     )

@@ -7,6 +7,7 @@ give their values for a range of elements; coordinate directions give the chosen
 from jaguar.directions.base import Dense, Direction, Sparse
 from jaguar.directions.coordinates import Coordinates, ReleasedBlock, matrix_shape
 from jaguar.directions.distributions import DENSE, Gaussian, Rademacher, dense
+from jaguar.directions.layers import Layers
 
 __all__ = [
     "DENSE",
@@ -14,6 +15,7 @@ __all__ = [
     "Dense",
     "Direction",
     "Gaussian",
+    "Layers",
     "Rademacher",
     "ReleasedBlock",
     "Sparse",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaguar.optimizers.base import ZerothOrder as ZerothOrder
     from jaguar.optimizers.jaguar_muon import JaguarMuon as JaguarMuon
     from jaguar.optimizers.jaguar_signsgd import JaguarSignSGD as JaguarSignSGD
+    from jaguar.optimizers.lezo import LeZO as LeZO
     from jaguar.optimizers.matrices import param_groups as param_groups
     from jaguar.optimizers.zo_adamm import ZOAdaMM as ZOAdaMM
     from jaguar.optimizers.zo_sgd import ZOSGD as ZOSGD
@@ -40,6 +41,7 @@ METHODS: dict[str, Named] = {
     "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6"),
     "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6"),
     "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4"),
+    "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6"),
     FIRST_ORDER: Named(None, None, "1e-3"),
 }
 
