@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jaguar.directions import Direction
@@ -166,6 +167,60 @@ class OneSided(Estimator):
     def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
         """(f+ - f(x)) / tau."""
         return [rounded(rounded(f - losses[0], double) / rounded(tau, double), double) for f in losses[1:]]
+
+
+@dataclass(frozen=True)
+class Conservative(TwoSided):
+    """Looks where a step would lead, and takes it, its opposite, or none: whichever has the lowest loss.
+
+    Measured are f(x + tau e) and f(x - tau e) for each direction, then f(x), f(x - lr g) and f(x + lr g), with the very
+    bits that the step would leave. The step is the argmin of the last three; ties go to staying, then to x - lr g.
+    Trials need a copy of all trained tensors.
+
+    Source: arXiv 2402.11592 (ZO-Bench), ZO-SGD-Cons.
+    """
+
+    name: ClassVar[str] = "conservative"
+
+    @property
+    def n_losses(self) -> int:
+        """Two per direction, and three."""
+        return 2 * self.n_directions + 3
+
+    def check(self, direction: Direction, walk: bool) -> None:
+        """Raises ValueError for a walk, which does not come back to x."""
+        if walk:
+            raise ValueError(
+                "restore='walk' leaves x, and f(x) is one of the three losses compared: choose another way"
+            )
+
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool, trial: Trial
+    ) -> tuple[float, ...]:
+        """f+ and f- of every probe, then f at x, at x - lr g and at x + lr g."""
+        losses = evaluated(self.points, evaluate, probes)
+        tried = [evaluate()]
+        for side in (1.0, -1.0):
+            with trial(partial(self._along, losses, side)):
+                tried.append(evaluate())
+        return (*losses, *tried)
+
+    def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """(f+ - f-) / (2 tau)."""
+        return super().rho(losses[: 2 * self.n_directions], tau, double)
+
+    def along(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """rho, or -rho where x + lr g has the lower loss."""
+        _, minus, plus = losses[-3:]
+        return self._along(losses, 1.0 if minus <= plus else -1.0, tau, double)
+
+    def moves(self, losses: Sequence[float]) -> bool:
+        """Whether one of the two steps lowers the loss."""
+        stay, minus, plus = losses[-3:]
+        return min(minus, plus) < stay
+
+    def _along(self, losses: Sequence[float], side: float, tau: float, double: bool) -> list[float]:
+        return [side * r for r in self.rho(losses, tau, double)]
 
 
 def evaluated(

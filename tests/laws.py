@@ -21,6 +21,7 @@ from jaguar import (
     Method,
     ZerothOrder,
     ZOAdaMM,
+    ZOSGDCons,
     ZOSignSGD,
     directions,
     rules,
@@ -49,6 +50,7 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
     "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
     "layers": (LeZO, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1, "keep": 0.5}),
+    "cons": (ZOSGDCons, {"restore": "copy", "lr": 3e-4, "weight_decay": 0.1}),
     "composed": (
         ZerothOrder,
         {"method": Method(directions.Rademacher(), rules.AveragedSign()), "lr": 1e-3, "beta": 0.9, "restore": "copy"},

@@ -97,7 +97,7 @@ def test_groups_with_equal_values_are_one(config: str, dtype: torch.dtype) -> No
 @dtypes
 def test_values_of_a_group_are_its_own(config: str, dtype: torch.dtype) -> None:
     """Each group goes where it would go if its values were those of all, with the same losses."""
-    values = {"lr": 0.03, "tau": 0.7 * TAU, "weight_decay": 0.5}
+    values = {"lr": 3.0 * CONFIGS[config][1]["lr"], "tau": 0.7 * TAU, "weight_decay": 0.5}
     bag, usual, other = (every_form(dtype) for _ in range(3))
     opt = make(config, split(bag, **values))
     alone = [(usual, make(config, usual.named_parameters())), (other, make(config, other.named_parameters(), **values))]

@@ -45,10 +45,13 @@ def restore_law(config: str, tensors: list[torch.Tensor], **changes: object) -> 
     before, version = all_bits(params), [(p.data_ptr(), p.stride(), p.requires_grad) for p in params]
     record = opt.measure(bag)
     estimator = opt.method.estimator
-    n, one_sided = estimator.n_directions, estimator.name == "one-sided"
-    assert len(bag.seen) == len(record.losses) == (1 + n if one_sided else 2 * n)
+    n = estimator.n_directions
+    # Whether each evaluation is away from x; a conservative step's last two are where the step would lead.
+    away = {"one-sided": [False] + [True] * n, "two-sided": [True] * (2 * n)}
+    away["conservative"] = [*away["two-sided"], False]
     moved = [all_bits(seen) != before for seen in bag.seen]
-    assert moved == [not one_sided, *[True] * (len(moved) - 1)]
+    assert len(moved) == len(record.losses) == len(away[estimator.name]) + 2 * (estimator.name == "conservative")
+    assert moved[: len(away[estimator.name])] == away[estimator.name]
     assert all_bits(params) == before and no_hooks_left()
     assert [(p.data_ptr(), p.stride(), p.requires_grad) for p in params] == version
     assert opt.measure(bag) == record and opt.steps_done == 0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaguar.optimizers.matrices import param_groups as param_groups
     from jaguar.optimizers.zo_adamm import ZOAdaMM as ZOAdaMM
     from jaguar.optimizers.zo_sgd import ZOSGD as ZOSGD
+    from jaguar.optimizers.zo_sgd_cons import ZOSGDCons as ZOSGDCons
     from jaguar.optimizers.zo_signsgd import ZOSignSGD as ZOSignSGD
 
 
@@ -42,6 +43,7 @@ METHODS: dict[str, Named] = {
     "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6"),
     "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4"),
     "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6"),
+    "zo-sgd-cons": Named("ZOSGDCons", "jaguar.optimizers.zo_sgd_cons", "1e-6"),
     FIRST_ORDER: Named(None, None, "1e-3"),
 }
 
