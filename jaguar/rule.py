@@ -94,17 +94,22 @@ class Buffer:
 class Rule:
     """What a step does with g: state <- entry(*state, g, *numbers), then x <- step(x, *state, decay, lr, *numbers).
 
-    Without state, g stands in its place. A subclass is a frozen dataclass whose fields decide bits; the numbers that
-    users may set per parameter group are declared by `keys`. Its two functions are plain torch on values in the compute
+    Without state, g stands in its place and there is no entry; with state, `step` does not see g. A subclass is a
+    frozen dataclass whose fields decide bits. Its two functions are elementwise plain torch on values in the compute
     dtype; for the Triton backend `jaguar.triton_kernels.rules` has functions of the same names and arguments.
+    docs/adding-a-method.md writes one.
+
+    Attributes:
+        keys: numbers of a parameter group besides lr, tau and weight_decay, and what they may be: `FACTOR` (in [0, 1)),
+            `POSITIVE`, `NOT_NEGATIVE` or another `Range`.
+        flags: what else a parameter group may have.
+        widths: how many numbers of their own `entry` and `step` take.
+        update: what coordinate directions move: "sampled" coordinates, or "all".
     """
 
-    # Numbers of a parameter group besides lr, tau and weight_decay, and what they may be; and what is no number.
     keys: ClassVar[Mapping[str, Range]] = {}
     flags: ClassVar[tuple[str, ...]] = ()
-    # How many numbers of their own `entry` and `step` take.
     widths: ClassVar[tuple[int, int]] = (0, 0)
-    # What coordinate directions move: "sampled" coordinates, or "all".
     update: ClassVar[str] = "sampled"
 
     @property

@@ -16,7 +16,19 @@ from torch import Tensor
 
 from jaguar.rule import FACTOR, NOT_NEGATIVE, POSITIVE, Buffer, Range, Rule, rounded
 
-__all__ = ["FACTOR", "NOT_NEGATIVE", "POSITIVE", "SGD", "AdaMM", "AveragedSign", "Buffer", "Range", "Rule", "Sign"]
+__all__ = [
+    "FACTOR",
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "SGD",
+    "AdaMM",
+    "AveragedSign",
+    "Buffer",
+    "Range",
+    "Rule",
+    "Sign",
+    "rounded",
+]
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,8 @@ class DenseLaunches(Common):
             for part in ranges(piece.count):
                 e = self._values(piece, inputs.draws[0], part)
                 plus, other = self.endpoints(x[part], e, inputs.scalars[piece.kind].tau)
-                per_slot = (plus == other).split(piece.counts) if len(lost) > 1 else [plus == other]
+                gone = (plus == other) & (e != 0)
+                per_slot = gone.split(piece.counts) if len(lost) > 1 else [gone]
                 lost = [n + int(share.sum()) for n, share in zip(lost, per_slot, strict=True)]
             report.update(zip(piece.where, lost, strict=True))
         return [Lost(self.slots[i].name, report[i], self.slots[i].count) for i in sorted(report)]
