@@ -413,3 +413,21 @@ def test_applying_a_record_counts_as_a_step_for_schedulers():
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer)
     optimizer.apply_(optimizer.measure(lambda: (x**2).sum()))
     schedule.step()  # warns, which is an error here, if it thinks that no step was taken
+
+
+@pytest.mark.parametrize("config", ["fraction", "gaussian-copy", "gaussian-walk"])
+def test_a_warning_that_is_an_error_leaves_no_trace(config: str) -> None:
+    """It comes after the last evaluation, when the parameters of a fused step are still moved."""
+    walk = config == "gaussian-walk"
+    more = {"restore": "walk"} if walk else {"coordinates": 1.0} if config == "fraction" else {}
+    bag = every_form(torch.float32)
+    opt = make("gaussian-copy" if walk else config, bag.named_parameters(), **more)
+    for _ in range(9):
+        opt.step(lambda: torch.tensor(1.0))
+    before = [p.detach().clone() for p in bag.parameters()]
+    with pytest.raises(UserWarning, match="all losses of a step were bit-equal"):
+        opt.step(lambda: torch.tensor(1.0))
+    for p, x in zip(bag.parameters(), before, strict=True):
+        assert torch.allclose(p, x, rtol=0.0, atol=1e-5 if walk else 0.0)
+    assert opt.steps_done == 9
+    opt.step(lambda: torch.tensor(1.0))

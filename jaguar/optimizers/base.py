@@ -271,12 +271,12 @@ class ZerothOrder(Contract):
             held = probes[-1] if hold else None
             try:
                 record = self._recorded(losses, lrs)
-            except BaseException:
+                if roster.slots:
+                    self._guard.watch(losses, trained.bound.n_perturbed(inputs))
+            except BaseException:  # a warning may be an error
                 if held is not None:
                     held.abort()
                 raise
-        if roster.slots:
-            self._guard.watch(losses, trained.bound.n_perturbed(inputs))
         return Measured(record, held)
 
     def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> Record:
