@@ -134,7 +134,7 @@ class Bound:
         probes: list[Probe] = made[0] if len(made) == 1 else [JointProbe([]) for _ in inputs.draws]
         if len(made) > 1:
             probes = [JointProbe(each) for each in zip(*made, strict=True)]
-        rows = self._rows(inputs)
+        rows = [(tensor, row) for _, tensor, row in self._taking_part(inputs)]
         return [KeptProbe(probe, rows, self._in_modules) for probe in probes] if rows else probes
 
     def lost(self, inputs: StepInputs) -> list[Lost]:
@@ -147,12 +147,10 @@ class Bound:
         if not self._kept:
             self._update_(inputs)
             return
-        probe = inputs.probe
-        rows = Rows([tensor[row] for tensor, row in self._rows(inputs)])
-        entries = Rows([m[row] for i, _, row in self._kept for m in inputs.state[i]])
+        probe, kept = inputs.probe, self._taking_part(inputs)
+        rows = Rows([(t, row) for i, tensor, row in kept for t in (tensor, *inputs.state[i])])
         self._update_(replace(inputs, probe=probe.probe) if isinstance(probe, KeptProbe) else inputs)
         rows.put_back()
-        entries.put_back()
 
     def _update_(self, inputs: StepInputs) -> None:
         for launches, part in self._each(inputs):
@@ -169,9 +167,9 @@ class Bound:
         own = [None] * len(self.parts) if joint is None else joint.probes
         return [(part, inputs.of(where, probe)) for (where, part), probe in zip(self.parts, own, strict=True)]
 
-    def _rows(self, inputs: StepInputs) -> list[tuple[Tensor, int]]:
-        """Tensors that take part, with the row that stays."""
-        return [(tensor, row) for i, tensor, row in self._kept if inputs.active is None or inputs.active[i]]
+    def _taking_part(self, inputs: StepInputs) -> list[tuple[int, Tensor, int]]:
+        """Positions and tensors of kept rows, and the rows, where the tensors take part."""
+        return [kept for kept in self._kept if inputs.active is None or inputs.active[kept[0]]]
 
 
 @dataclass(frozen=True)

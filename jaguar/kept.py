@@ -15,17 +15,17 @@ from jaguar.params import identity
 
 
 class Rows:
-    """Views of rows, and what they held when this was made."""
+    """Rows of tensors, and what they held when this was made; a closure may give a tensor another storage."""
 
-    def __init__(self, views: Sequence[Tensor]) -> None:
-        self._views = [view.detach() for view in views]
-        self._values = [view.clone() for view in self._views]
+    def __init__(self, rows: Sequence[tuple[Tensor, int]]) -> None:
+        self._rows = rows
+        self._values = [tensor.detach()[row].clone() for tensor, row in rows]
 
     def put_back(self) -> None:
         """The rows hold it again."""
         with torch.no_grad():
-            for view, value in zip(self._views, self._values, strict=True):
-                view.copy_(value)
+            for (tensor, row), value in zip(self._rows, self._values, strict=True):
+                tensor.detach()[row].copy_(value)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class KeptProbe:
         """Parameters become x + scale tau e."""
         first = self._saved is None
         if first:
-            self._saved = Rows([tensor[row] for tensor, row in self.rows])
+            self._saved = Rows(self.rows)
         self.probe.to(scale)
         if first and self.in_modules:  # after the probe's own hook
             self._tables = {identity(tensor) for tensor, _ in self.rows}

@@ -122,6 +122,26 @@ def test_a_failing_closure_leaves_no_trace(config: str) -> None:
     opt.step(closure(model))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("config", ["fraction", "copy", "walk", "momentum"])
+def test_the_row_stays_where_a_closure_moves_the_table(config: str, backend: str) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("kernels take GPU tensors here")
+    model, left, seen = Bag(PAD), [], []
+    opt, row = made(config, model, backend), model.table.weight[PAD].detach().clone()
+
+    def moving() -> torch.Tensor:
+        loss = closure(model)()
+        seen.append(model.table.weight[PAD].detach().clone())
+        left.append(model.table.weight.data)  # the old storage stays
+        model.table.weight.data = left[-1].clone()
+        return loss
+
+    for _ in range(3):
+        opt.step(moving)
+    assert all(torch.equal(found, row) for found in (*seen, model.table.weight[PAD]))
+
+
 def rows(model: nn.Module) -> dict[str, int | None]:
     opt = jaguar.ZOSGD(model.named_parameters())
     return {slot.name: slot.kept for slot in opt._slots if slot.kept is not None}
