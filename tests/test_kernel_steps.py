@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -231,6 +232,18 @@ def test_a_run_goes_on_with_the_other_backend(config: str, first: str) -> None:
     for _ in range(2):
         opt.step(bag), other.step(twin)
     assert everything(bag, opt) == everything(twin, other) and opt.steps_done == 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("config", ["fraction", "all", "gaussian-copy", "muon", "adamm"])
+def test_copies_and_pickles_go_on_alike(config: str, copied: Any) -> None:
+    bag = bag_of(torch.bfloat16)
+    opt = make(config, bag.named_parameters(), backend="triton")
+    opt.step(bag), opt.measure(bag)
+    twin, other = copied((bag, opt))
+    opt.step(), other.step()
+    opt.step(bag), other.step(twin)
+    assert everything(bag, opt) == everything(twin, other) and opt.steps_done == 3
 
 
 @pytest.mark.parametrize("config", ["fraction", "block", "gaussian-copy"])

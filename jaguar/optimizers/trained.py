@@ -56,6 +56,9 @@ class Trained:
         self.roster = Roster([], {}, [])
         self._bound: Bound | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_bound": None}  # a copy makes its own launches: compiled functions cannot be pickled
+
     def take(self, slots: list[Slot]) -> None:
         """Other slots from now on."""
         self.slots, self._bound = slots, None
