@@ -49,8 +49,8 @@ class Isolation:
     def __enter__(self) -> Isolation:
         self._states = [generator.get_state() for generator in self._generators]
         self._python = random.getstate()
-        self._numpy = _Numpy() if _numpy_random() else None
         self._modules.begin(self._closure, self._step, self._perturbed)
+        self._numpy = _Numpy() if _numpy_random() else None  # last: what it changes, `__exit__` puts back
         return self
 
     def __exit__(

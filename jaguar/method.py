@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,15 @@ class Method:
             raise ValueError(f"maximize={self.maximize!r}: choose True, to make the loss larger, or False")
         if self.walk and isinstance(self.direction, Sparse):
             raise ValueError("walk=True is for dense directions; the few values that coordinates touch are saved")
+        taken = {"optimizer", "rng", "restore", "padding_rows"} | {f.name for f in fields(self)}
+        for part in (self.direction, self.rule, self.estimator):
+            names = {f.name for f in fields(part)}
+            if both := taken & names:
+                raise ValueError(
+                    f"{part!r} has a field {min(both)!r}, and so has another part of a checkpoint's options: give the "
+                    "field another name"
+                )
+            taken |= names
         self.estimator.check(self.direction, self.walk)
         self.rule.check(self.direction)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jaguar.directions import Direction
 from jaguar.params import Slot
+from jaguar.rng import STATE_PURPOSES
 
 
 def rounded(value: float, double: bool = False) -> float:
@@ -159,7 +160,12 @@ class Rule:
         """Raises ValueError if it cannot move along `direction`."""
 
     def check_numbers(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError if it does not give as many numbers as it declares."""
+        """Raises ValueError for more state than can be stored, or if it gives other numbers than it declares."""
+        if len(self.state(group)) > len(STATE_PURPOSES):
+            raise ValueError(
+                f"{self.name} has {len(self.state(group))} state buffers; there is rounding noise for "
+                f"{len(STATE_PURPOSES)} at most"
+            )
         given = len(self.entry_numbers(group, 1)), len(self.step_numbers(group, 1))
         if given != self.widths:
             raise ValueError(

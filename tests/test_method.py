@@ -15,7 +15,7 @@ from jaguar import Method, ZerothOrder, directions, estimators, orthogonal, rule
 from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
 from jaguar.estimators import OneSided, TwoSided
 from jaguar.rule import Rule
-from jaguar.rules import SGD, AveragedSign, Sign
+from jaguar.rules import SGD, AveragedSign, Buffer, Sign
 
 # Parts with their group values; new parts of the package join by themselves where they need no arguments.
 DIRECTIONS = {
@@ -156,6 +156,41 @@ def test_a_rule_gives_the_numbers_that_it_declares() -> None:
     x = torch.zeros(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"Miscounted declares widths=\(1, 0\), and .* give \(2, 0\) numbers"):
         ZerothOrder([x], Method(Gaussian(), Miscounted()), lr=1.0, momentum=0.0)
+
+
+class Four(Rule):
+    """A rule with more state than there is noise for."""
+
+    def state(self, group: Any) -> tuple[Buffer, ...]:
+        return tuple(map(Buffer, "abcd"))
+
+
+def test_a_rule_with_too_much_state_is_refused() -> None:
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="Four has 4 state buffers; there is rounding noise for 3"):
+        ZerothOrder([x], Method(Gaussian(), Four()), lr=1.0)
+
+
+class Stateless(Rule):
+    """A rule that keeps no state in these groups, and whose entry no kernel has."""
+
+    entry, step = staticmethod(lambda m, g: m + g), staticmethod(rules.sgd_step)
+
+
+def test_an_entry_that_is_not_called_needs_no_kernel() -> None:
+    pytest.importorskip("triton")
+    bags = [bag_of(torch.bfloat16) for _ in range(2)]
+    for bag, backend in zip(bags, ("reference", "triton"), strict=True):
+        made(bag, Method(Gaussian(), Stateless()), {}, backend=backend).step(bag)
+    assert all_bits(list(bags[0].parameters())) == all_bits(list(bags[1].parameters()))
+
+
+@pytest.mark.parametrize("name", ["rounding", "optimizer", "n_directions"])
+def test_a_field_that_another_part_has_is_refused(name: str) -> None:
+    """A checkpoint has one value for a name, and would not compare the other one."""
+    kind: Any = dataclasses.make_dataclass("Own", [(name, str, "x")], bases=(Rule,), frozen=True)
+    with pytest.raises(ValueError, match=f"has a field '{name}', and so has another part"):
+        Method(Gaussian(), kind())
 
 
 def test_a_rule_of_the_users_has_its_own_name_in_checkpoints() -> None:

@@ -406,7 +406,7 @@ class ZerothOrder(Contract):
             method.rule.check_numbers(self.param_groups[number])
             slots = slots_of(self.param_groups, self._slots, self._shards)
             self._trained.take(method.in_roles(slots, self.param_groups))
-        except ValueError:
+        except BaseException:
             self.param_groups[:] = groups
             raise
         self._n_frozen += n_frozen

@@ -81,7 +81,8 @@ class Common:
         wide = g.dtype
         new = self.method.rule.entry(*(read(m).to(wide) for m in state), g, *s.entry)
         held = []
-        for m, value, purpose in zip(state, new if isinstance(new, tuple) else (new,), STATE_PURPOSES, strict=False):
+        purposes = STATE_PURPOSES[: len(state)]
+        for m, value, purpose in zip(state, new if isinstance(new, tuple) else (new,), purposes, strict=True):
             kept = self.stored(value, m.dtype, draw, piece, where, purpose)
             write(m, kept)
             held.append(kept.to(wide))
