@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from jaguar.launches import Launches, Lost, Moves, State, StepInputs
 from jaguar.method import Method
 from jaguar.orthogonal import MatrixStage, Orthogonal, stacked
 from jaguar.params import Slot
+
+if TYPE_CHECKING:  # kernels are imported where there are some
+    from jaguar.fused import Numbers
 
 # Positions in the list of slots, and the launches for them.
 Part = tuple[Sequence[int], Launches]
@@ -39,7 +42,7 @@ def bind(method: Method, slots: Sequence[Slot], groups: ops.Groups, backend: str
     _say_slow(backend, method, slots, groups, names)
     matrices = isinstance(method.rule, Orthogonal)
     kernels = backend == "triton" or (matrices and backend != "reference" and "triton" not in ops.unavailable())
-    numbers: Any = None
+    numbers: Numbers | None = None
     if kernels or "triton" in names:
         from jaguar import fused
 
@@ -57,7 +60,7 @@ def bind(method: Method, slots: Sequence[Slot], groups: ops.Groups, backend: str
 
 
 def _launches(
-    name: str, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: Any
+    name: str, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: Numbers | None
 ) -> Launches:
     sparse = isinstance(method.direction, Sparse)
     if name == "reference":
@@ -66,6 +69,7 @@ def _launches(
         return reference.DenseLaunches(method, slots, restore)
     from jaguar import fused
 
+    assert numbers is not None
     if sparse:
         return fused.CoordinateLaunches(method, slots, everything, numbers)
     return fused.DenseLaunches(method, slots, restore, numbers)
@@ -95,7 +99,12 @@ class Bound:
     """
 
     def __init__(
-        self, slots: Sequence[Slot], parts: Sequence[Part], numbers: Any, stage: MatrixStage | None, in_modules: bool
+        self,
+        slots: Sequence[Slot],
+        parts: Sequence[Part],
+        numbers: Numbers | None,
+        stage: MatrixStage | None,
+        in_modules: bool,
     ) -> None:
         self.parts, self._numbers, self._stage, self._in_modules = parts, numbers, stage, in_modules
         self._places = {slot.name: i for i, slot in enumerate(slots)}
@@ -197,7 +206,7 @@ class JointProbe:
 class _MatrixMoves:
     """The step along given matrices, each on the backend that moves its tensor's other launches."""
 
-    def __init__(self, backend: str, method: Method, numbers: Any) -> None:
+    def __init__(self, backend: str, method: Method, numbers: Numbers | None) -> None:
         self._named = backend == "triton"
         self._reference = reference.MatrixLaunches(method)
         self._kernels: Moves | None = None

@@ -8,13 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.estimators import estimator as make_estimator
 from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
-from jaguar.optimizers.common import refuse_with_released
+from jaguar.optimizers.common import Common, parts, refuse_with_released
 from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
 from jaguar.params import Shard
-from jaguar.rules import AveragedSign
 
 
 class JaguarMuon(ZerothOrder):
@@ -108,8 +106,6 @@ class JaguarMuon(ZerothOrder):
         released: bool = False,
         shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        rule: AveragedSign = Orthogonal(update, True, ns_steps, ns_coefficients, ns_dtype, ns_period, adjust_lr)
-        numbers: dict[str, Any] = {"lr": lr, "tau": tau, "weight_decay": weight_decay}
         if released:
             refuse_with_released(
                 JaguarMuon,
@@ -125,16 +121,24 @@ class JaguarMuon(ZerothOrder):
                 vector_lr=vector_lr,
                 adjust_lr=adjust_lr,
             )
-            rule = ReleasedOrthogonal()
-        else:
-            numbers |= {"beta": beta, "vector_lr": vector_lr}
-        sampling = Coordinates(coordinates, layout, signs)
-        method = Method(
-            ReleasedBlock() if released else sampling,
-            rule,
-            make_estimator(estimator, n_directions, rho_clip),
-            rounding=rounding or "stochastic",
+        common = Common(
+            tau=tau,
             momentum_dtype=momentum_dtype,
+            rounding=rounding,
+            n_directions=n_directions,
+            estimator=estimator,
+            rho_clip=rho_clip,
             maximize=maximize,
+            seed=seed,
+            backend=backend,
+            shards=shards,
         )
-        super().__init__(params, method, seed=seed, backend=backend, shards=shards, **numbers)
+        decides, runs = parts(common)
+        own: dict[str, Any] = {}
+        if released:
+            method = Method(ReleasedBlock(), ReleasedOrthogonal(), **decides)
+        else:
+            rule = Orthogonal(update, True, ns_steps, ns_coefficients, ns_dtype, ns_period, adjust_lr)
+            method = Method(Coordinates(coordinates, layout, signs), rule, **decides)
+            own = {"beta": beta, "vector_lr": vector_lr}
+        super().__init__(params, method, lr=lr, weight_decay=weight_decay, **own, **runs)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.estimators import estimator as make_estimator
 from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
-from jaguar.optimizers.common import refuse_with_released
+from jaguar.optimizers.common import Common, parts, refuse_with_released
 from jaguar.params import Shard
 from jaguar.rules import AveragedSign
 
@@ -86,20 +85,21 @@ class JaguarSignSGD(ZerothOrder):
             refuse_with_released(
                 JaguarSignSGD, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
             )
-        sampling = Coordinates(coordinates, layout, signs)
-        method = Method(
-            ReleasedBlock() if released else sampling,
-            AveragedSign(update, averages=not released),
-            make_estimator(estimator, n_directions, rho_clip),
-            rounding=rounding or "stochastic",
+        common = Common(
+            tau=tau,
             momentum_dtype=momentum_dtype,
+            rounding=rounding,
+            n_directions=n_directions,
+            estimator=estimator,
+            rho_clip=rho_clip,
             maximize=maximize,
+            seed=seed,
+            backend=backend,
+            shards=shards,
         )
-        numbers: dict[str, Any] = {
-            "lr": _DEFAULT_LR[update] if lr is None else lr,
-            "tau": tau,
-            "weight_decay": weight_decay,
-        }
-        if not released:
-            numbers["beta"] = beta
-        super().__init__(params, method, seed=seed, backend=backend, shards=shards, **numbers)
+        decides, runs = parts(common)
+        direction = ReleasedBlock() if released else Coordinates(coordinates, layout, signs)
+        method = Method(direction, AveragedSign(update, averages=not released), **decides)
+        own: dict[str, Any] = {} if released else {"beta": beta}
+        lr = _DEFAULT_LR[update] if lr is None else lr
+        super().__init__(params, method, lr=lr, weight_decay=weight_decay, **own, **runs)
