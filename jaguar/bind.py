@@ -138,7 +138,7 @@ class Bound:
         return sum(launches.n_perturbed(own) for launches, own in self._each(inputs))
 
     def probes(self, inputs: StepInputs) -> list[Probe]:
-        """What moves the parameters along each direction and back."""
+        """Probes, one per direction, that move the parameters and take them back."""
         made = [launches.probes(own) for launches, own in self._each(inputs)]
         probes: list[Probe] = made[0] if len(made) == 1 else [JointProbe([]) for _ in inputs.draws]
         if len(made) > 1:

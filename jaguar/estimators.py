@@ -54,7 +54,7 @@ _COPY_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Estimator:
-    """Which points are evaluated, and the directional derivative that their losses give.
+    """A derivative estimator: points to evaluate, and the directional derivative that their losses give.
 
     A subclass is a frozen dataclass whose fields decide bits. The losses are all that a record has of a step: `rho`,
     `along` and `moves` are functions of them.

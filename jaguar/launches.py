@@ -1,4 +1,4 @@
-"""Types of what a backend does for an optimizer: below the backends, and below all that combines them."""
+"""The interface of backends: inputs of a step, and protocols of launches."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class StepInputs:
     probe: Probe | None = None
 
     def of(self, where: Sequence[int], probe: Probe | None = None) -> StepInputs:
-        """The part of some slots."""
+        """The inputs of the slots at these positions."""
         active = None if self.active is None else [self.active[i] for i in where]
         return replace(self, state=[self.state[i] for i in where], active=active, probe=probe)
 
 
 @dataclass(frozen=True)
 class Lost:
-    """How many perturbed coordinates of a tensor rounding put back where they were."""
+    """Number of perturbed coordinates of a tensor that rounding put back where they were."""
 
     name: str
     lost: int
@@ -84,10 +84,10 @@ class Launches(Protocol):
         """Makes ready for the launches below: before a step's probes, and again when the weights are known."""
 
     def n_perturbed(self, inputs: StepInputs) -> int:
-        """Number of coordinates that a direction moves; kernels, which store no list of them, know it nearly."""
+        """Number of perturbed coordinates (exact on the reference, an estimate in kernels of coordinate directions)."""
 
     def probes(self, inputs: StepInputs) -> list[Probe]:
-        """What moves the parameters along each direction and back."""
+        """Probes, one per direction, that move the parameters and take them back."""
 
     def lost(self, inputs: StepInputs) -> list[Lost]:
         """The perturbations along the first direction that rounding swallows, per tensor that takes part."""

@@ -16,12 +16,13 @@ from jaguar.estimators import Derivatives, Estimator, TwoSided
 from jaguar.params import Kind, Slot
 from jaguar.rule import COMMON, Range, Rule, Scalars, plain, rounded
 
+_HOME = {"direction": "jaguar.directions", "rule": "jaguar.rules", "estimator": "jaguar.estimators"}
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a zero-order optimizer computes: a direction to look along, points to evaluate, a rule to move by.
+    """A zero-order optimizer as data: a direction to look along, points to evaluate, a rule to move by.
 
         rho_k = estimator(losses along e_k),   e_k = direction;   state, x <- rule(g),   g = mean over k of rho_k e_k
 
@@ -61,8 +62,11 @@ class Method:
 
     def __post_init__(self) -> None:
         for name, kind in (("direction", Direction), ("rule", Rule), ("estimator", Estimator)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} is no {kind.__name__}")
+            part = getattr(self, name)
+            if not isinstance(part, kind):
+                raise ValueError(
+                    f"{name}={part!r} is no {kind.__name__}: give an instance of one ({_HOME[name]} has some)"
+                )
         if self.rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding={self.rounding!r}: choose 'stochastic' (the default) or 'nearest'")
         if self.momentum_dtype is not None and self.momentum_dtype not in _MOMENTUM_DTYPES:
@@ -97,7 +101,7 @@ class Method:
         return {"lr": COMMON["lr"], "tau": COMMON["tau"], **self.rule.keys, "weight_decay": COMMON["weight_decay"]}
 
     def options(self) -> dict[str, Any]:
-        """The method as plain values, which a checkpoint has and a journal begins with."""
+        """The method as plain values, for checkpoints."""
         return {
             "optimizer": self.rule.name,
             **self.direction.options(),
@@ -119,17 +123,17 @@ class Method:
         return partial(self.estimator.along, self._smaller(losses))
 
     def downhill(self, derivatives: Derivatives) -> Derivatives:
-        """Derivatives of the loss as those of what is made smaller."""
+        """Derivatives of the loss, negated where `maximize`."""
         if not self.maximize:
             return derivatives
         return lambda tau, double: [-rho for rho in derivatives(tau, double)]
 
     def _smaller(self, losses: Sequence[float]) -> Sequence[float]:
-        """What is made smaller: the losses, or minus the losses."""
+        """The losses to minimise: as measured, or negated where `maximize`."""
         return [-loss for loss in losses] if self.maximize else losses
 
     def in_roles(self, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> list[Slot]:
-        """The slots, each with what the rule does with it."""
+        """The slots with the learning rate factors and the role that the rule gives them."""
         return [replace(slot, **self.rule.role(slot, groups[slot.group])) for slot in slots]
 
     def scalars(self, kind: Kind, group: Mapping[str, Any], lr: float, rho: Sequence[float], t: int) -> Scalars:
@@ -139,7 +143,7 @@ class Method:
             group: its parameter group.
             lr: the group's learning rate of the step.
             rho: derivatives of what is made smaller; none before the losses are known.
-            t: number of the step among those that move something, from 1.
+            t: number of the step among those that were not skipped, from 1.
         """
         double, rule, clip = kind.double, self.rule, self.estimator.rho_clip
         if clip is not None:

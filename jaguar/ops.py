@@ -1,4 +1,4 @@
-"""Which backends there are, which of them can do something here, and why the others cannot."""
+"""Backends: their names, what each can do here, and the reasons of those that cannot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Unavailable(RuntimeError):
 
 
 def unavailable() -> dict[str, str]:
-    """Why each backend that cannot run here cannot, by name; what is not listed is available."""
+    """Reasons of the backends that cannot run here, by name; what is not listed is available."""
     missing = {}
     if reason := extension.missing():
         missing["cuda"] = reason
@@ -112,7 +112,7 @@ def require(backend: str, method: Method, slots: Sequence[Slot], groups: Groups)
 
 
 def summary(backend: str, method: Method, slots: Sequence[Slot], groups: Groups) -> str:
-    """What runs: the backend, or how many tensors each of them has."""
+    """The backend that runs, or how many tensors each of several has."""
     names = assign(backend, method, slots, groups)
     if len(set(names)) == 1:
         return names[0]
@@ -120,14 +120,14 @@ def summary(backend: str, method: Method, slots: Sequence[Slot], groups: Groups)
 
 
 def undrawable(method: Method, groups: Groups) -> str | None:
-    """Why kernels, where there are any, have no launches for a method."""
+    """The reason why kernels, where there are any, cannot run a method; None: they can."""
     from jaguar.fused.supported import unsupported
 
     return unsupported(method, groups)
 
 
 def unfit(slot: Slot) -> str | None:
-    """Why kernels cannot take a tensor: they see an address and a number of elements."""
+    """The reason why kernels cannot take a tensor, of which they see an address and a length; None: they can."""
     x = slot.tensor
     if x.device.type != ("cpu" if interpreted() else "cuda"):
         where = "only CPU tensors, because TRITON_INTERPRET=1 is set" if interpreted() else "only on NVIDIA GPUs"

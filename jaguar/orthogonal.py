@@ -71,7 +71,10 @@ class Orthogonal(AveragedSign):
     def check(self, direction: Direction) -> None:
         """Raises ValueError for dense directions, whose launches have no step for matrices."""
         if not isinstance(direction, Sparse):
-            raise ValueError(f"Orthogonal enters its momentum along coordinate directions, and {direction} is dense")
+            raise ValueError(
+                f"Orthogonal enters its momentum along coordinate directions, and {direction} is dense: give "
+                "directions.Coordinates()"
+            )
 
     def options(self) -> dict[str, Any]:
         """The fields."""
@@ -106,7 +109,7 @@ class Orthogonal(AveragedSign):
         return len(slot.shape) >= 2 and bool(group["ns"])
 
     def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
-        """How far a tensor moves, and by which rule."""
+        """The length of a tensor's step, and the stage that moves it."""
         if not self.is_matrix(slot, group):
             return {"rate": float(group["vector_lr"])}
         rows, columns = matrix_shapes(slot, group["ns"])
@@ -125,7 +128,7 @@ class Orthogonal(AveragedSign):
 
 @dataclass(frozen=True)
 class ReleasedOrthogonal(AveragedSign):
-    """What the authors' released code makes of a `ReleasedBlock`: X <- X - lr sign(rho) s / sqrt(r c) on r x c entries.
+    """The authors' released step along a `ReleasedBlock`: X <- X - lr sign(rho) s / sqrt(r c) on r x c entries.
 
     Momentum of rank one has a closed form of ten quintic steps, s = 1.1246...; on k entries of a vector the step is
     lr sign(rho) / sqrt(k).

@@ -1,4 +1,4 @@
-"""What is trained: names, streams, groups, tied tensors once, and every refusal with its reason."""
+"""Trained tensors: names, streams, groups, shards, tied tensors once, and every refusal with its reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stream_of(name: str) -> int:
 
 
 class Kind(NamedTuple):
-    """What the scalars of a step depend on; `double`: arithmetic is in fp64; `rate` and `gain` as in `Slot`."""
+    """The key of a step's scalars; `double`: arithmetic is in fp64; `rate` and `gain` as in `Slot`."""
 
     group: int
     double: bool
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a logical tensor is held here: rows of `width` elements that begin `pitch` apart.
+    """A part of a logical tensor, held here: rows of `width` elements that begin `pitch` apart.
 
     Local element j (row-major) is logical element start + (j // width) pitch + j % width. Of a (rows, columns) tensor
     rows a to b are `Shard((rows, columns), a * columns)`, columns a to b are `Shard((rows, columns), a, b - a,
@@ -107,7 +107,7 @@ class Slot:
 
     @property
     def kind(self) -> Kind:
-        """Which scalars it reads."""
+        """Key of the scalars that it reads."""
         return Kind(self.group, self.tensor.dtype == torch.float64, self.rate, self.gain)
 
     @property

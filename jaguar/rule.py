@@ -1,4 +1,4 @@
-"""What a rule declares: numbers of parameter groups, state buffers, and the two functions of a step."""
+"""`Rule`, the base of update rules: numbers of parameter groups, state buffers, and the two functions of a step."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a step does with g: state <- entry(*state, g, *numbers), then x <- step(x, *state, decay, lr, *numbers).
+    """An update rule: state <- entry(*state, g, *numbers), then x <- step(x, *state, decay, lr, *numbers).
 
     Without state, g stands in its place and there is no entry; with state, `step` does not see g. A subclass is a
     frozen dataclass whose fields decide bits. Its two functions are elementwise plain torch on values in the compute
@@ -105,7 +105,7 @@ class Rule:
             `POSITIVE`, `NOT_NEGATIVE` or another `Range`.
         flags: what else a parameter group may have.
         widths: how many numbers of their own `entry` and `step` take.
-        update: what coordinate directions move: "sampled" coordinates, or "all".
+        update: coordinates that the step moves along coordinate directions: "sampled" ones, or "all".
     """
 
     keys: ClassVar[Mapping[str, Range]] = {}
@@ -115,7 +115,7 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """What a checkpoint calls it: `called` of its own class, else the class's name."""
+        """Its name in checkpoints: `called` of its own class, else the class's name."""
         return str(vars(type(self)).get("called", type(self).__name__))
 
     @property
@@ -133,15 +133,15 @@ class Rule:
         return ()
 
     def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
-        """The own numbers of `entry` in the t-th step that moves something, t = 1, 2, ..."""
+        """Numbers that `entry` takes after g, in the t-th step that was not skipped, t = 1, 2, ..."""
         return ()
 
     def step_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
-        """The own numbers of `step`."""
+        """Numbers that `step` takes after lr."""
         return ()
 
     def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool) -> tuple[float, ...]:
-        """What each direction contributes, per unit of e."""
+        """Weights of the directions in g: rho, or a multiple of it."""
         return tuple(rho)
 
     def completed(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Rule:
         return group
 
     def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What a slot's `rate`, `gain` and `signed` are, where they are not the usual ones."""
+        """Values of a slot's `rate`, `gain` and `signed` that are not the defaults."""
         return {}
 
     def check(self, direction: Direction) -> None:
@@ -177,11 +177,11 @@ class Rule:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
-        """Lines about it.
+        """Lines for the optimizer's repr.
 
         Args:
             fraction: share of the coordinates that a step samples.
-            momentum: in what the state is stored.
+            momentum: dtype of the stored state.
         """
         state = any(self.state(group) for group in groups)
         return [f"rule: {self!r}" + (f", momentum: {momentum}" if state else "")]

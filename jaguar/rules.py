@@ -238,11 +238,11 @@ class AveragedSign(Rule):
         return tuple(rounded(share * r, double) for r in rho)
 
     def options(self) -> dict[str, Any]:
-        """What is moved; whether it averages is told by the direction."""
+        """`update`; that m begins at 0 in every step is among the direction's options."""
         return {"update": self.update}
 
     def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
-        """How many steps momentum remembers."""
+        """Number of steps that momentum remembers."""
         betas = sorted({float(group.get("beta", 0.0)) for group in groups})
         memory = " / ".join(f"{1.0 / (fraction * (1.0 - beta)):,.0f}" for beta in betas)
         return [f"momentum: {momentum}, remembers {memory} steps"]
@@ -256,7 +256,7 @@ class AdaMM(Rule):
 
     Attributes:
         amsgrad: divide by the root of the largest v so far.
-        bias_correction: divide m by 1 - beta1^t and v by 1 - beta2^t, t the number of steps that moved.
+        bias_correction: divide m by 1 - beta1^t and v by 1 - beta2^t, t the number of steps that were not skipped.
     """
 
     amsgrad: bool = True
@@ -282,7 +282,7 @@ class AdaMM(Rule):
         return (Buffer("momentum"), Buffer("v", wide=True), *more)
 
     def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
-        """Both factors, and what is missing to 1."""
+        """Both factors, and one minus each."""
         beta1, beta2 = float(group["beta1"]), float(group["beta2"])
         return beta1, 1.0 - beta1, beta2, 1.0 - beta2
 

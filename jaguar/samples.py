@@ -20,7 +20,7 @@ PART = 1 << 15
 
 
 class Chosen(Protocol):
-    """What is chosen of one vector.
+    """The chosen coordinates of one vector.
 
     Attributes:
         count: number of chosen coordinates.
@@ -78,7 +78,7 @@ class Strata:
             yield _local(self._slot, stratum * self._size + (code >> 1), sign)
 
     def _numbers(self) -> Iterator[tuple[slice, Tensor]]:
-        """Where the codes of the next `PART` strata are, and the strata's numbers."""
+        """Slices of the codes, `PART` strata at a time, with the strata's numbers."""
         for lo in range(0, self._total, PART):
             first, last = self._first + lo, self._first + min(lo + PART, self._total)
             part = slice(lo // self._packed, (lo + PART) // self._packed)

@@ -40,8 +40,8 @@ def _count(row, active, MASKED: tl.constexpr):
 
 @triton.jit
 def _rest(n, o, MASKED: tl.constexpr):
-    """How many of n elements come from `o` on, in a program that does not end before them."""
-    if MASKED:  # and n may be 0
+    """Number of the n elements from `o` on; in MASKED launches n may be 0."""
+    if MASKED:
         n = tl.maximum(n, o)
     return (n - o).to(tl.int32)
 

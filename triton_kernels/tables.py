@@ -1,4 +1,4 @@
-"""What a launch reads from memory: one row per tensor, one row per program, keys and scalars of the step.
+"""Tables that launches read from memory: one row per tensor, one row per program, keys and scalars of the step.
 
 The columns are named here, once for the kernels and for the host code that fills them (`jaguar.fused`). Everything
 that a kernel needs besides its compile-time options lies in device memory and is built once, so that a launch passes a

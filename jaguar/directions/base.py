@@ -1,4 +1,4 @@
-"""What a direction is: dense, or a few signed coordinates."""
+"""Base classes of directions: dense ones, and a few signed coordinates."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jaguar.samples import Chosen, Sample
 
 @dataclass(frozen=True)
 class Direction:
-    """Where a step looks. A subclass is a frozen dataclass whose fields decide bits: `Dense` or `Sparse`."""
+    """A direction e. A subclass is a frozen dataclass whose fields decide bits: `Dense` or `Sparse`."""
 
-    # What happens to coordinates whose perturbation rounding swallows.
+    # Ends a warning: coordinates whose perturbation rounding swallows ...
     fate_of_lost: ClassVar[str] = "move by chance only"
 
     def units(self, slots: Sequence[Slot]) -> list[Hashable]:
-        """What of each slot decides whether it takes part in a step; slots with equal units take part together."""
+        """The unit of each slot; slots of one unit take part in a step together, or none of them does."""
         return [None] * len(slots)
 
     def active(self, draw: Draw, slots: Sequence[Slot]) -> list[bool] | None:
@@ -93,7 +93,7 @@ class Sparse(Direction):
         raise NotImplementedError
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
-        """What is chosen of every set of slots (positions), as places in the vector that its tensors make in order.
+        """The chosen coordinates of every set of slots (positions), as places in its tensors' concatenation.
 
         The slots of a set are on one device. A set costs about as much as a slot: small tensors go together.
         """

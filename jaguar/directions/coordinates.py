@@ -116,7 +116,7 @@ class Coordinates(Sparse):
         return f"coordinates: {what} (fraction {self.fraction(sum(slot.total for slot in slots)):.6g})"
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:
-        """What is chosen of every set of slots (positions)."""
+        """The chosen coordinates of every set of slots (positions)."""
         chosen: list[Chosen]
         if isinstance(self.coordinates, int):
             chosen = self._choose_count(draw.key(Purpose.COORDINATES), slots, sets)
@@ -182,7 +182,7 @@ class Coordinates(Sparse):
 
 @dataclass(frozen=True)
 class ReleasedBlock(Sparse):
-    """What the authors' released code perturbs: one joint block per tensor, all entries with the sign +1.
+    """The block of the authors' released code: one joint block per tensor, all entries with the sign +1.
 
     Exactly max(1, n // 10) rows x max(1, n // 10) columns of a matrix (more dimensions are flattened to (first, rest))
     and max(1, n // 10) entries of a vector, without replacement: the places with the smallest Philox words.
@@ -275,7 +275,7 @@ def _by_device(
     sets: Sequence[Sequence[int]],
     choose: Callable[[Sequence[Slot], Sequence[Sequence[int]]], list[Chosen]],
 ) -> list[Chosen]:
-    """What `choose` finds on each device, for every set."""
+    """Chosen coordinates of every set, found device by device."""
     chosen: dict[int, Chosen] = {}
     for device in dict.fromkeys(slots[members[0]].tensor.device for members in sets):
         here = [k for k, members in enumerate(sets) if slots[members[0]].tensor.device == device]

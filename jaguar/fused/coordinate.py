@@ -63,7 +63,7 @@ class CoordinateLaunches(Family):
         return self._n_perturbed
 
     def probes(self, inputs: StepInputs) -> list[Probe]:
-        """What moves the parameters along each direction and back."""
+        """Probes, one per direction, that move the parameters and take them back."""
         last = len(inputs.draws) - 1
         assert inputs.active is None, "kernels of coordinate directions have no mask"
         moves = [partial(self._move_, k) for k in range(last + 1)]
@@ -161,7 +161,7 @@ class CoordinateLaunches(Family):
         )
 
     def _arguments(self, table: Table, k: int) -> tuple[Tensor, ...]:
-        """What every launch along the k-th direction takes first."""
+        """The first arguments of every launch along the k-th direction."""
         keys, scalars = self._numbers.keys(table.device, k), self._numbers.scalars(table.device)
         listed = self._listed.get(table.pool, table.geometry)
         return table.tensors, table.programs, keys, scalars, table.geometry, listed

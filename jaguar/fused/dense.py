@@ -55,7 +55,7 @@ class DenseLaunches(Family):
         return sum(slot.count for slot, active in zip(self._slots, inputs.active, strict=True) if active)
 
     def probes(self, inputs: StepInputs) -> list[Probe]:
-        """What moves the parameters along each direction and back."""
+        """Probes, one per direction, that move the parameters and take them back."""
         probes: list[Probe] = []
         walk: WalkProbe | None = None
         last, masked = len(inputs.draws) - 1, inputs.active is not None
@@ -182,6 +182,6 @@ class DenseLaunches(Family):
         )
 
     def _arguments(self, table: Table, k: int) -> tuple[Tensor, ...]:
-        """What every launch along the k-th direction takes first."""
+        """The first arguments of every launch along the k-th direction."""
         numbers, device = self._numbers, table.device
         return table.tensors, table.programs, numbers.keys(device, k), numbers.scalars(device), numbers.active(device)

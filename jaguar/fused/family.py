@@ -1,4 +1,4 @@
-"""What the launches of coordinate and of dense directions have in common: tables, buffers, and when they are made."""
+"""The base of the launches of coordinate and of dense directions: when tables and buffers are made."""
 
 from __future__ import annotations
 

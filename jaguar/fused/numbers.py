@@ -22,14 +22,14 @@ from jaguar.triton_kernels import tables as T
 
 
 def n_buffers(rule: Rule) -> int:
-    """How many state buffers the entry of a rule takes, which come before g and its own numbers."""
+    """Number of state buffers that the entry of a rule takes: its arguments before g and its own numbers."""
     if type(rule).entry is Rule.entry:
         return 0
     return len(signature(rule.entry).parameters) - 1 - rule.widths[0]
 
 
 def arithmetic(rule: Rule) -> dict[str, Any]:
-    """What kernels are compiled for: the Triton functions of a rule, and how many numbers of its own they take.
+    """Compile-time constants of a rule: its Triton functions, and how many numbers of its own they take.
 
     Raises:
         RuntimeError: there is no such function, or it has more state than a kernel can move.
@@ -50,7 +50,7 @@ def _function(reference: Any) -> Any:
 
 
 class Numbers:
-    """What the launches of a step read besides tensors, in the memory of every device that has some of them.
+    """Keys, scalars and flags of a step, in the memory of every device that has some of the tensors.
 
     The buffers stay where they are: a CUDA graph that captured launches (not `fill`, which copies from the host) reads
     the numbers that were written last.
@@ -80,11 +80,11 @@ class Numbers:
             }
 
     def row(self, kind: Kind) -> int:
-        """Where the scalars of a kind begin."""
+        """Offset of the scalars of a kind."""
         return self._rows[kind]
 
     def flag(self, slot: Slot) -> int:
-        """Which flag a slot has."""
+        """Position of a slot's flag."""
         return self._flags[slot.stream]
 
     def keys(self, device: torch.device, k: int = 0) -> Tensor:
@@ -139,7 +139,7 @@ class Numbers:
 
 
 def _purposes(method: Method) -> list[Purpose]:
-    """What launches draw for; listed coordinates are chosen before."""
+    """Purposes that kernels draw random numbers for; listed coordinates are chosen by the host."""
     direction, found = method.direction, []
     if isinstance(direction, Dense):
         found = [Purpose.DIRECTION]

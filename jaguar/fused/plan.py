@@ -30,7 +30,7 @@ _PAD = 16
 
 @dataclass(frozen=True)
 class Cut:
-    """How a slot is cut into strata (a dense direction: into its elements).
+    """The strata of a slot (for a dense direction: its elements).
 
     Attributes:
         first: the first stratum that the local part meets.
@@ -73,19 +73,19 @@ class Table:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Device of the tensors."""
         device: torch.device = self.key[0]
         return device
 
     @property
     def pool(self) -> Pool:
-        """Which buffer of saved values is theirs."""
+        """Key of their buffer of saved values."""
         return self.key[0], self.key[1]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is launched for one job: a table for every set of tensors that share a kernel.
+    """The kernel launches of one operation: a table per device, dtype and specialisation.
 
     Attributes:
         tables: the tables.
@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def pools(self) -> list[Pool]:
-        """Of which there can be saved values."""
+        """Keys of the buffers of saved values."""
         return list(self._totals)
 
     def check(self, state: State) -> None:
@@ -241,7 +241,7 @@ def check(slots: Sequence[Slot], state: State) -> None:
 
 
 def _named(slot: Slot, number: int, n: int) -> str:
-    """What a tensor is called: the parameter (number 0), its momentum, or one of its `n` state buffers."""
+    """Name of a tensor in messages: the parameter (number 0), its momentum, or one of its `n` state buffers."""
     if not number:
         return slot.name
     return f"the momentum of {slot.name}" if n == 1 else f"state buffer {number} of {slot.name}"
@@ -254,6 +254,6 @@ def alignment(slot: Slot, own: tuple[Tensor, ...] = ()) -> Options:
 
 
 def formats(own: tuple[Tensor, ...]) -> Options:
-    """How each state buffer is stored."""
+    """Storage format of each state buffer."""
     names = [T.FORMATS[tensor.dtype] for tensor in own] + ["none"] * (3 - len(own))
     return dict(zip(("S0", "S1", "S2"), names, strict=True))

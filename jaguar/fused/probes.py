@@ -83,7 +83,7 @@ class WalkProbe:
 
     @property
     def back(self) -> float:
-        """What takes the parameters back, in units of tau e."""
+        """The way back, in units of tau e."""
         return -self._at
 
     def to(self, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Which methods have kernels."""
+"""Methods that have kernels, and the reasons of those that have none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaguar.triton_kernels import rules as kernels
 
 
 def unsupported(method: Method, groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why there are no launches for a method, as the end of a sentence."""
+    """The reason why a method has no kernels, as the end of a sentence; None: it has them."""
     direction, rule = method.direction, method.rule
     if isinstance(direction, Dense):
         if direction.drawn not in DENSE.values():

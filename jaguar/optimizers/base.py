@@ -339,7 +339,7 @@ class ZerothOrder(Contract):
             warn_of_skipped(record, self._skipped)
 
     def _inputs(self, lrs: Sequence[float]) -> StepInputs:
-        """What is given to the launches before the losses are known."""
+        """Inputs of the launches before the losses are known."""
         draws = tuple(Draw(self._seed, self._step, k) for k in range(self.method.estimator.n_directions))
         return self._trained.inputs(draws, self._scalars(lrs))
 

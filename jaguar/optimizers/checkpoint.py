@@ -17,7 +17,7 @@ _SINCE = {"maximize": False}
 
 @dataclass(frozen=True)
 class Saved:
-    """What an optimizer knows besides torch's state and groups.
+    """An optimizer's part of a state_dict, besides torch's state and groups.
 
     Attributes:
         step: number of the next step.
@@ -41,7 +41,7 @@ class Saved:
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Saved:
-        """What `entry` gave; entries of later versions may have more."""
+        """The value of an `entry`; entries of later versions may have more."""
         known = {field.name: entry[field.name] for field in fields(cls)}
         return cls(**known | {"last_finite": None if entry["last_finite"] < 0 else entry["last_finite"]})
 
@@ -58,7 +58,7 @@ def packed(state_dict: dict[str, Any], numbers: Sequence[str], own: Saved) -> di
 def unpacked(
     state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], own: Saved
 ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]], Saved]:
-    """What `packed` gave, for an optimizer with these groups: torch's part, the state by parameter, the rest.
+    """Takes apart what `packed` gave, for these groups: torch's part, the state by parameter, the rest.
 
     Raises:
         ValueError: it does not fit; the first difference is named.

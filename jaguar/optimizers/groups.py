@@ -36,8 +36,7 @@ def check_group(keys: Mapping[str, Range], group: Mapping[str, Any], where: str,
         if key not in (*keys, *flags, "params", "param_names", "initial_lr"):
             raise ValueError(
                 f"{where} has the option {key!r}; a parameter group may set {', '.join((*keys, *flags))}, and "
-                "everything else "
-                "is an argument of the optimizer"
+                "everything else is an argument of the optimizer"
             )
     for key in keys:
         if key not in group:
@@ -121,9 +120,8 @@ class Watch:
             for key in self._keys:
                 if old[key] != new[key]:
                     raise RuntimeError(
-                        f"{key} of parameter group {i} changed from {old[key]} to {new[key]} during the "
-                        "run; only lr may be "
-                        "scheduled (with OneCycleLR: cycle_momentum=False)"
+                        f"{key} of parameter group {i} changed from {old[key]} to {new[key]} during the run; only lr "
+                        "may be scheduled (with OneCycleLR: cycle_momentum=False)"
                     )
             check_group(COMMON, {"lr": group["lr"]}, f"parameter group {i}")
 

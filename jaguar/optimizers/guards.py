@@ -1,4 +1,4 @@
-"""What would fail silently: losses that carry no signal, perturbations that rounding swallows."""
+"""Guards against silent failures: losses that carry no signal, perturbations that rounding swallows."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from jaguar.params import Slot
 def shown(
     optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Slot], n_frozen: int, backend: str, now: str
 ) -> str:
-    """What an optimizer trains, how, and each group's values.
+    """The repr: what an optimizer trains, how, and each group's values.
 
     Args:
         optimizer: its name and its groups are shown.

@@ -105,7 +105,7 @@ def buffers_of(method: Method, slots: Sequence[Slot], groups: Sequence[Mapping[s
 
 
 def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | None) -> torch.dtype:
-    """In what a buffer is stored: `chosen`, or parameter precision, but bf16 for fp16; wide ones in neither."""
+    """Dtype of a buffer: `chosen`, or the parameter's but bf16 for fp16; of a wide one, the compute dtype."""
     if buffer.wide:
         return compute_dtype(parameter)
     return chosen or (torch.bfloat16 if parameter == torch.float16 else parameter)

@@ -102,7 +102,7 @@ class Trained:
             self.bound.check(self.roster.state)
 
     def inputs(self, draws: tuple[Draw, ...], scalars: Mapping[Kind, Scalars]) -> StepInputs:
-        """What the launches of a step are given."""
+        """Inputs of the launches of a step."""
         active = self._method.direction.active(draws[0], self.roster.slots)
         return StepInputs(draws, scalars, self.roster.state, active)
 
@@ -113,7 +113,7 @@ class Trained:
 
         Args:
             lrs: learning rate of each group.
-            t: number of the step among those that move something, from 1.
+            t: number of the step among those that were not skipped, from 1.
         """
         made: dict[Kind, Scalars] = {}
         for kind in self.roster.kinds:

@@ -91,7 +91,7 @@ class Common:
     def stepped(
         self, piece: Piece, s: Scalars, x: Tensor, along: Sequence[Tensor], draw: Draw, where: Tensor | slice
     ) -> Tensor:
-        """What the elements `where` of a parameter, which hold x, become."""
+        """New values of the elements `where` of a parameter, which hold x."""
         value = self.method.rule.step(x.to(compute_dtype(x.dtype)), *along, s.decay, s.lr, *s.step)
         return self.stored(value, x.dtype, draw, piece, where, Purpose.ROUND)
 

@@ -45,7 +45,7 @@ class CoordinateLaunches(Common):
         return sum(chosen[k].count for k, _ in self.working(inputs))
 
     def probes(self, inputs: StepInputs) -> list[Probe]:
-        """What moves the parameters along each direction and back."""
+        """Probes, one per direction, that move the parameters and take them back."""
         made: list[Probe] = []
         for draw in inputs.draws:
             chosen = self.samples(draw)
@@ -125,7 +125,7 @@ class CoordinateLaunches(Common):
             self._step_at_(piece, s, x, [g[place]], draws[0], place)
 
     def _live(self, x: Tensor, place: Tensor, sign: Tensor, tau: float) -> Tensor:
-        """Where the perturbation is not lost; the other coordinates count as unsampled."""
+        """Mask of the perturbations that are not lost; the other coordinates count as unsampled."""
         plus, other = self.endpoints(gather(x, place), sign, tau)
         return plus != other
 

@@ -46,7 +46,7 @@ class DenseLaunches(Common):
         return sum(piece.count for _, piece in self.working(inputs))
 
     def probes(self, inputs: StepInputs) -> list[Probe]:
-        """What moves the parameters along each direction and back."""
+        """Probes, one per direction, that move the parameters and take them back."""
         probes: list[Probe] = []
         walk: WalkProbe | None = None
         work = [(piece, inputs.scalars[piece.kind].tau) for _, piece in self.working(inputs)]
