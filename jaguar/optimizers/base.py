@@ -216,7 +216,8 @@ class ZerothOrder(Contract):
 
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
-        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], self._roster.double)
+        double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
+        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], double)
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
