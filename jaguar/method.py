@@ -120,7 +120,11 @@ class Method:
 
     def derivatives(self, losses: Sequence[float]) -> Derivatives:
         """The derivatives that a step with these losses moves along."""
-        return partial(self.estimator.along, self._smaller(losses))
+        along = partial(self.estimator.along, self._smaller(losses))
+        if not self.maximize:
+            return along
+        # Of two equal losses it is -0, as in `downhill`: what becomes of a parameter that is -0 depends on it.
+        return lambda tau, double: [-(0.0 - rho) for rho in along(tau, double)]
 
     def downhill(self, derivatives: Derivatives) -> Derivatives:
         """Derivatives of the loss, negated where `maximize`."""

@@ -158,6 +158,7 @@ BAD = {
     "more": ({"keep": 1.5}, r"keep=1\.5: give the share"),
     "flag": ({"keep": True}, "keep=True: give the share"),
     "text": ({"layers": "layers"}, "layers='layers': give prefixes"),
+    "numbers": ({"layers": [0, 1]}, r"layers=\(0, 1\): give prefixes"),
     "none": ({"layers": ["decoder"]}, r"no layers among 'embed', 'layers\.0\.bias', .*layers="),
 }
 

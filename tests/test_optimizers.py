@@ -390,3 +390,9 @@ def test_a_walk_goes_back_when_the_closure_fails() -> None:
     assert torch.allclose(bag.p0, before, atol=1e-14, rtol=0)  # two roundings of numbers below 2
     opt.step(bag)
     assert opt.steps_done == 1
+
+
+def test_rho_is_in_the_losses_precision_from_the_start() -> None:
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    opt, record = ZOSGD([x], tau=2.0**-10), Record(0, (1e-3,), (2.0**-20 + 2.0**-50, 0.0))
+    assert opt.rho(record) == [2.0**-11 + 2.0**-41]

@@ -12,7 +12,7 @@ from conftest import DTYPES, Bag, bits, numpy_of, sign_at, step_key_ints, stream
 from torch import Tensor
 
 import jaguar
-from jaguar import rules
+from jaguar import directions, estimators, rules
 
 SHAPE, SEED, TAU = (6, 7), 12345, 2.0**-7
 LENGTHS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
@@ -110,6 +110,30 @@ def test_a_skipped_step_does_not_count_for_the_correction() -> None:
         late = moved([math.nan, 1.0, 2.0, 1.0])
     assert torch.allclose(late, moved([2.0, 1.0]), rtol=1e-5), "the first step that moves is lr long everywhere"
     assert torch.allclose(late, torch.full((40,), 1e-2), rtol=1e-3)
+
+
+def test_a_step_that_stays_does_not_count_for_the_correction() -> None:
+    """Nor after loading, nor in replays, and loading forgets what was counted before."""
+    method = jaguar.Method(directions.Rademacher(), rules.AdaMM(False, True), estimators.Conservative())
+
+    def made() -> tuple[Tensor, jaguar.ZerothOrder]:
+        x = torch.zeros(8, requires_grad=True)
+        return x, jaguar.ZerothOrder([("x", x)], method, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-12)
+
+    stays, moves = (
+        jaguar.Record(step, (1e-2,), losses) for step, losses in enumerate(((1, 1, 0, 1, 1), (1, 0, 2, 1, 3)))
+    )
+    (x, opt), (y, other), (_, fresh) = made(), made(), made()
+    untouched = fresh.state_dict()
+    opt.apply_(stays)
+    other.load_state_dict(opt.state_dict())
+    for each in (opt, other):
+        each.apply_(moves)
+    assert torch.allclose(x.abs(), torch.full((8,), 1e-2), rtol=1e-5) and torch.equal(x, y)
+    opt.load_state_dict(untouched)
+    x.data.zero_()
+    opt.apply_(jaguar.Record(0, (1e-2,), moves.losses))
+    assert torch.allclose(x.abs(), torch.full((8,), 1e-2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

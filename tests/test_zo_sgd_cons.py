@@ -72,6 +72,26 @@ def test_ties_stay() -> None:
     assert all_bits(list(bag.parameters())) == before and opt.steps_done == 1 and opt.n_skipped == 0
 
 
+def test_what_is_taken_is_what_was_scored_down_to_the_sign_of_a_zero() -> None:
+    """Where the derivative is 0 and the loss is made larger, decay moves one tensor and g = 0 z signs the other."""
+    bag = Bag([torch.full((64,), -0.0), torch.ones(3)])
+    opt, losses = made(bag, weight_decay=0.5, maximize=True), iter([1.0, 1.0, 1.0, 2.0, 1.0])
+    points: list[list[bytes]] = []
+
+    def closure() -> Tensor:
+        points.append(all_bits(list(bag.parameters())))
+        return torch.tensor(next(losses))
+
+    opt.step(closure)
+    assert all_bits(list(bag.parameters())) == points[3] != points[2]
+    # It is what ZO-SGD does, whose derivative of what is made larger is minus that of the loss: 0 - (-0 z) where z > 0.
+    twin = torch.full((64,), -0.0, requires_grad=True)
+    z = torch.full((64,), 0.0, requires_grad=True)
+    jaguar.ZOSGD([("p0", z)], lr=1.0, tau=2.0**-5, seed=12345).apply_(Record(0, (1.0,), (0.0, 2.0**-4)))
+    jaguar.ZOSGD([("p0", twin)], lr=1e-3, tau=2.0**-5, seed=12345, maximize=True).apply_(Record(0, (1e-3,), (1.0, 1.0)))
+    assert torch.equal(twin.signbit(), z < 0) and z.abs().min() > 0
+
+
 @pytest.mark.parametrize("losses", [(1.0, 1.0, 1.0), (0.5, 1.0, 0.5), (0.5, 0.5, 1.0)])
 def test_ties_stay_in_records_too(losses: tuple[float, float, float]) -> None:
     bag = bag_of(torch.float32)

@@ -45,7 +45,8 @@ class Layers(Dense):
             raise ValueError(f"inner={self.inner!r}: give Gaussian() or Rademacher()")
         if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep={self.keep!r}: give the share of the layers that take part in a step, in (0, 1]")
-        if isinstance(self.layers, str) or (self.layers is not None and not all(map(str, self.layers))):
+        prefixes = () if self.layers is None else self.layers
+        if isinstance(prefixes, str) or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
             raise ValueError(f"layers={self.layers!r}: give prefixes of parameter names, ('model.layers.0', ...) say")
         object.__setattr__(self, "keep", float(self.keep))
         object.__setattr__(self, "layers", None if self.layers is None else tuple(sorted(set(self.layers))))

@@ -83,7 +83,7 @@ class ZerothOrder(Contract):
             raise ValueError(f"restore={restore!r}: choose 'copy' or 'module', or None")
         self.method = method
         self._seed, self._backend = checked_seed(seed), ops.choose(backend)
-        self._step = self._skipped = self._skipped_in_a_row = self._n_frozen = 0
+        self._step = self._skipped = self._skipped_in_a_row = self._stayed = self._n_frozen = 0
         self._last_finite: int | None = None
         self._broken = False
         self._measured: Measured | None = None
@@ -216,7 +216,8 @@ class ZerothOrder(Contract):
 
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
-        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], self._roster.double)
+        double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
+        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], double)
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ class ZerothOrder(Contract):
         return self._trained.inputs(draws, self._scalars(lrs))
 
     def _scalars(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
-        return self._trained.scalars(self.param_groups, lrs, self._step - self._skipped + 1, derivatives)
+        return self._trained.scalars(self.param_groups, lrs, self._step - self._skipped - self._stayed + 1, derivatives)
 
     def _launches(self) -> Bound:
         return self._trained.launches(self.param_groups, self.state)
@@ -372,6 +373,7 @@ class ZerothOrder(Contract):
             self._skipped += 1
             self._skipped_in_a_row += 1
         else:
+            self._stayed += not self.method.moves(record.losses)
             self._skipped_in_a_row, self._last_finite = 0, record.step
 
     def _check_usable(self) -> None:
@@ -421,14 +423,15 @@ class ZerothOrder(Contract):
         options = self.method.options()
         if rows := [f"{slot.name}[{slot.kept}]" for slot in self._slots if slot.kept is not None]:
             options["padding_rows"] = ", ".join(rows)
-        return Saved(self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite, options)
+        counts = self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite
+        return Saved(*counts, options, self._stayed)
 
     def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         fitting, exact, saved = unpacked(state, self.param_groups, self._saved())
         load(fitting)
         self.state.update(exact)
         self._step, self._seed, self._last_finite = saved.step, saved.seed, saved.last_finite
-        self._skipped, self._skipped_in_a_row = saved.skipped, saved.skipped_in_a_row
+        self._skipped, self._skipped_in_a_row, self._stayed = saved.skipped, saved.skipped_in_a_row, saved.stayed
         self._broken, self._measured, self._last_record = False, None, None
         self._watch.restart(self.param_groups if self._step else None)
         self._trained.take(slots_of(self.param_groups, self._slots, self._shards))

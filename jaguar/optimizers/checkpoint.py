@@ -26,6 +26,7 @@ class Saved:
         skipped_in_a_row: the last of them without one between that was.
         last_finite: the last step whose loss was, if there was one.
         options: those that decide bits: a `Method` as plain values, and the rows that stay.
+        stayed: steps whose losses were finite and moved nothing; not written where there are none, as in 0.2.0.
     """
 
     step: int
@@ -34,15 +35,17 @@ class Saved:
     skipped_in_a_row: int
     last_finite: int | None
     options: dict[str, Any]
+    stayed: int = 0
 
     def entry(self) -> dict[str, Any]:
         """As it stands in a state_dict: ints, strings and the options as plain values."""
-        return vars(self) | {"last_finite": -1 if self.last_finite is None else self.last_finite}
+        entry = vars(self) | {"last_finite": -1 if self.last_finite is None else self.last_finite}
+        return {key: value for key, value in entry.items() if key != "stayed" or value}
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Saved:
         """The value of an `entry`; entries of later versions may have more."""
-        known = {field.name: entry[field.name] for field in fields(cls)}
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
         return cls(**known | {"last_finite": None if entry["last_finite"] < 0 else entry["last_finite"]})
 
 
@@ -75,12 +78,13 @@ def checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], own: S
         ValueError: it does not fit; the first difference is named.
     """
     saved, entry = state_dict.get("jaguar"), own.entry()
-    if not isinstance(saved, dict) or any(not isinstance(saved.get(key), type(entry[key])) for key in entry):
+    given: dict[str, Any] = {"stayed": 0} | saved if isinstance(saved, dict) else {}
+    if any(not isinstance(given.get(key), type(entry[key])) for key in entry):
         raise ValueError(
             "this state_dict was not made by a jaguar optimizer: its entry 'jaguar' (step counter, seed, options) is "
             "missing or incomplete"
         )
-    options = _SINCE | saved["options"]
+    options = _SINCE | given["options"]
     for key in own.options | options:
         a, b = own.options.get(key), options.get(key)
         if a != b or type(a) is not type(b):  # 1 and 1.0 are equal, but one is a count and the other a fraction
