@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -61,18 +61,23 @@ def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> tu
 
     Raises nothing: every value is taken modulo 2**32 by the caller.
     """
-    k0, k1 = key
     c0, c1, c2, c3 = counter
-    for _ in range(_ROUNDS):
+    for k0, k1 in _kept_round_keys(key) if isinstance(key[0], int) else _round_keys(key):
         p0 = c0 * _MULTIPLIERS[0]
         p1 = c2 * _MULTIPLIERS[1]
         c0 = ((p1 >> 32) & _MASK) ^ c1 ^ k0
         c1 = p1 & _MASK
         c2 = ((p0 >> 32) & _MASK) ^ c3 ^ k1
         c3 = p0 & _MASK
-        k0 = (k0 + _WEYL[0]) & _MASK
-        k1 = (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def _round_keys(key: tuple[Word, Word]) -> list[tuple[Word, Word]]:
+    """The key of every round."""
+    return [((key[0] + i * _WEYL[0]) & _MASK, (key[1] + i * _WEYL[1]) & _MASK) for i in range(_ROUNDS)]
+
+
+_kept_round_keys = lru_cache(maxsize=64)(_round_keys)  # a run has one key for all of its step keys
 
 
 def step_key(seed: int, step: int, direction: int, purpose: Purpose) -> Key:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -46,7 +45,7 @@ class MatrixLaunches:
             options: dict[str, Any] = table.options | self._common
             launch(kernels.along, table.programs.shape[0], table.tensors, table.programs, keys, scalars,
                    table.geometry, **options)  # fmt: skip
-        work.done()
+        work.written()
 
     def _work(self, slots: Sequence[Slot], factors: Sequence[Tensor]) -> Launch:
         """Tables are kept for every batch: the same ones come back at every step (or every `ns_period`)."""
@@ -56,10 +55,8 @@ class MatrixLaunches:
             plan = Plan(slots, [Cut(0, 0)] * len(slots), _COMMON, self._numbers)
             state = [(o.view(slot.tensor.shape),) for slot, o in zip(slots, factors, strict=True)]
             plan.check(state)
-            work = plan.launch(BLOCK, state, _options, tiles=True)
-            # The factors are not written to, and must not be kept: their memory is that of the next ones.
-            written = [slot.tensor for slot in slots if not slot.tensor.is_inference()]
-            self._made[batch] = given, replace(work, versioned=written)
+            # The factors must not be kept: their memory is that of the next ones.
+            self._made[batch] = given, plan.launch(BLOCK, state, _options, tiles=True)
         return self._made[batch][1]
 
 

@@ -69,13 +69,12 @@ class Numbers:
         # Even, so that all parts of the buffer are as aligned as the buffer is.
         self._n_scalars = -(-len(self._kinds) * self._width // 2) * 2
         self._n_keys = self.n_directions * int(T.KEYS.value)
-        self._all_active = [1] * len(slots)
         self._words: dict[Draw, list[int]] = {}
+        self._keyed: tuple[Draw, ...] | None = None
         size = self._n_keys + self._n_scalars + len(slots)
-        self._format = f"={self._n_keys}q{self._n_scalars}d{len(slots)}q"
         with torch.inference_mode(False):  # made in inference mode they could not be written to outside it
             self._buffers = {
-                device: torch.zeros(size, dtype=torch.int64, device=device)
+                device: torch.ones(size, dtype=torch.int64, device=device)
                 for device in dict.fromkeys(slot.tensor.device for slot in slots)
             }
 
@@ -113,20 +112,28 @@ class Numbers:
 
     def fill(self, inputs: StepInputs) -> None:
         """Puts a step's numbers where its launches read them; weights that are not known yet are 0."""
-        words: list[int] = []
-        for draw in inputs.draws:
-            words += self._words_of(draw)
         scalars: list[float] = []
         for kind in self._kinds:
             s = inputs.scalars[kind]
             scalars += [s.tau, s.decay, s.lr, *s.entry, *s.step, *(s.weights or (0.0,) * self.n_directions)]
         scalars += [0.0] * (self._n_scalars - len(scalars))
-        active = self._all_active if inputs.active is None else inputs.active
-        packed = bytearray(struct.pack(self._format, *words, *scalars, *active))
-        together = torch.frombuffer(packed, dtype=torch.int64)
+        if self._keyed is inputs.draws:  # keys and flags are those of the step's first call
+            self._write(self._n_keys, struct.pack(f"={self._n_scalars}d", *scalars))
+            return
+        words: list[int] = []
+        for draw in inputs.draws:
+            words += self._words_of(draw)
+        # Flags are 1 from the beginning; a method that has a mask has one in every step.
+        flags = inputs.active or ()
+        self._write(0, struct.pack(f"={self._n_keys}q{self._n_scalars}d{len(flags)}q", *words, *scalars, *flags))
+        self._keyed = inputs.draws
+
+    def _write(self, first: int, packed: bytes) -> None:
+        together = torch.frombuffer(bytearray(packed), dtype=torch.int64)
         for device, buffer in self._buffers.items():
             # From pinned memory the copy does not wait for the work that the device still has to do.
-            buffer.copy_(together.pin_memory() if device.type == "cuda" else together, non_blocking=True)
+            given = together.pin_memory() if device.type == "cuda" else together
+            buffer[first : first + len(together)].copy_(given, non_blocking=True)
 
     def _words_of(self, draw: Draw) -> list[int]:
         """The keys of a direction, made once a step."""

@@ -89,13 +89,13 @@ class Launch:
 
     Attributes:
         tables: the tables.
-        versioned: the tensors that are written to, and whose version counters autograd looks at.
+        versioned: the parameters, whose version counters autograd looks at.
     """
 
     tables: list[Table]
     versioned: list[Tensor]
 
-    def done(self) -> None:
+    def written(self) -> None:
         """Advances the version counters: autograd must notice what kernels wrote."""
         torch.autograd.graph.increment_version(self.versioned)
 
@@ -151,8 +151,7 @@ class Plan:
                 groups.setdefault(key, []).append(i)
                 options[key] = made
         tables = [self._table(key, options[key], members, state, block, tiles) for key, members in groups.items()]
-        written = [t for slot, own in zip(self.slots, state, strict=True) for t in (slot.tensor, *own)]
-        return Launch(tables, [t for t in written if not t.is_inference()])
+        return Launch(tables, [slot.tensor for slot in self.slots if not slot.tensor.is_inference()])
 
     def saved(self, pool: Pool, n: int = 1) -> Tensor:
         """A buffer for the saved values of `n` directions, in the form that kernels load and store."""

@@ -61,6 +61,8 @@ class SavedProbe:
 
     def _launch(self, job: str, scale: float) -> None:
         work, done = self._work(), []
+        if job == self._first:
+            work.written()  # the first of several moves, of which the last one takes all back
         try:
             for table in work.tables:
                 self._move(job, table, scale)
@@ -70,8 +72,6 @@ class SavedProbe:
                 for table in done:
                     self._move("restore", table, 0.0)
             raise
-        finally:
-            work.done()
 
 
 class WalkProbe:
@@ -103,6 +103,7 @@ class WalkProbe:
         if self._at == to:
             return
         work, done = self._work(), []
+        work.written()
         try:
             for table in work.tables:
                 self._move("walk", table, to - self._at)
@@ -111,6 +112,4 @@ class WalkProbe:
             for table in done:
                 self._move("walk", table, self._at - to)
             raise
-        finally:
-            work.done()
         self._at = to

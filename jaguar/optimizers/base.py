@@ -152,8 +152,13 @@ class ZerothOrder(Contract):
         record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=frozen)
         self._watch.check(self.param_groups)
         self._launches()
+        inputs = self._inputs(record.lrs, None if record.skipped else self.method.derivatives(record.losses))
+        if not all_finite(inputs.scalars):
+            raise ValueError(
+                f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
+            )
         with HeldInterrupts():
-            self._move(record, self._inputs(record.lrs))
+            self._move(record, inputs, inputs.scalars)
 
     _hooked_apply = with_step_hooks(_apply)
 
@@ -255,8 +260,12 @@ class ZerothOrder(Contract):
 
             def evaluate() -> float:
                 try:
-                    with interrupts.let_through(), explained():
+                    with interrupts.let_through():
                         return self._guard.as_float(isolation.evaluate(closure, seed), roster.double)
+                except RuntimeError as error:
+                    if (better := explained(error)) is error:
+                        raise
+                    raise better from error
                 finally:
                     if roster.left():  # the closure has moved a tensor
                         self._launches()
@@ -271,26 +280,27 @@ class ZerothOrder(Contract):
             losses = self.method.estimator.measure(evaluate, probes, hold, stepped)
             held = probes[-1] if hold else None
             try:
-                record = self._recorded(losses, lrs)
+                record, scalars = self._recorded(losses, lrs)
                 if roster.slots:
                     self._guard.watch(losses, trained.bound.n_perturbed(inputs))
             except BaseException:  # a warning may be an error
                 if held is not None:
                     held.abort()
                 raise
-        return Measured(record, held)
+        return Measured(record, held, scalars)
 
-    def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> Record:
+    def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> tuple[Record, Mapping[Kind, Scalars]]:
+        """The record of a step, and what its launches will read."""
         finite = all(map(math.isfinite, losses))
+        scalars = self._scalars(lrs, self.method.derivatives(losses) if finite else None)
+        finite = finite and all_finite(scalars)  # finite losses, but rho may overflow
         record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
-        if finite and not all_finite(self._scalars(lrs, self.method.derivatives(record.losses))):
-            record = replace(record, skipped=True)  # finite losses, but rho overflows
         if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
             raise NonFiniteLoss(
                 f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last finite step: "
                 f"{'none' if self._last_finite is None else self._last_finite}. Lower lr or tau, or look at the data"
             )
-        return record
+        return record, scalars
 
     def _measure_and_move(self, closure: Closure) -> Record:
         inputs, lrs = self._begin(closure)
@@ -298,22 +308,17 @@ class ZerothOrder(Contract):
             try:
                 hold = self.method.walk or self._trained.bound.fuses_restore
                 self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
-                self._move(measured.record, inputs)
+                self._move(measured.record, inputs, measured.scalars)
             except BaseException:
                 if not self._broken:  # nothing was written: the parameters go back to where the step began
                     self.discard_()
                 raise
         return measured.record
 
-    def _move(self, record: Record, inputs: StepInputs) -> None:
+    def _move(self, record: Record, inputs: StepInputs, scalars: Mapping[Kind, Scalars]) -> None:
         """Moves parameters and state by a record that belongs here; interrupts are held."""
         bound, method = self._trained.bound, self.method
         moves = not record.skipped and method.moves(record.losses)
-        scalars = self._scalars(record.lrs, self.method.derivatives(record.losses) if moves else None)
-        if not all_finite(scalars):
-            raise ValueError(
-                f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
-            )
         with torch.no_grad():
             if moves:
                 self._trained.make_state()
@@ -339,10 +344,10 @@ class ZerothOrder(Contract):
         if record.skipped:
             warn_of_skipped(record, self._skipped)
 
-    def _inputs(self, lrs: Sequence[float]) -> StepInputs:
-        """Inputs of the launches before the losses are known."""
+    def _inputs(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> StepInputs:
+        """Inputs of the launches; without derivatives before the losses are known."""
         draws = tuple(Draw(self._seed, self._step, k) for k in range(self.method.estimator.n_directions))
-        return self._trained.inputs(draws, self._scalars(lrs))
+        return self._trained.inputs(draws, self._scalars(lrs, derivatives))
 
     def _scalars(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
         return self._trained.scalars(self.param_groups, lrs, self._step - self._skipped - self._stayed + 1, derivatives)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,18 +99,14 @@ class LossGuard:
             warnings.warn(message, stacklevel=4)
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Around a closure: torch's words for a backward pass without a graph do not say what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            raise RuntimeError(
-                "the closure asks for gradients, and there are none here: leave loss.backward() out of it. A closure "
-                "computes the loss and returns it"
-            ) from error
-        raise
+def explained(error: RuntimeError) -> RuntimeError:
+    """An error of a closure, in better words where torch's do not say what to do: a backward pass without a graph."""
+    if "does not require grad" in str(error):
+        return RuntimeError(
+            "the closure asks for gradients, and there are none here: leave loss.backward() out of it. A closure "
+            "computes the loss and returns it"
+        )
+    return error
 
 
 def warn_of_skipped(record: Record, n_skipped: int) -> None:

@@ -16,6 +16,8 @@ from jaguar.params import Kind, Slot
 from jaguar.rounding import compute_dtype
 from jaguar.rule import Buffer
 
+_DTYPE = operator.attrgetter("dtype")
+
 
 class Roster:
     """One list of slots and one optimizer state.
@@ -39,6 +41,7 @@ class Roster:
         self.devices = {slot.tensor.device for slot in slots}
         self.tensors = [slot.tensor for slot in slots]
         self._seen: list[int] | None = None
+        self._complete = not any(buffers)
         # One (entry of the state, name) per buffer of every slot.
         self._wanted: list[tuple[dict[str, Any], str]] = []
         self._held: list[Tensor | None] = []
@@ -57,6 +60,7 @@ class Roster:
         found = [[next(left) for _ in own] for own in self._buffers]
         there = [[m for m in own if m is not None] for own in found]
         self.state = [tuple(own) if len(own) == len(all_) else () for own, all_ in zip(there, found, strict=True)]
+        self._complete = all(m is not None for m in held)
         self._held, self._places = held, []
 
     def moved(self) -> bool:
@@ -73,7 +77,7 @@ class Roster:
             *map(Tensor.is_contiguous, tensors),
             *map(Tensor.numel, tensors),
         ]
-        places += [tensor.dtype for tensor in tensors]  # an address can come back with another tensor
+        places += map(_DTYPE, tensors)  # an address can come back with another tensor
         places += [0 if m is None else m.data_ptr() for m in self._held]
         if places == self._places:
             return False
@@ -83,6 +87,8 @@ class Roster:
 
     def make(self, method: Method) -> bool:
         """Makes the buffers that are missing; returns whether any was."""
+        if self._complete:
+            return False
         missing = [i for i, own in enumerate(self._buffers) if own and not self.state[i]]
         with torch.inference_mode(False):  # made in inference mode it could not be written to outside it
             for i in missing:
@@ -91,7 +97,7 @@ class Roster:
                     if buffer.name not in entry:
                         dtype = state_dtype(tensor.dtype, buffer, method.momentum_dtype)
                         entry[buffer.name] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
-        return bool(missing) and self.moved()
+        return self.moved()
 
     def left(self) -> bool:
         """Whether a parameter is elsewhere than at the last `moved`: after a closure, which may do anything."""

@@ -29,10 +29,12 @@ class Measured:
     Attributes:
         record: what was measured.
         probe: the last probe, if the parameters are not back yet.
+        scalars: what the launches of the step will read.
     """
 
     record: Record
     probe: Probe | None
+    scalars: Mapping[Kind, Scalars]
 
 
 class Trained:
