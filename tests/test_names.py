@@ -22,6 +22,7 @@ from transformers import BertForSequenceClassification
 import jaguar
 import jaguar.optimizers
 from jaguar import cli, values
+from jaguar.dry_run import check
 from jaguar.literals import keyword_arguments
 from jaguar.method import Method
 from jaguar.optimizers.common import Common, keywords
@@ -246,6 +247,17 @@ def test_the_flag_takes_pairs_and_json(settled: Any, tmp_path: Any) -> None:  # 
     assert run.arguments["zo_options"] == {"rho_clip": 2.0}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_passes_the_checks_before_data_are_read(name: str) -> None:
+    check(arguments(optim_zo=name))
+    check(arguments(optim_zo=name, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("options", ["keep=0.5", "layers=('encoder.h.0','encoder.h.1')", "layers=('encoder.h.0.',)"])
+def test_which_layers_there_are_is_not_known_before_the_model(options: str) -> None:
+    check(arguments(optim_zo="lezo", zo_options=options))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -255,6 +267,7 @@ def test_the_flag_takes_pairs_and_json(settled: Any, tmp_path: Any) -> None:  # 
         (["tau=1", "--zo-options", "tau=2"], "give one of them"),
         (["tau=x"], "--zo_options: "),
         (["tau=-1.0"], "--zo_options: tau=-1.0"),
+        (["released=maybe"], "--zo_options: released='maybe': choose True or False"),
         (["layout=diagonal"], "--zo_options: layout='diagonal'"),
         (["tau=1", "--tau", "2"], "zo_options has tau=1, and tau is 2.0: say it by tau"),
         (["layout=block", "--released"], "released=True fixes"),

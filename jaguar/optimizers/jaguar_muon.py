@@ -110,21 +110,22 @@ class JaguarMuon(ZerothOrder):
     ) -> None:
         rule: AveragedSign = Orthogonal(update, True, ns_steps, ns_coefficients, ns_dtype, ns_period, adjust_lr)
         numbers: dict[str, Any] = {"lr": lr, "tau": tau, "weight_decay": weight_decay}
+        refuse_with_released(
+            JaguarMuon,
+            released,
+            coordinates=coordinates,
+            layout=layout,
+            signs=signs,
+            update=update,
+            beta=beta,
+            ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients,
+            ns_dtype=ns_dtype,
+            ns_period=ns_period,
+            vector_lr=vector_lr,
+            adjust_lr=adjust_lr,
+        )
         if released:
-            refuse_with_released(
-                JaguarMuon,
-                coordinates=coordinates,
-                layout=layout,
-                signs=signs,
-                update=update,
-                beta=beta,
-                ns_steps=ns_steps,
-                ns_coefficients=ns_coefficients,
-                ns_dtype=ns_dtype,
-                ns_period=ns_period,
-                vector_lr=vector_lr,
-                adjust_lr=adjust_lr,
-            )
             rule = ReleasedOrthogonal()
         else:
             numbers |= {"beta": beta, "vector_lr": vector_lr}

@@ -82,10 +82,9 @@ class JaguarSignSGD(ZerothOrder):
         released: bool = False,
         shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        if released:
-            refuse_with_released(
-                JaguarSignSGD, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
-            )
+        refuse_with_released(
+            JaguarSignSGD, released, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
+        )
         sampling = Coordinates(coordinates, layout, signs)
         method = Method(
             ReleasedBlock() if released else sampling,
