@@ -158,6 +158,10 @@ BAD = {
     "more": ({"keep": 1.5}, r"keep=1\.5: give the share"),
     "flag": ({"keep": True}, "keep=True: give the share"),
     "text": ({"layers": "layers"}, "layers='layers': give prefixes"),
+    "number": ({"layers": 5}, "layers=5: give prefixes"),
+    "numbers": ({"layers": (5,)}, r"layers=\(5,\): give prefixes"),
+    "empty": ({"layers": ()}, r"layers=\(\): give prefixes"),
+    "blank": ({"layers": ("layers.0", "")}, "layers=.*: give prefixes"),
     "none": ({"layers": ["decoder"]}, r"no layers among 'embed', 'layers\.0\.bias', .*layers="),
 }
 

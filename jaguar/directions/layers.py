@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,12 @@ from jaguar.rng import Draw, Elements, Purpose
 
 # The layer of a parameter, where its name says it: "model.layers.3" of "model.layers.3.attention.weight".
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
+
+
+def _are_prefixes(layers: object) -> bool:
+    if isinstance(layers, str) or not isinstance(layers, Collection) or not layers:
+        return False
+    return all(isinstance(layer, str) and layer.strip(".") for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,14 @@ class Layers(Dense):
 
     inner: Dense = field(default_factory=Gaussian)
     keep: float = 0.25
-    layers: tuple[str, ...] | None = None
+    layers: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Dense) or isinstance(self.inner, Layers):
             raise ValueError(f"inner={self.inner!r}: give Gaussian() or Rademacher()")
         if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep={self.keep!r}: give the share of the layers that take part in a step, in (0, 1]")
-        if isinstance(self.layers, str) or (self.layers is not None and not all(map(str, self.layers))):
+        if self.layers is not None and not _are_prefixes(self.layers):
             raise ValueError(f"layers={self.layers!r}: give prefixes of parameter names, ('model.layers.0', ...) say")
         object.__setattr__(self, "keep", float(self.keep))
         object.__setattr__(self, "layers", None if self.layers is None else tuple(sorted(set(self.layers))))
