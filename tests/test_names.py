@@ -88,6 +88,18 @@ def test_the_help_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert rates and rates[1].split("; ") == [f"{name} {row.lr}" for name, row in METHODS.items()]
 
 
+@pytest.mark.parametrize(("name", "row"), CLASSES)
+def test_the_help_has_every_argument_that_has_no_flag(
+    name: str, row: Named, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {*OPTIONS, "lr", "weight_decay", "seed", "maximize", "shards"}
+    known = keywords(arguments(optim_zo=name).optimizer_class)
+    assert "maximize" in known and row.further == ", ".join(n for n in known if n not in flags)
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    assert not row.further or f"{name} {row.further};" in " ".join(capsys.readouterr().out.split())
+
+
 def test_parts_of_methods_are_reached_by_the_package() -> None:
     code = "import jaguar; jaguar.rules.SGD(), jaguar.directions.Gaussian(), jaguar.orthogonal.Orthogonal()"
     assert not subprocess.run([sys.executable, "-c", f"{code}; jaguar.estimators.TwoSided()"], cwd=ROOT).returncode
