@@ -290,6 +290,12 @@ def test_the_flag_is_refused(words: list[str], message: str, settled: Any, capsy
     assert message in refused(capsys, *line("use_cpu", "true"), "--zo_options", *words)
 
 
+def test_trainers_numbers_of_adam_say_where_zo_adamms_are() -> None:
+    run = Run("lm", "out", arguments={"adam_beta1": 0.5, "optim_zo": "zo-adamm", "use_cpu": True})
+    with pytest.warns(UserWarning, match="--adam_beta1 has no effect: .* --zo_options"):
+        run.trainer_arguments()
+
+
 def test_going_on_compares_them() -> None:
     """By the optimizer's settings, whether an option came by its own field or not."""
     runs = [Run("lm", "out", arguments=given) for given in ({"zo_options": {"tau": 0.5}}, {"tau": 0.5})]
