@@ -57,8 +57,10 @@ def _optimizer(args: ZOTrainingArguments) -> torch.optim.Optimizer:
     coordinates = options.get("coordinates")
     if isinstance(coordinates, int) and coordinates > 1:
         options["coordinates"] = 1  # whether there are as many is the model's affair
+    layers = options.get("layers")
+    layer = layers[0] if isinstance(layers, tuple) and layers else "layers.0"  # which ones there are is the model's too
     weight = torch.nn.Parameter(torch.zeros(256, 256, device=args.device))
-    group: dict[str, Any] = {"params": [("weight", weight)], "weight_decay": args.weight_decay}
+    group: dict[str, Any] = {"params": [(f"{layer}.weight", weight)], "weight_decay": args.weight_decay}
     if getattr(args.optimizer_class, "by_role", False):
         group["ns"] = True
     return args.optimizer_class([group], **options)

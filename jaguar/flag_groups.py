@@ -246,7 +246,8 @@ _TRAINING = (
             "--max_steps",
             type=positive,
             metavar="N",
-            help="steps, two forward passes each unless --estimator or --n_directions say otherwise (default: 100)",
+            help="steps, two forward passes each unless --estimator or --n_directions say otherwise; five with "
+            "zo-sgd-cons (default: 100)",
         ),
         _flag(
             "--per_device_train_batch_size",
@@ -258,7 +259,7 @@ _TRAINING = (
             "--gradient_accumulation_steps",
             type=positive,
             metavar="N",
-            help="batches per step, all evaluated at the same two points (default: 1)",
+            help="batches per step, all evaluated at the same points (default: 1)",
         ),
         _flag(
             "--lr_scheduler_type",
@@ -364,7 +365,9 @@ _OPTIMIZER = (
             nargs="+",
             action=Together,
             metavar="KEY=VALUE",
-            help="further arguments of the method's class, as in --zo_options 'betas=(0.9,0.999)' amsgrad=False",
+            help="further arguments of the method's class, as in --zo_options 'betas=(0.9,0.999)' amsgrad=False, or a "
+            f"JSON object: {'; '.join(f'{name} {row.further}' for name, row in METHODS.items() if row.further)}; all "
+            "methods maximize",
         ),
     ],
 )

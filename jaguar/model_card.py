@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from jaguar.optimizers.base import ZerothOrder
 from jaguar.training_args import ZOTrainingArguments
 
 
@@ -18,7 +19,10 @@ def card_arguments(args: ZOTrainingArguments, optimizer: torch.optim.Optimizer) 
     shown.optim = type(optimizer).__name__
     hidden = {"lr", "optimizer", "rng", "differentiable"}
     options = optimizer.defaults | optimizer.state_dict().get("jaguar", {}).get("options", {})
-    shown.adam_beta1, shown.adam_beta2 = options.get("betas", (args.adam_beta1, args.adam_beta2))
+    if type(optimizer) is ZerothOrder:
+        shown.optim += f"({optimizer.method.rule.name})"
+    betas = options.get("betas", (args.adam_beta1, args.adam_beta2))
+    shown.adam_beta1, shown.adam_beta2 = options.get("beta1", betas[0]), options.get("beta2", betas[1])
     shown.adam_epsilon = options.get("eps", args.adam_epsilon)
     shown.optim_args = ", ".join(
         f"{key}={value}" for key, value in options.items() if key not in hidden and value is not None

@@ -266,6 +266,11 @@ class AdaMM(Rule):
     keys: ClassVar[Mapping[str, Range]] = {"beta1": FACTOR, "beta2": FACTOR, "eps": POSITIVE}
     widths: ClassVar[tuple[int, int]] = (4, 3)
 
+    def __post_init__(self) -> None:
+        for name in ("amsgrad", "bias_correction"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r}: choose True or False")
+
     @property
     def entry(self) -> Callable[..., Any]:
         """`amsgrad` or `adam`."""

@@ -87,7 +87,6 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         self._window: list[Any] = []
         self._logged: list[Record] = []
         self._measured = self._skipped = 0  # steps of this call of `train`
-        self._passes = 2  # forward passes of a step
         self.forward_passes = 0  # of all steps, evaluations aside
         if scorer is not None:
             others = settled(scorer, args, others)
@@ -248,8 +247,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)
         self._measured, self._skipped = self._measured + 1, self._skipped + record.skipped
-        self._passes = len(record.losses)
-        self.forward_passes += len(window) * self._passes
+        self.forward_passes += len(window) * len(record.losses)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -298,7 +296,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 operations a parameter and token in each forward pass; Trainer's 6 count a backward pass."""
         counted = super().floating_point_ops(inputs)
-        return counted // 3 * self._passes if self._zeroth_order else counted
+        return counted // 3 * self.zeroth_order.method.estimator.n_losses if self._zeroth_order else counted
 
     # -- logs and evaluation ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from jaguar import values
 from jaguar.flag_groups import FINETUNE, OF_THE_RUN, named, unrecognized
 from jaguar.optimizers.names import FIRST_ORDER
 
-_NO_ADAM = "--method names the optimizer, and it is not of Adam's kind"
+_NOT_TRAINERS = "it is of Trainer's own optimizers; those of --method have their arguments in --zo_options"
 _ROWS = "the task says how rows are read"
 _SCORER = "rows are scored by jaguar's scorer"
 _NOT_COMPILED = "cannot be had: the scorer looks into the model at its output head, where a compiled one is closed"
@@ -56,7 +56,7 @@ WITHOUT_EFFECT = {
     "fsdp_config": "it is of --fsdp, which forward-only training cannot have",
     "local_rank": "torchrun's environment says which process this is",
     "include_for_metrics": "the figures are loss and accuracy",
-    **dict.fromkeys(("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"), _NO_ADAM),
+    **dict.fromkeys(("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"), _NOT_TRAINERS),
 }
 # The same for what fo-sgd does use.
 _OF_GRADIENTS = {"torch_empty_cache_steps": "it is emptied in steps with a backward pass only"}

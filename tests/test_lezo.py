@@ -142,6 +142,11 @@ def test_other_names_of_layers() -> None:
     assert len(moved & {"0", "1", "2", "3"}) == 2 and moved >= {"4", "5", "6", "7"}, "which are outside the layers"
 
 
+def test_wrappers_do_not_change_the_names_of_layers() -> None:
+    given = [layer + str(i) for i in range(LAYERS) for layer in ["module.layers." if i % 2 else "_orig_mod.layers."]]
+    assert made(Tower(), layers=given).method == made(Tower(), layers=[f"layers.{i}" for i in range(LAYERS)]).method
+
+
 def test_its_state_is_not_zo_sgds() -> None:
     net = Tower()
     saved = made(net).state_dict()
@@ -158,7 +163,10 @@ BAD = {
     "more": ({"keep": 1.5}, r"keep=1\.5: give the share"),
     "flag": ({"keep": True}, "keep=True: give the share"),
     "text": ({"layers": "layers"}, "layers='layers': give prefixes"),
-    "numbers": ({"layers": [0, 1]}, r"layers=\(0, 1\): give prefixes"),
+    "number": ({"layers": 5}, "layers=5: give prefixes"),
+    "numbers": ({"layers": (5,)}, r"layers=\(5,\): give prefixes"),
+    "empty": ({"layers": ()}, r"layers=\(\): give prefixes"),
+    "blank": ({"layers": ("layers.0", "")}, "layers=.*: give prefixes"),
     "none": ({"layers": ["decoder"]}, r"no layers among 'embed', 'layers\.0\.bias', .*layers="),
 }
 

@@ -22,6 +22,7 @@ from transformers import BertForSequenceClassification
 import jaguar
 import jaguar.optimizers
 from jaguar import cli, values
+from jaguar.dry_run import check
 from jaguar.literals import keyword_arguments
 from jaguar.method import Method
 from jaguar.optimizers.common import Common, keywords
@@ -85,6 +86,18 @@ def test_the_help_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert names.replace(" ", "").split(",") == [*METHODS]
     rates = re.search(r"--learning_rate X length of a step \(default: ([^)]*)\)", text)
     assert rates and rates[1].split("; ") == [f"{name} {row.lr}" for name, row in METHODS.items()]
+
+
+@pytest.mark.parametrize(("name", "row"), CLASSES)
+def test_the_help_has_every_argument_that_has_no_flag(
+    name: str, row: Named, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {*OPTIONS, "lr", "weight_decay", "seed", "maximize", "shards"}
+    known = keywords(arguments(optim_zo=name).optimizer_class)
+    assert "maximize" in known and row.further == ", ".join(n for n in known if n not in flags)
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    assert not row.further or f"{name} {row.further};" in " ".join(capsys.readouterr().out.split())
 
 
 def test_parts_of_methods_are_reached_by_the_package() -> None:
@@ -246,6 +259,17 @@ def test_the_flag_takes_pairs_and_json(settled: Any, tmp_path: Any) -> None:  # 
     assert run.arguments["zo_options"] == {"rho_clip": 2.0}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_passes_the_checks_before_data_are_read(name: str) -> None:
+    check(arguments(optim_zo=name))
+    check(arguments(optim_zo=name, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("options", ["keep=0.5", "layers=('encoder.h.0','encoder.h.1')", "layers=('encoder.h.0.',)"])
+def test_which_layers_there_are_is_not_known_before_the_model(options: str) -> None:
+    check(arguments(optim_zo="lezo", zo_options=options))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -255,6 +279,7 @@ def test_the_flag_takes_pairs_and_json(settled: Any, tmp_path: Any) -> None:  # 
         (["tau=1", "--zo-options", "tau=2"], "give one of them"),
         (["tau=x"], "--zo_options: "),
         (["tau=-1.0"], "--zo_options: tau=-1.0"),
+        (["released=maybe"], "--zo_options: released='maybe': choose True or False"),
         (["layout=diagonal"], "--zo_options: layout='diagonal'"),
         (["tau=1", "--tau", "2"], "zo_options has tau=1, and tau is 2.0: say it by tau"),
         (["layout=block", "--released"], "released=True fixes"),
@@ -263,6 +288,12 @@ def test_the_flag_takes_pairs_and_json(settled: Any, tmp_path: Any) -> None:  # 
 )
 def test_the_flag_is_refused(words: list[str], message: str, settled: Any, capsys: Any) -> None:  # noqa: F811
     assert message in refused(capsys, *line("use_cpu", "true"), "--zo_options", *words)
+
+
+def test_trainers_numbers_of_adam_say_where_zo_adamms_are() -> None:
+    run = Run("lm", "out", arguments={"adam_beta1": 0.5, "optim_zo": "zo-adamm", "use_cpu": True})
+    with pytest.warns(UserWarning, match="--adam_beta1 has no effect: .* --zo_options"):
+        run.trainer_arguments()
 
 
 def test_going_on_compares_them() -> None:

@@ -446,8 +446,10 @@ def test_the_baseline_with_gradients_moves_running_statistics(tmp_path):
     assert norm.running_mean.abs().sum() > 0
 
 
-def test_flops_count_forward_passes(tmp_path):
-    two, five = scored(tmp_path, steps=2), scored(tmp_path, steps=2, estimator="one-sided", n_directions=4)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_flops_count_forward_passes(tmp_path, micro_batches):
+    window = {"steps": 2 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    two, five = scored(tmp_path, **window), scored(tmp_path, **window, estimator="one-sided", n_directions=4)
     for trainer in (two, five):
         trainer.train()
     tokens = sum(b["input_ids"].numel() for b in list(two.get_train_dataloader())[:2])

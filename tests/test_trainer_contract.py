@@ -13,9 +13,21 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.hyperparameter_search import HPSearchBackend
 
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Scorer, ZOTrainer, ZOTrainingArguments
+from jaguar import (
+    ZOSGD,
+    JaguarMuon,
+    JaguarSignSGD,
+    Method,
+    Scorer,
+    ZerothOrder,
+    ZOTrainer,
+    ZOTrainingArguments,
+)
 from jaguar.adapters import Adapter
+from jaguar.directions import Rademacher
+from jaguar.estimators import TwoSided
 from jaguar.optimizers.guards import NonFiniteLoss
+from jaguar.rules import Sign
 from jaguar.scoring import evaluate
 from jaguar.tasks import COPA, SST2
 
@@ -169,6 +181,13 @@ def test_the_model_card_names_the_optimizer_that_ran(tmp_path):
     args = arguments(tmp_path, 2)
     own = ZOSGD(model.named_parameters(), lr=0.02, tau=5e-3)
     assert "Use ZOSGD" in card(ZOTrainer(model, args, train_dataset=rows, optimizers=(own, None)), tmp_path)
+    options = {"betas": (0.7, 0.8), "eps": 1e-4}
+    zo_adamm = arguments(tmp_path, 2, optim_zo="zo-adamm", coordinates=None, zo_options=options)
+    text = card(ZOTrainer(model, zo_adamm, train_dataset=rows), tmp_path)
+    assert "Use ZOAdaMM with betas=(0.7,0.8) and epsilon=0.0001" in text
+    parts = ZerothOrder(model.named_parameters(), Method(Rademacher(), Sign(), TwoSided()), lr=0.02, momentum=0.5)
+    text = card(ZOTrainer(model, args, train_dataset=rows, optimizers=(parts, None)), tmp_path)
+    assert "Use ZerothOrder(ZOSignSGD) and" in text and "momentum=0.5, distribution=rademacher" in text
 
 
 # -- steps that are skipped --------------------------------------------------------------------------------------------

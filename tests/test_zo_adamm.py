@@ -164,6 +164,8 @@ BAD = {
     "beta2": ({"betas": (0.9, -0.1)}, r"beta2=-0\.1 .* must lie in \[0, 1\)"),
     "one": ({"betas": 0.9}, "betas=0.9: give two factors"),
     "eps": ({"eps": 0.0}, r"eps=0\.0 .* must be positive"),
+    "amsgrad": ({"amsgrad": "no"}, "amsgrad='no': choose True or False"),
+    "correction": ({"bias_correction": 1}, "bias_correction=1: choose True or False"),
     "estimator": ({"estimator": "three-sided"}, "choose 'two-sided' or 'one-sided'"),
     "distribution": ({"distribution": "uniform"}, "choose 'gaussian' or 'rademacher'"),
 }

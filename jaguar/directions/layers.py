@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,17 @@ from torch import Tensor
 from jaguar import rng
 from jaguar.directions.base import Dense
 from jaguar.directions.distributions import Gaussian
-from jaguar.params import Slot, stream_of
+from jaguar.params import Slot, canonical_name, stream_of
 from jaguar.rng import Draw, Elements, Purpose
 
 # The layer of a parameter, where its name says it: "model.layers.3" of "model.layers.3.attention.weight".
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
+
+
+def _are_prefixes(layers: object) -> bool:
+    if isinstance(layers, str) or not isinstance(layers, Collection) or not layers:
+        return False
+    return all(isinstance(layer, str) and layer.strip(".") for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,19 @@ class Layers(Dense):
 
     inner: Dense = field(default_factory=Gaussian)
     keep: float = 0.25
-    layers: tuple[str, ...] | None = None
+    layers: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Dense) or isinstance(self.inner, Layers):
             raise ValueError(f"inner={self.inner!r}: give Gaussian() or Rademacher()")
         if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep={self.keep!r}: give the share of the layers that take part in a step, in (0, 1]")
-        prefixes = () if self.layers is None else self.layers
-        if isinstance(prefixes, str) or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+        if self.layers is not None and not _are_prefixes(self.layers):
             raise ValueError(f"layers={self.layers!r}: give prefixes of parameter names, ('model.layers.0', ...) say")
         object.__setattr__(self, "keep", float(self.keep))
-        object.__setattr__(self, "layers", None if self.layers is None else tuple(sorted(set(self.layers))))
+        object.__setattr__(
+            self, "layers", None if self.layers is None else tuple(sorted(set(map(canonical_name, self.layers))))
+        )
 
     @property
     def name(self) -> str:  # type: ignore[override]

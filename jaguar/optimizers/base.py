@@ -22,7 +22,7 @@ from jaguar.module_state import ModuleState
 from jaguar.optimizers.checkpoint import Saved, packed, unpacked
 from jaguar.optimizers.contract import Contract, with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
-from jaguar.optimizers.groups import Watch, check_group, checked_seed, prepared_group, split_groups
+from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost, warn_of_skipped
 from jaguar.optimizers.shown import shown
 from jaguar.optimizers.state import Roster
@@ -96,13 +96,7 @@ class ZerothOrder(Contract):
         defaults = method.rule.completed({"tau": 1e-3, "weight_decay": 0.0} | group_values)
         check_group(method.keys, defaults, "the optimizer", method.rule.flags)
         super().__init__(split_groups(params), defaults)
-        if not self._slots:
-            raise ValueError(
-                f"no parameter to train: all {self._n_frozen} tensors have requires_grad=False; call "
-                "requires_grad_() on those that should train"
-                if self._n_frozen
-                else "the list of parameters is empty"
-            )
+        check_any(len(self._slots), self._n_frozen)
         check_shards(self._shards, self._slots)
         method.direction.check(self._slots)
         ops.require(self._backend, method, self._slots, self.param_groups)

@@ -93,8 +93,12 @@ def keywords(kind: type) -> tuple[str, ...]:
     return tuple(name for name in found if name != "params")
 
 
-def refuse_with_released(kind: type, **given: Any) -> None:
-    """Raises ValueError for an argument that is not its default: `released=True` decides it."""
+def refuse_with_released(kind: type, released: bool, **given: Any) -> None:
+    """Raises ValueError for an argument that is not its default where `released=True` decides it."""
+    if not isinstance(released, bool):
+        raise ValueError(f"released={released!r}: choose True or False")
+    if not released:
+        return
     usual = inspect.signature(kind).parameters
     for name, value in given.items():
         if value != usual[name].default:

@@ -49,6 +49,17 @@ def check_group(keys: Mapping[str, Range], group: Mapping[str, Any], where: str,
             raise ValueError(f"{key}={value} of {where}{keys[key].wanted}")
 
 
+def check_any(n_trained: int, n_frozen: int) -> None:
+    """Raises ValueError where there is nothing to train."""
+    if not n_trained:
+        raise ValueError(
+            f"no parameter to train: all {n_frozen} tensors have requires_grad=False; call requires_grad_() on those that "
+            "should train"
+            if n_frozen
+            else "the list of parameters is empty"
+        )
+
+
 def prepared_group(
     group: dict[str, Any], others: Sequence[dict[str, Any]], keys: Mapping[str, Range], flags: Sequence[str] = ()
 ) -> tuple[dict[str, Any], int]:

@@ -106,21 +106,21 @@ class JaguarMuon(ZerothOrder):
         released: bool = False,
         shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        if released:
-            refuse_with_released(
-                JaguarMuon,
-                coordinates=coordinates,
-                layout=layout,
-                signs=signs,
-                update=update,
-                beta=beta,
-                ns_steps=ns_steps,
-                ns_coefficients=ns_coefficients,
-                ns_dtype=ns_dtype,
-                ns_period=ns_period,
-                vector_lr=vector_lr,
-                adjust_lr=adjust_lr,
-            )
+        refuse_with_released(
+            JaguarMuon,
+            released,
+            coordinates=coordinates,
+            layout=layout,
+            signs=signs,
+            update=update,
+            beta=beta,
+            ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients,
+            ns_dtype=ns_dtype,
+            ns_period=ns_period,
+            vector_lr=vector_lr,
+            adjust_lr=adjust_lr,
+        )
         common = Common(
             tau=tau,
             momentum_dtype=momentum_dtype,

@@ -81,10 +81,9 @@ class JaguarSignSGD(ZerothOrder):
         released: bool = False,
         shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        if released:
-            refuse_with_released(
-                JaguarSignSGD, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
-            )
+        refuse_with_released(
+            JaguarSignSGD, released, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
+        )
         common = Common(
             tau=tau,
             momentum_dtype=momentum_dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, Unpack
 
 from jaguar.directions import Layers, dense
@@ -46,13 +46,12 @@ class LeZO(ZerothOrder):
         lr: float = 1e-6,
         *,
         keep: float = 0.25,
-        layers: Sequence[str] | None = None,
+        layers: Collection[str] | None = None,
         weight_decay: float = 0.0,
         distribution: str = "gaussian",
         **common: Unpack[Common],
     ) -> None:
         decides, runs = parts(common)
-        prefixes = layers if layers is None or isinstance(layers, str) else tuple(layers)
-        direction = Layers(dense(distribution), keep, prefixes)  # type: ignore[arg-type]
+        direction = Layers(dense(distribution), keep, layers)
         method = Method(direction, SGD(momentum=False), **decides)
         super().__init__(params, method, lr=lr, weight_decay=weight_decay, **runs)

@@ -26,11 +26,13 @@ class Named(NamedTuple):
         cls: its public class; None: torch.optim.SGD.
         module: where that is; None: in torch.
         lr: its default learning rate, as --help shows it.
+        further: its own arguments that have no flag, as --help shows them.
     """
 
     cls: str | None
     module: str | None
     lr: str
+    further: str = ""
 
 
 # The first-order baseline: torch.optim.SGD with backward passes, through the same trainer.
@@ -41,10 +43,10 @@ METHODS: dict[str, Named] = {
     "jaguar-muon": Named("JaguarMuon", "jaguar.optimizers.jaguar_muon", "1e-3"),
     "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6"),
     "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6"),
-    "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4"),
-    "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6"),
+    "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4", "betas, eps, amsgrad, bias_correction"),
+    "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6", "keep, layers"),
     "zo-sgd-cons": Named("ZOSGDCons", "jaguar.optimizers.zo_sgd_cons", "1e-6"),
-    FIRST_ORDER: Named(None, None, "1e-3"),
+    FIRST_ORDER: Named(None, None, "1e-3", "dampening, nesterov"),
 }
 
 METHOD = "jaguar-signsgd"  # the default

@@ -59,6 +59,6 @@ class ZOAdaMM(ZerothOrder):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas={betas!r}: give two factors, (0.9, 0.999) say")
         decides, runs = parts(common)
-        method = Method(dense(distribution), AdaMM(bool(amsgrad), bool(bias_correction)), **decides)
+        method = Method(dense(distribution), AdaMM(amsgrad, bias_correction), **decides)
         own: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
         super().__init__(params, method, lr=lr, weight_decay=weight_decay, **own, **runs)

@@ -19,7 +19,8 @@ class ZOSGDCons(ZerothOrder):
         x <- argmin of f over x, (1 - lr wd) x - lr g, (1 - lr wd) x + lr g         ties: x, then x - lr g
 
     Five evaluations a step (2 n + 3 with n directions). What is accepted has the bits that were scored, with stochastic
-    rounding too; a step that stays changes no bit. No state; during a step a copy of all trained tensors.
+    rounding too; a step that stays changes no bit. A loss that is not finite, of a trial too, skips the step. No state;
+    during a step a copy of all trained tensors.
 
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, weight_decay, or
