@@ -53,8 +53,8 @@ def check_any(n_trained: int, n_frozen: int) -> None:
     """Raises ValueError where there is nothing to train."""
     if not n_trained:
         raise ValueError(
-            f"no parameter to train: all {n_frozen} tensors have requires_grad=False; call requires_grad_() on those that "
-            "should train"
+            f"no parameter to train: all {n_frozen} tensors have requires_grad=False; call requires_grad_() on those "
+            "that should train"
             if n_frozen
             else "the list of parameters is empty"
         )
