@@ -96,7 +96,7 @@ class CoordinateLaunches(Family):
             else:
                 self._sparse_("fused" if restore else "update", table, saved=saved)
             self.wrote = True
-        work.written()
+        work.written(again=restore)
         if held is not None:
             held.forget()
         self._release()

@@ -108,7 +108,7 @@ class DenseLaunches(Family):
                 **self._of_steps,
             )
             self.wrote = True
-        work.written()
+        work.written(again=job == "saved")
         if isinstance(held, SavedProbe):
             held.forget()
         self._release()

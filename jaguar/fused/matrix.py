@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -55,8 +56,8 @@ class MatrixLaunches:
             plan = Plan(slots, [Cut(0, 0)] * len(slots), _COMMON, self._numbers)
             state = [(o.view(slot.tensor.shape),) for slot, o in zip(slots, factors, strict=True)]
             plan.check(state)
-            # The factors must not be kept: their memory is that of the next ones.
-            self._made[batch] = given, plan.launch(BLOCK, state, _options, tiles=True)
+            # The factors are not written to, and must not be kept: their memory is that of the next ones.
+            self._made[batch] = given, replace(plan.launch(BLOCK, state, _options, tiles=True), state=[])
         return self._made[batch][1]
 
 

@@ -129,6 +129,8 @@ class Numbers:
         self._keyed = inputs.draws
 
     def _write(self, first: int, packed: bytes) -> None:
+        if not packed:  # of no tensor at all
+            return
         together = torch.frombuffer(bytearray(packed), dtype=torch.int64)
         for device, buffer in self._buffers.items():
             # From pinned memory the copy does not wait for the work that the device still has to do.

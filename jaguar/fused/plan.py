@@ -89,15 +89,20 @@ class Launch:
 
     Attributes:
         tables: the tables.
-        versioned: the parameters, whose version counters autograd looks at.
+        parameters, state: the tensors that are written to, and whose version counters autograd looks at.
     """
 
     tables: list[Table]
-    versioned: list[Tensor]
+    parameters: list[Tensor]
+    state: list[Tensor]
 
-    def written(self) -> None:
-        """Advances the version counters: autograd must notice what kernels wrote."""
-        torch.autograd.graph.increment_version(self.versioned)
+    def written(self, again: bool = False) -> None:
+        """Advances the version counters: autograd must notice what kernels wrote.
+
+        Args:
+            again: those of the parameters were advanced by this step before.
+        """
+        torch.autograd.graph.increment_version(self.state if again else [*self.parameters, *self.state])
 
 
 class Plan:
@@ -151,7 +156,8 @@ class Plan:
                 groups.setdefault(key, []).append(i)
                 options[key] = made
         tables = [self._table(key, options[key], members, state, block, tiles) for key, members in groups.items()]
-        return Launch(tables, [slot.tensor for slot in self.slots if not slot.tensor.is_inference()])
+        parameters, held = [slot.tensor for slot in self.slots], [m for own in state for m in own]
+        return Launch(tables, *([t for t in some if not t.is_inference()] for some in (parameters, held)))
 
     def saved(self, pool: Pool, n: int = 1) -> Tensor:
         """A buffer for the saved values of `n` directions, in the form that kernels load and store."""
