@@ -29,10 +29,11 @@ def bag_of(dtype: torch.dtype) -> Bag:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_what_is_taken_is_what_was_scored(dtype: torch.dtype, way: dict[str, Any]) -> None:
-    """Of six steps at rising rates some are taken, some are taken backwards or not at all."""
+    """Of steps at several rates some are taken, some are taken backwards or not at all."""
     bag, taken = bag_of(dtype), []
     opt = made(bag, **way)
-    for lr in (1e-3, 1e-2, 0.3, 1e-3, 0.5, 1e-3):
+    slow = way.get("backend") == "triton"  # in the interpreter
+    for lr in (1e-3, 0.3) if slow else (1e-3, 1e-2, 0.3, 1e-3, 0.5, 1e-3):
         opt.param_groups[0]["lr"] = lr
         before, first = all_bits(list(bag.parameters())), len(bag.seen)
         record = opt.measure(bag)
@@ -113,7 +114,7 @@ def test_records_replay(dtype: torch.dtype, backend: str) -> None:
     """By step(), by measure and apply_, and by apply_ alone: the same bits."""
     bags = [bag_of(dtype) for _ in range(3)]
     opts = [made(bag, lr=0.02, backend=backend) for bag in bags]
-    for _ in range(5):
+    for _ in range(2 if backend == "triton" else 5):
         opts[0].step(bags[0])
         opts[1].apply_(opts[1].measure(bags[1]))
         assert opts[1].last_record == opts[0].last_record
