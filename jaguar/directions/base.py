@@ -21,7 +21,7 @@ class Direction:
     # Ends a warning: coordinates whose perturbation rounding swallows ...
     fate_of_lost: ClassVar[str] = "move by chance only"
 
-    def units(self, slots: Sequence[Slot]) -> list[Hashable]:
+    def units(self, slots: Sequence[Slot]) -> Sequence[Hashable]:
         """The unit of each slot; slots of one unit take part in a step together, or none of them does."""
         return [None] * len(slots)
 

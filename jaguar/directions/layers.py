@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,7 @@ class Layers(Dense):
         """e of these elements: fp32."""
         return self.inner.values_of(draw, elements)
 
-    def units(self, slots: Sequence[Slot]) -> list[Hashable]:
+    def units(self, slots: Sequence[Slot]) -> list[str | None]:
         """The layer of each slot, None outside the layers."""
         return [self._layer(slot.name) for slot in slots]
 
@@ -89,14 +89,15 @@ class Layers(Dense):
         """The slots of the layers that are drawn, and those outside the layers; the same for all directions."""
         if self.keep == 1.0:
             return None
-        layers = self._among(slots)
+        units = self.units(slots)
+        layers = self._among(units)
         key = Draw(draw.seed, draw.step, 0).key(Purpose.LAYERS)
         # Each layer draws a number by its own name: which ones there are besides changes nothing about it.
         streams = torch.tensor([stream_of(layer) for layer in layers], dtype=torch.int64)
         w0, w1, _, _ = rng.words(key, torch.zeros_like(streams), streams, Purpose.LAYERS)
         order = torch.argsort((w1 << 31) | (w0 >> 1)).tolist()
         drawn = {layers[i] for i in order[: self._count(layers)]}
-        return [layer is None or layer in drawn for layer in self.units(slots)]
+        return [layer is None or layer in drawn for layer in units]
 
     def options(self) -> dict[str, Any]:
         """The fields."""
@@ -105,12 +106,12 @@ class Layers(Dense):
 
     def shown(self, slots: Sequence[Slot]) -> str:
         """A line about it, with the layers where they were given."""
-        layers = self._among(slots)
+        layers = self._among(self.units(slots))
         which = "" if self.layers is None else f" ({', '.join(layers)})"
         return f"{self.inner.shown(slots)}, on {self._count(layers)} of {len(layers)} layers{which} in each step"
 
-    def _among(self, slots: Sequence[Slot]) -> list[str]:
-        return sorted({layer for layer in map(self._layer, [slot.name for slot in slots]) if layer is not None})
+    def _among(self, units: Sequence[str | None]) -> list[str]:
+        return sorted({layer for layer in units if layer is not None})
 
     def _count(self, layers: Sequence[str]) -> int:
         return max(1, round(self.keep * len(layers))) if layers else 0
