@@ -147,7 +147,7 @@ class Method:
             group: its parameter group.
             lr: the group's learning rate of the step.
             rho: derivatives of what is made smaller; none before the losses are known.
-            t: number of the step among those that were not skipped, from 1.
+            t: number of the step among those that moved something, from 1.
         """
         double, rule, clip = kind.double, self.rule, self.estimator.rho_clip
         if clip is not None:

@@ -133,7 +133,7 @@ class Rule:
         return ()
 
     def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
-        """Numbers that `entry` takes after g, in the t-th step that was not skipped, t = 1, 2, ..."""
+        """Numbers that `entry` takes after g, in the t-th step that moved something, t = 1, 2, ..."""
         return ()
 
     def step_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:

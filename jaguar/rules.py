@@ -256,7 +256,7 @@ class AdaMM(Rule):
 
     Attributes:
         amsgrad: divide by the root of the largest v so far.
-        bias_correction: divide m by 1 - beta1^t and v by 1 - beta2^t, t the number of steps that were not skipped.
+        bias_correction: divide m by 1 - beta1^t and v by 1 - beta2^t, t the number of steps that moved something.
     """
 
     amsgrad: bool = True

@@ -115,7 +115,7 @@ class Trained:
 
         Args:
             lrs: learning rate of each group.
-            t: number of the step among those that were not skipped, from 1.
+            t: number of the step among those that moved something, from 1.
         """
         made: dict[Kind, Scalars] = {}
         for kind in self.roster.kinds:
