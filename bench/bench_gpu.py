@@ -24,21 +24,24 @@ from gpu import report, result, stages
 
 # Seconds from the start after which everything has ended: jobs on shared machines are often cut off at ten minutes.
 LIMIT = 535.0
-# None: what the others leave. Few builds take their 90 seconds: nvcc works on all files at once. The tests of
-# Newton-Schulz run beside the others, as a stage of their own, so that a cut-off of either leaves the other's verdict.
+# None: what the others leave. Few builds take their 90 seconds: nvcc works on all files at once. The sanitizers' two
+# tools run side by side: each is one process that waits for the compiler and for torch's own kernels.
 CAPS: dict[str, float | None] = {
-    "build": 90.0,
-    "tests": 200.0,
-    "memcheck": 50.0,
-    "racecheck": 45.0,
+    "build": 75.0,
+    "tests": 150.0,
+    "sanitizers": 90.0,
     "kernels": None,
     "newton-schulz": 75.0,
+    "models": 55.0,
 }
 # Stages that are a benchmark: its program, and the time in which it ends the measurement that it is at.
-_BENCHMARKS = {"kernels": (["bench_kernels.py"], 20.0), "newton-schulz": (["bench_newton_schulz.py", "--speed"], 10.0)}
-_MEASURED = {"kernels": ("kernel", "step"), "newton-schulz": ("ns", "product")}
-# pytest's -k.
-_NS_TESTS = "newton_schulz_gpu"
+_BENCHMARKS = {
+    "kernels": (["bench_kernels.py"], 20.0),
+    "newton-schulz": (["bench_newton_schulz.py", "--speed"], 10.0),
+    "models": (["bench_models.py"], 10.0),
+}
+_MEASURED = {"kernels": ("kernel", "step"), "newton-schulz": ("ns", "product"), "models": ("model",)}
+_SANITIZERS = ("memcheck", "racecheck")
 
 
 class Run:
@@ -96,19 +99,12 @@ class Run:
         return [stages.Stage(name, "failed" if code != 0 else "passed", time.monotonic() - begin, note)]
 
 
-def _tests(seconds: float) -> list[stages.Stage]:
-    return stages.together(
-        lambda: stages.tests("tests", seconds, select=f"not {_NS_TESTS}"),
-        lambda: stages.tests("tests of Newton-Schulz", seconds, select=_NS_TESTS),
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = tuple(CAPS)
     parser.add_argument("--stages", nargs="+", choices=names, default=names, help="which stages to run (default: all)")
     parser.add_argument(
-        "--out", type=Path, help="folder of the results (default: bench/results; build for some stages)"
+        "--out", type=Path, help="folder of results and logs (default: bench/results and build; build for some stages)"
     )
     parser.add_argument("--commit", help="what to record as the commit where there is no git repository")
     args = parser.parse_args(arguments)
@@ -119,12 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     # A part of a run must not replace the day's result.
     folder = result.ROOT / ("bench/results" if set(args.stages) == set(names) else "build")
-    run = Run(args.commit, args.out or folder)
+    run, logs = Run(args.commit, args.out or folder), args.out or stages.BUILD
     works: dict[str, Callable[[float], list[stages.Stage]]] = {
-        "build": lambda seconds: [stages.build(seconds)],
-        "tests": _tests,
-        "memcheck": lambda seconds: [stages.sanitizer("memcheck", seconds)],
-        "racecheck": lambda seconds: [stages.sanitizer("racecheck", seconds)],
+        "build": lambda seconds: [stages.build(seconds, logs)],
+        "tests": lambda seconds: [stages.tests("tests", seconds, logs)],
+        "sanitizers": lambda seconds: stages.together(
+            *(partial(stages.sanitizer, tool, seconds, logs) for tool in _SANITIZERS)
+        ),
         **{name: partial(run.benchmark, name) for name in _BENCHMARKS},
     }
     chosen = [name for name in names if name in args.stages]

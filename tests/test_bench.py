@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -200,6 +201,14 @@ def test_the_page_shows_targets_numbers_failures_and_what_was_dropped() -> None:
     assert report.failures(sample()) == ["opt-1.3b, broken: parity: differs"]
 
 
+def test_the_page_shows_steps_of_models_beside_inference() -> None:
+    ms = {"median": 1.5, "q1": 1.25, "q3": 1.75, "n": 50}
+    row = {"kind": "model", "list": "models", "model": "OPT", "what": "MeZO", "method": "OPT: MeZO", "rows": 16}
+    row |= {"tokens": 32, "ms": ms, "of_two": 1.25, "weights": 2**31, "inference": 3 * 2**30, "peak": 4 * 2**30}
+    line = "| OPT, 16 x 32 tokens | MeZO | 1.5 (1.25 to 1.75; 50) | 1.25 | 4.00 | 0.500 |"
+    assert line in report.markdown(sample() | {"rows": [row]}).splitlines()
+
+
 def test_a_missed_target_is_not_met() -> None:
     verdicts = {row[0]: row[3] for row in report.target_rows(sample(of_copy=0.84, all_ms=4.0))}
     assert verdicts["dense sign step (update='all', m bf16), share of copy"] == "not met"
@@ -212,6 +221,23 @@ def test_a_result_is_named_after_gpu_and_day_and_can_be_read_back(tmp_path: Path
     result.save(path, sample())
     assert result.load(path) == json.loads(json.dumps(sample()))
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md"]
+
+
+def test_models_are_measured_beside_inference() -> None:
+    """Tiny ones, on the CPU: the same rows, and what an optimizer cannot do is a failure of its own."""
+    pytest.importorskip("transformers")
+    from gpu import models
+
+    kind, values = models.MODELS[0].config
+    small = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 2, "vocab_size": 300}
+    tiny = models.Model("tiny", (kind, values | small | {"num_hidden_layers": 1}), rows=2, tokens=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of perturbations that bf16 swallows
+        rows = list(models.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 100.0, [tiny]))
+    assert [row["what"] for row in rows] == [models.FORWARD, *(name for name, _ in models.JOBS)]
+    assert all(row["kind"] == "model" and row["ms"]["n"] >= 2 and models.said(row) for row in rows), rows
+    late = list(models.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 1.0, [tiny]))
+    assert [row["kind"] for row in late] == ["dropped"] and report.failures({"stages": [], "rows": late}) == []
 
 
 # -- stages and command lines --------------------------------------------------------------------------------------
@@ -275,7 +301,7 @@ def test_how_a_test_stage_ends(
     monkeypatch.setattr(stages, "ROOT", tmp_path)
     monkeypatch.setattr(stages, "BUILD", tmp_path)
     monkeypatch.setattr(stages, "run", run)
-    stage = stages.tests("memcheck", 1.0, ["sanitize"], "small")
+    stage = stages.tests("memcheck", 1.0, tmp_path, ["sanitize"], "small")
     assert stage.status == status and stage.note
 
 
@@ -286,6 +312,22 @@ def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
         if log.read_text():
             break
     assert time.monotonic() - begin < 1800 and log.read_text() == "begun\n"
+
+
+def test_a_stage_that_is_cut_off_reports_its_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "import pytest, time\npytestmark = pytest.mark." + "gpu\ndef test_wrong(): assert 1 == 2\n"
+        "def test_endless(): time.sleep(3600)\ndef test_last(): time.sleep(3600)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    for limit in (5.0, 20.0, 100.0):  # on a busy machine the processes take their time to begin
+        stage = stages.tests("tests", limit, tmp_path)
+        log = (tmp_path / "gpu-tests.log").read_text()
+        if "FAILED" in log:
+            break
+    assert stage.status == "failed" and "1 failed" in stage.note and "assert 1 == 2" in log
 
 
 @pytest.fixture
@@ -304,7 +346,7 @@ def test_where_pip_cannot_the_package_is_copied_together(
     pip: int, status: str, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "run", lambda command, *_: pip if "pip" in command else 0)
-    stage = stages.build(1.0)
+    stage = stages.build(1.0, repository / "logs")
     assert stage.status == status and "cop" in stage.note
     built = {str(p.relative_to(stages.TARGET)): p.read_text() for p in stages.TARGET.rglob("*.py")}
     assert built == {
@@ -343,23 +385,29 @@ def test_make_gpu_runs_all_stages_in_time(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(result, "machine", lambda *_: sample()["machine"])
     monkeypatch.setattr(stages, "run", runs)
     monkeypatch.setattr(stages, "BUILD", tmp_path)
-    monkeypatch.setattr(stages, "build", lambda seconds: stages.Stage("build", "passed", 1.0, "built"))
+    monkeypatch.setattr(stages.shutil, "which", lambda name: name)
+    monkeypatch.setattr(stages, "build", lambda seconds, logs: stages.Stage("build", "passed", 1.0, "built"))
     monkeypatch.setattr(bench_gpu.signal, "signal", lambda *_: None)
     monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # main takes it out, and it comes back
     assert bench_gpu.main(["--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
     found = result.load(path)
-    names = ["build", "tests", "tests of Newton-Schulz", "memcheck", "racecheck", "kernels", "newton-schulz"]
+    names = ["build", "tests", "memcheck", "racecheck", "kernels", "newton-schulz", "models"]
     assert [stage["name"] for stage in found["stages"]] == names
-    assert sorted(runs.selected)[:2] == ["newton_schulz_gpu", "not newton_schulz_gpu"]
+    assert {p.name for p in tmp_path.glob("*.log")} == {f"gpu-{n}.log" for n in ("tests", "memcheck", "racecheck")}
+    assert sorted(runs.selected)[1:] == ["small", "small"], "all tests, and the small ones under each tool"
     notes = {stage["name"]: stage["note"] for stage in found["stages"]}
     # Each benchmark counts its own rows.
     assert notes["kernels"] == "3 measurements; 1 failures" and notes["newton-schulz"] == "4 measurements; 1 failures"
     caps = bench_gpu.CAPS
     assert runs.seconds["bench_newton_schulz.py"] == caps["newton-schulz"]
-    # Nothing here takes time, so the benchmark gets all but what the last stage needs.
-    assert bench_gpu.LIMIT - caps["newton-schulz"] - 20 < runs.seconds["bench_kernels.py"] < bench_gpu.LIMIT
+    # Nothing here takes time, so the benchmark gets all but what the last stages need.
+    assert (
+        bench_gpu.LIMIT - caps["newton-schulz"] - caps["models"] - 20
+        < runs.seconds["bench_kernels.py"]
+        < bench_gpu.LIMIT
+    )
     assert sum(cap or 60.0 for cap in caps.values()) < bench_gpu.LIMIT < 540
 
 

@@ -1,10 +1,12 @@
 """Kernels on an NVIDIA GPU: the bits of the reference on the CPU. `make gpu`, or `pytest -m gpu`.
 
-Tests whose names contain "small" launch every kernel on few elements; they run under compute-sanitizer too.
+Tests whose names contain "small" launch every kernel on few elements; they run under compute-sanitizer too. What only
+a GPU can answer, and what takes longest, comes first.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import replace
 
@@ -79,96 +81,6 @@ def forms(*more: Form, types: list[torch.dtype] = TYPES) -> list[Form]:
 
 def small() -> list[Form]:
     return [Form((300,), torch.bfloat16), Form((11, 13), torch.float32, 1, skew=1), Form((), torch.float32, 2)]
-
-
-@pytest.mark.parametrize(
-    ("layout", "update"),
-    [(layout, update) for layout in ("fraction", "count", "block") for update in ("sampled", "all")]
-    + [("released", "sampled")],
-)
-def test_coordinate_steps(layout: str, update: str, poisoned: None) -> None:
-    whole = [form for form in forms() if form.whole is None] if layout in ("block", "released") else forms()
-    if layout == "count":  # a shard of a tensor this long would hold none of 500 coordinates
-        whole = [Form(f.shape, f.dtype, f.group, 0 if f.whole is None else 8197, f.whole and (30_000,)) for f in whole]
-    step_law(coordinate_twins(whole, DIRECTIONS[layout], update=update, device=DEVICE))
-
-
-@updates
-@pytest.mark.parametrize("momentum", ["fp32", "e5m2"])
-def test_coordinate_steps_with_other_momenta(momentum: str, update: str, poisoned: None) -> None:
-    twins = coordinate_twins(
-        forms(types=TYPES[:2]), DIRECTIONS["fraction"], update=update, momentum=momentum, device=DEVICE
-    )
-    step_law(twins, held=False)
-
-
-@updates
-def test_coordinate_steps_with_three_directions(update: str, poisoned: None) -> None:
-    """In half of all coordinates, so that directions meet: what one wrote the next one reads."""
-    twins = coordinate_twins(forms(types=TYPES[:2]), Coordinates(0.5), update=update, n=3, device=DEVICE)
-    for step in range(3):
-        step_law(twins, step=step)
-
-
-@distributions
-@pytest.mark.parametrize("rule", ["sgd", "sign"])
-@pytest.mark.parametrize("momentum", ["none", "own"])
-def test_dense_steps(momentum: str, rule: str, distribution: str, poisoned: None) -> None:
-    step_law(dense_twins(forms(), distribution, rule=rule, momentum=momentum, device=DEVICE))
-
-
-@distributions
-@pytest.mark.parametrize("restore", ["copy", "walk"])
-def test_dense_steps_with_three_directions(restore: str, distribution: str, poisoned: None) -> None:
-    twins = dense_twins(forms(types=TYPES[:2]), distribution, restore=restore, momentum="e5m2", n=3, device=DEVICE)
-    step_law(twins)
-
-
-def test_steps_in_fp64(poisoned: None) -> None:
-    double = [Form((8492,), torch.float64), Form((101, 37), torch.float64, 1, skew=1)]
-    for update in ("sampled", "all"):
-        step_law(coordinate_twins(double, DIRECTIONS["fraction"], update=update, n=3, device=DEVICE))
-    step_law(dense_twins(double, "gaussian", n=3, device=DEVICE))
-
-
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
-@updates
-def test_small_coordinate(update: str, held: bool, n: int, poisoned: None) -> None:
-    step_law(coordinate_twins(small(), DIRECTIONS["fraction"], update=update, n=n, device=DEVICE), held=held)
-
-
-@pytest.mark.parametrize("layout", ["count", "block"])
-@updates
-def test_small_coordinate_layouts(update: str, layout: str, poisoned: None) -> None:
-    direction = Coordinates(100) if layout == "count" else DIRECTIONS[layout]
-    step_law(coordinate_twins(small(), direction, update=update, device=DEVICE))
-
-
-def test_small_released(poisoned: None) -> None:
-    step_law(coordinate_twins(small(), DIRECTIONS["released"], device=DEVICE))
-
-
-@pytest.mark.parametrize("restore", ["copy", "walk"])
-@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
-@distributions
-def test_small_dense(distribution: str, held: bool, restore: str, poisoned: None) -> None:
-    step_law(dense_twins(small(), distribution, restore=restore, device=DEVICE), held=held)
-
-
-@pytest.mark.parametrize("kind", ["sampled", "all", "copy", "walk"])
-def test_nothing_moves_where_rho_is_not_finite(kind: str) -> None:
-    if kind in ("sampled", "all"):
-        twins = coordinate_twins(forms(), DIRECTIONS["fraction"], update=kind, device=DEVICE)
-    else:
-        twins = dense_twins(forms(), "rademacher", restore=kind, device=DEVICE)
-    probes = [twins.probes(k)[0] for k in range(2)]
-    for probe in probes:
-        probe.to(1.0), probe.to(-1.0)
-    assert twins.moved()
-    probes[0].abort()
-    twins.update_(1, [float("nan")], probes[1])
-    twins.check("back")
 
 
 @pytest.mark.parametrize(
@@ -257,27 +169,6 @@ def test_runs_on_the_gpu_replay_on_the_cpu(config: str) -> None:
                 assert bool(same(opt.state[p]["momentum"].cpu(), replay.state[q]["momentum"]).all()), step
 
 
-@pytest.mark.parametrize("cls", [JaguarSignSGD, ZOSGD])
-def test_tensors_that_are_not_contiguous_go_to_the_reference(cls: type) -> None:
-    values = weights(torch.float32, 40, 30), weights(torch.float32, 500, seed=1)
-    strided = values[0].to(DEVICE).t().contiguous().t()
-    params = [torch.nn.Parameter(strided), torch.nn.Parameter(values[1].to(DEVICE))]
-    assert not params[0].is_contiguous()
-    options = {"lr": 1e-2, "tau": TAU, "seed": 3} | ({"coordinates": 0.1} if cls is JaguarSignSGD else {})
-    with pytest.raises(ops.Unavailable, match="cannot take #0: it is not contiguous"):
-        cls(params, backend="triton", **options)
-    opt = cls(params, **options)
-    replay = cls([torch.nn.Parameter(v.clone()) for v in values], backend="reference", **options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            opt.step(lambda: sum((p * p).sum() for p in params))
-            replay.apply_(opt.last_record)
-    assert len(caught) == 1 and "the reference backend moves 1 of 2 tensors, slowly: #0" in str(caught[0].message)
-    for p, q in zip(params, replay.param_groups[0]["params"], strict=True):
-        assert bool(same(p.detach().cpu().contiguous(), q.detach()).all())
-
-
 def loss_of(model: Model) -> Tensor:
     return sum(((slot.tensor.float() - 0.1) ** 2).sum() for slot in model.slots)
 
@@ -340,3 +231,132 @@ def test_a_whole_step_in_a_cuda_graph(kind: str) -> None:
         assert graphed.moved()
         for a, b in zip(eager.models[1].buffers, model.buffers, strict=True):
             assert bool(same(a.cpu(), b.cpu()).all()), step
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "is a prototype feature"
+@pytest.mark.parametrize("config", sorted(CONFIGS))
+def test_a_step_waits_for_its_losses_only(config: str) -> None:
+    """torch raises where the host would wait for the device; these losses lie on the host already."""
+    bag = bag_of(*TYPES).to(DEVICE)
+    opt = make(config, bag.named_parameters())
+    losses = itertools.cycle([torch.tensor(0.7), torch.tensor(0.6)])
+    for _ in range(4):  # kernels are loaded, tables and buffers made
+        opt.step(lambda: next(losses))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            opt.step(lambda: next(losses))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("cls", [JaguarSignSGD, ZOSGD])
+def test_tensors_that_are_not_contiguous_go_to_the_reference(cls: type) -> None:
+    values = weights(torch.float32, 40, 30), weights(torch.float32, 500, seed=1)
+    strided = values[0].to(DEVICE).t().contiguous().t()
+    params = [torch.nn.Parameter(strided), torch.nn.Parameter(values[1].to(DEVICE))]
+    assert not params[0].is_contiguous()
+    options = {"lr": 1e-2, "tau": TAU, "seed": 3} | ({"coordinates": 0.1} if cls is JaguarSignSGD else {})
+    with pytest.raises(ops.Unavailable, match="cannot take #0: it is not contiguous"):
+        cls(params, backend="triton", **options)
+    opt = cls(params, **options)
+    replay = cls([torch.nn.Parameter(v.clone()) for v in values], backend="reference", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            opt.step(lambda: sum((p * p).sum() for p in params))
+            replay.apply_(opt.last_record)
+    assert len(caught) == 1 and "the reference backend moves 1 of 2 tensors, slowly: #0" in str(caught[0].message)
+    for p, q in zip(params, replay.param_groups[0]["params"], strict=True):
+        assert bool(same(p.detach().cpu().contiguous(), q.detach()).all())
+
+
+@pytest.mark.parametrize("kind", ["sampled", "all", "copy", "walk"])
+def test_nothing_moves_where_rho_is_not_finite(kind: str) -> None:
+    if kind in ("sampled", "all"):
+        twins = coordinate_twins(forms(), DIRECTIONS["fraction"], update=kind, device=DEVICE)
+    else:
+        twins = dense_twins(forms(), "rademacher", restore=kind, device=DEVICE)
+    probes = [twins.probes(k)[0] for k in range(2)]
+    for probe in probes:
+        probe.to(1.0), probe.to(-1.0)
+    assert twins.moved()
+    probes[0].abort()
+    twins.update_(1, [float("nan")], probes[1])
+    twins.check("back")
+
+
+@pytest.mark.parametrize(
+    ("layout", "update"),
+    [(layout, update) for layout in ("fraction", "count", "block") for update in ("sampled", "all")]
+    + [("released", "sampled")],
+)
+def test_coordinate_steps(layout: str, update: str, poisoned: None) -> None:
+    whole = [form for form in forms() if form.whole is None] if layout in ("block", "released") else forms()
+    if layout == "count":  # a shard of a tensor this long would hold none of 500 coordinates
+        whole = [Form(f.shape, f.dtype, f.group, 0 if f.whole is None else 8197, f.whole and (30_000,)) for f in whole]
+    step_law(coordinate_twins(whole, DIRECTIONS[layout], update=update, device=DEVICE))
+
+
+@updates
+@pytest.mark.parametrize("momentum", ["fp32", "e5m2"])
+def test_coordinate_steps_with_other_momenta(momentum: str, update: str, poisoned: None) -> None:
+    twins = coordinate_twins(
+        forms(types=TYPES[:2]), DIRECTIONS["fraction"], update=update, momentum=momentum, device=DEVICE
+    )
+    step_law(twins, held=False)
+
+
+@updates
+def test_coordinate_steps_with_three_directions(update: str, poisoned: None) -> None:
+    """In half of all coordinates, so that directions meet: what one wrote the next one reads."""
+    twins = coordinate_twins(forms(types=TYPES[:2]), Coordinates(0.5), update=update, n=3, device=DEVICE)
+    for step in range(3):
+        step_law(twins, step=step)
+
+
+@distributions
+@pytest.mark.parametrize("rule", ["sgd", "sign"])
+@pytest.mark.parametrize("momentum", ["none", "own"])
+def test_dense_steps(momentum: str, rule: str, distribution: str, poisoned: None) -> None:
+    step_law(dense_twins(forms(), distribution, rule=rule, momentum=momentum, device=DEVICE))
+
+
+@distributions
+@pytest.mark.parametrize("restore", ["copy", "walk"])
+def test_dense_steps_with_three_directions(restore: str, distribution: str, poisoned: None) -> None:
+    twins = dense_twins(forms(types=TYPES[:2]), distribution, restore=restore, momentum="e5m2", n=3, device=DEVICE)
+    step_law(twins)
+
+
+def test_steps_in_fp64(poisoned: None) -> None:
+    double = [Form((8492,), torch.float64), Form((101, 37), torch.float64, 1, skew=1)]
+    for update in ("sampled", "all"):
+        step_law(coordinate_twins(double, DIRECTIONS["fraction"], update=update, n=3, device=DEVICE))
+    step_law(dense_twins(double, "gaussian", n=3, device=DEVICE))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
+@updates
+def test_small_coordinate(update: str, held: bool, n: int, poisoned: None) -> None:
+    step_law(coordinate_twins(small(), DIRECTIONS["fraction"], update=update, n=n, device=DEVICE), held=held)
+
+
+@pytest.mark.parametrize("layout", ["count", "block"])
+@updates
+def test_small_coordinate_layouts(update: str, layout: str, poisoned: None) -> None:
+    direction = Coordinates(100) if layout == "count" else DIRECTIONS[layout]
+    step_law(coordinate_twins(small(), direction, update=update, device=DEVICE))
+
+
+def test_small_released(poisoned: None) -> None:
+    step_law(coordinate_twins(small(), DIRECTIONS["released"], device=DEVICE))
+
+
+@pytest.mark.parametrize("restore", ["copy", "walk"])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
+@distributions
+def test_small_dense(distribution: str, held: bool, restore: str, poisoned: None) -> None:
+    step_law(dense_twins(small(), distribution, restore=restore, device=DEVICE), held=held)

@@ -103,6 +103,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name in dict.fromkeys(row["list"] for row in rows if row["kind"] in ("kernel", "step")):
         lines += _list_part(name, result.get("lists", {}), [row for row in rows if row["list"] == name])
     lines += ns_report.section(rows)
+    lines += _models_part([row for row in rows if row["kind"] == "model"])
     if failed := failures(result):
         lines += ["## Failed", "", *(f"- {line}" for line in failed), ""]
     if dropped := [row for row in rows if row["kind"] == "dropped"]:
@@ -148,3 +149,25 @@ def _list_part(name: str, lists: dict[str, Any], rows: Sequence[dict[str, Any]])
     lines += table(("kernel", "of", "ms", "bytes per parameter", "GB/s", "of copy"), kernels) if kernels else []
     lines += table(("method", "", "launches", "ms", "host ms", "of MeZO's"), steps) if steps else []
     return lines
+
+
+def _models_part(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Whole steps of models: time and memory beside inference."""
+    if not rows:
+        return []
+    lines = ["## Whole steps of models", ""]
+    lines += ["bf16, random weights. Memory is the peak of what torch allocated; above inference is in sizes of the "]
+    lines[-1] += "weights. The losses are read in every step."
+    lines.append("")
+    cells = [
+        [
+            r["model"] + f", {r['rows']} x {r['tokens']} tokens",
+            r["what"],
+            times(r["ms"]),
+            f"{r['of_two']:.2f}" if "of_two" in r else "",
+            f"{r['peak'] / 2**30:.2f}",
+            f"{(r['peak'] - r['inference']) / r['weights']:.3f}",
+        ]
+        for r in rows
+    ]
+    return lines + table(("model", "step", "ms", "of two forwards", "peak GiB", "above inference"), cells)

@@ -7,6 +7,7 @@ beside it and is put inside at build time, so the repository root must not be on
 from __future__ import annotations
 
 import filecmp
+import importlib.util
 import os
 import re
 import runpy
@@ -27,6 +28,10 @@ from gpu.result import ROOT
 BUILD = ROOT / "build"
 TARGET = BUILD / "gpu"
 _CUDA_SHARE = 0.75  # of the build's time, for the build with nvcc; the rest is for one without
+# Processes of a stage of tests, at most: each has a CUDA context of half a gigabyte.
+_MOST_WORKERS = 14
+# Seconds in which what is interrupted may still say what it found, and then in which it may end.
+_GRACE = ((signal.SIGINT, 8.0), (signal.SIGTERM, 3.0))
 # What `run` has started and not ended yet.
 _running: set[subprocess.Popen[bytes]] = set()
 _FOUND = 7  # compute-sanitizer's exit code when it found something
@@ -74,15 +79,25 @@ def run(command: Sequence[str | Path], seconds: float, log: Path | None = None, 
         finally:  # after Ctrl-C too
             _running.discard(child)
             if child.poll() is None:
-                os.killpg(child.pid, signal.SIGTERM)
-                try:
-                    child.wait(timeout=3)
-                except subprocess.TimeoutExpired:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
+                _end(child)
     finally:
         if out:
             out.close()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ends a process and what it started: first as Ctrl-C does, after which pytest prints the failures so far."""
+    for number, seconds in _GRACE:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        try:
+            child.wait(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):  # what outlived the process that started it
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def together(*works: Callable[[], Stage]) -> list[Stage]:
@@ -99,18 +114,19 @@ def together(*works: Callable[[], Stage]) -> list[Stage]:
         threads.shutdown()
 
 
-def build(seconds: float) -> Stage:
+def build(seconds: float, logs: Path) -> Stage:
     """Installs the package into build/gpu with what this Python has; copies it together where pip cannot.
 
-    Where there is nvcc the CUDA extension must come with it. If that fails or takes most of the time, the stage has
-    failed, and the package is installed without it, for the stages that do not need it.
+    The logs go into the folder `logs`. Where there is nvcc the CUDA extension must come with it. If that fails or takes
+    most of the time, the stage has failed, and the package is installed without it, for the stages that do not need it.
     """
     begin = time.monotonic()
     # setuptools would keep files there that the sources no longer have
     for old in (TARGET, *BUILD.glob("lib*"), *BUILD.glob("temp*")):
         shutil.rmtree(old, ignore_errors=True)
     BUILD.mkdir(exist_ok=True)
-    log, cuda_log = BUILD / "gpu-build.log", BUILD / "gpu-build-cuda.log"
+    logs.mkdir(parents=True, exist_ok=True)
+    log, cuda_log, import_log = (logs / f"gpu-{name}.log" for name in ("build", "build-cuda", "import"))
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", TARGET]
     # -v: else what the build itself says is lost.
     pip = [sys.executable, "-P", "-m", "pip", "install", "-v", *options, "."]
@@ -126,7 +142,7 @@ def build(seconds: float) -> Stage:
                 if code
                 else f"ended after {time.monotonic() - begin:.0f} s"
             )
-            extension = f"the CUDA extension was not built ({why}; see build/{cuda_log.name})"
+            extension = f"the CUDA extension was not built ({why}; see {cuda_log.name})"
             shutil.rmtree(TARGET, ignore_errors=True)
     failed = nvcc and code != 0
     if not nvcc or failed:
@@ -145,24 +161,25 @@ def build(seconds: float) -> Stage:
                 f"pip's build lacks {missing[0]} ({len(missing)} files); copied the sources instead",
             )
         else:
-            note = f"pip cannot build here (build/{log.name} says why); copied {len(wanted)} files; {extension}"
+            note = f"pip cannot build here ({log.name} says why); copied {len(wanted)} files; {extension}"
     names = ["jaguar", "jaguar.fused", "jaguar.triton_kernels.launch"]
     if not missing and nvcc and not failed:
         names.insert(0, "torch")  # before the extension, as jaguar.extension does
         names.append("jaguar._cuda")
     probe = f"import sys, {', '.join(names)}; sys.exit(0 if jaguar.__file__.startswith({str(TARGET)!r}) else 3)"
-    if run([sys.executable, "-P", "-c", probe], 60.0, BUILD / "gpu-import.log"):
-        status, note = "failed", f"the built package cannot be imported: {_last(BUILD / 'gpu-import.log')}"
+    if run([sys.executable, "-P", "-c", probe], 60.0, import_log):
+        status, note = "failed", f"the built package cannot be imported: {_last(import_log)}"
     return Stage("build", status, time.monotonic() - begin, note)
 
 
-def tests(name: str, seconds: float, before: Sequence[str] = (), select: str = "", **more: str) -> Stage:
-    """Pytest over the files that have GPU tests.
+def tests(name: str, seconds: float, logs: Path, before: Sequence[str] = (), select: str = "", **more: str) -> Stage:
+    """Pytest over the files that have GPU tests, in several processes where this Python has pytest-xdist.
 
     Args:
         name: of the stage.
         seconds: after which it is ended.
-        before: a command that pytest is run under.
+        logs: folder of its log.
+        before: a command that pytest is run under, in one process.
         select: pytest's -k.
         more: environment variables.
     """
@@ -170,33 +187,46 @@ def tests(name: str, seconds: float, before: Sequence[str] = (), select: str = "
     files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bmark\.gpu\b", p.read_text())]
     if not files:
         return Stage(name, "failed", 0.0, "no file in tests/ has a GPU test")
-    log = BUILD / f"gpu-{name.lower().replace(' ', '-')}.log"
-    # -P: else Python looks for `jaguar` in the repository root first.
-    pytest = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *map(str, files)]
-    words = [*before, *pytest, *(["-k", select] if select else [])]
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"gpu-{name}.log"
+    # -P: else Python looks for `jaguar` in the repository root first. -vv: a line per test, should no summary come.
+    pytest = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-vv", "--tb=short", "-rf"]
+    parallel = [] if before else _workers()
+    words = [*before, *pytest, *parallel, *map(str, files), *(["-k", select] if select else [])]
     code = run(words, seconds, log, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **more)
-    last = _last(log, r"^\d+ (passed|failed|skipped|deselected|error)|ERROR SUMMARY|RACECHECK SUMMARY")
+    last = _last(log, r"^=* ?\d+ (passed|failed|skipped|deselected|error)|ERROR SUMMARY|RACECHECK SUMMARY")
     if code is None:
-        status, note = "failed", f"ended after {seconds:.0f} s"
+        status, note = "failed", f"ended after {seconds:.0f} s; {_last(log, r'[0-9] (passed|failed).* in ')}"
     elif code == 0:
         status, note = ("passed" if " passed" in last else "failed"), last  # all skipped is no pass
     elif code == 5:
         status, note = "failed", f"no test was selected{f' by -k {select}' if select else ''}"
     else:
-        status, note = "failed", f"exit status {code}; {last}; see build/{log.name}"
+        status, note = "failed", f"exit status {code}; {last}; see {log.name}"
         if before and "Device not supported" in log.read_text(errors="replace"):
             status, note = "skipped", "compute-sanitizer says that it does not support this device here"
     return Stage(name, status, time.monotonic() - begin, note)
 
 
-def sanitizer(tool: str, seconds: float) -> Stage:
+def _workers() -> list[str]:
+    """Options of pytest: kernels are compiled on the CPU, and one process would do little else.
+
+    Tests are handed out one by one in the order of the files, so that the long ones, which come first, start first.
+    """
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    n = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2))
+    return ["-p", "xdist.plugin", "-n", str(n), "--dist", "load", "--maxschedchunk", "1"]
+
+
+def sanitizer(tool: str, seconds: float, logs: Path) -> Stage:
     """One of compute-sanitizer's tools over the small GPU tests."""
     found = shutil.which("compute-sanitizer")
     if found is None:
         return Stage(tool, "skipped", 0.0, "compute-sanitizer is not on PATH")
     before = [found, "--tool", tool, "--error-exitcode", str(_FOUND)]
     # Without torch's cache of freed memory an access past the end of a tensor is one past the end of an allocation.
-    return tests(tool, seconds, before, "small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return tests(tool, seconds, logs, before, "small", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def _sources() -> dict[str, Path]:

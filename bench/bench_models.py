@@ -1,0 +1,59 @@
+"""Whole training steps of OPT-1.3B and RoBERTa-large on an NVIDIA GPU: time and peak memory beside inference.
+
+Each optimizer of this package, MeZO's published loop and first-order AdamW take steps on the same model and batch.
+Prints the numbers and writes no file, unless `make gpu` calls it (--into).
+
+    python bench/bench_models.py [--seconds 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from gpu import result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="begin nothing more after so many seconds (default: 60)"
+    )
+    parser.add_argument("--into", type=Path, help="result file that `make gpu` has begun; rows are added to it")
+    args = parser.parse_args(arguments)
+    if reason := result.no_gpu():
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    if args.into and not args.into.is_file():
+        parser.error(f"--into {args.into}: there is no such file; only `make gpu` begins one")
+    try:
+        import transformers
+        from gpu import models
+    except ImportError as error:
+        print(f"error: {error}; run `make gpu`, which builds the package, or `pip install -e .`", file=sys.stderr)
+        return 2
+    import torch
+    from gpu.clock import CudaClock
+
+    transformers.logging.set_verbosity_error()
+    found = result.load(args.into) if args.into else {"rows": []}
+    failed = 0
+
+    def left() -> float:
+        return float(args.seconds - (time.monotonic() - begin))
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    for row in models.run(CudaClock(device, 0.4), left):
+        print(f"[{time.monotonic() - begin:5.1f} s] {models.said(row)}", flush=True)
+        failed += row["kind"] == "failure"
+        found["rows"].append(row)
+        if args.into:
+            result.save(args.into, found)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
