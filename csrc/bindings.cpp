@@ -317,5 +317,6 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("small", &small, "items"_a, "largest"_a, "g_format"_a, "o_format"_a, "coefficients"_a, "scale"_a,
                "ridge"_a, "stream"_a);
     module.def("abi_version", &jaguar_abi_version);
+    module.def("driver_version", &jaguar_driver_version);
     module.def("cuda_version", [] { return JAGUAR_CUDA_VERSION; });
 }

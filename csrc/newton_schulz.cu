@@ -20,3 +20,8 @@ JAGUAR_EXPORT const char* jaguar_error(int code) {
 }
 
 JAGUAR_EXPORT int jaguar_abi_version() { return JAGUAR_ABI_VERSION; }
+
+JAGUAR_EXPORT int jaguar_driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#define JAGUAR_ABI_VERSION 1
+#define JAGUAR_ABI_VERSION 2
 
 enum jaguar_format : int32_t { JAGUAR_FP16 = 0, JAGUAR_BF16 = 1, JAGUAR_FP32 = 2 };
 
@@ -81,4 +81,5 @@ int jaguar_prepare(const jaguar_prepare_args* args, uint64_t stream);
 int jaguar_small(const jaguar_small_args* args, uint64_t stream);
 const char* jaguar_error(int code);
 int jaguar_abi_version();
+int jaguar_driver_version();  // the latest CUDA that the driver knows: 13010 is 13.1; 0: there is no driver
 }

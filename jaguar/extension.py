@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jaguar.schemes import ridge
 
-ABI = 1  # JAGUAR_ABI_VERSION of csrc/newton_schulz.h
+ABI = 2  # JAGUAR_ABI_VERSION of csrc/newton_schulz.h
 _NAME = "jaguar._cuda"
 _NOTE = Path(__file__).with_name("_cuda_build.txt")
 _FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -65,8 +65,7 @@ def missing() -> str | None:
     if best < (8, 0):
         return f"the CUDA extension needs compute capability 8.0, and the GPU here has {best[0]}.{best[1]}"
     # A driver runs what later minor versions of its CUDA compiled, but nothing of a later major one.
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    built = str(module.cuda_version())
+    driver, built = int(module.driver_version()), str(module.cuda_version())
     if built.split(".")[0].isdigit() and int(built.split(".")[0]) > driver // 1000:
         return f"the CUDA extension was built with CUDA {built}, and the driver here knows {driver // 1000} at most"
     return None

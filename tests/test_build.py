@@ -381,7 +381,7 @@ def test_the_build_stage_builds_the_extension_where_nvcc_is(
     pip = Pip(stages, code)
     monkeypatch.setattr(stages, "run", pip)
     monkeypatch.setattr(stages, "_nvcc", lambda: nvcc)
-    stage = stages.build(30.0)
+    stage = stages.build(30.0, stages.BUILD)
     assert stage.status == status and note in stage.note and "pip put 1 files" in stage.note
     assert pip.calls[:-1] == pips
     assert ("jaguar._cuda" in pip.calls[-1]) == (status == "passed" and nvcc is not None)

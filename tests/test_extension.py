@@ -44,6 +44,7 @@ int jaguar_prepare(const jaguar_prepare_args* args, uint64_t stream) { prepare =
 int jaguar_small(const jaguar_small_args* args, uint64_t stream) { small_ = *args; return record(stream); }
 const char* jaguar_error(int code) { return code == -3 ? "no kernel for this" : "something else"; }
 int jaguar_abi_version() { return JAGUAR_ABI_VERSION; }
+int jaguar_driver_version() { return 13010; }
 void* stub_product() { return &product; }
 void* stub_prepare() { return &prepare; }
 void* stub_small() { return &small_; }
@@ -438,7 +439,7 @@ def test_a_launch_that_fails_raises_with_the_reason(stub: Stub, call: Callable[.
 def test_versions(stub: Stub) -> None:
     assert stub.module.abi_version() == extension.ABI
     assert f"JAGUAR_ABI_VERSION {extension.ABI}\n" in (CSRC / "newton_schulz.h").read_text()
-    assert stub.module.cuda_version() == "unknown"
+    assert stub.module.cuda_version() == "unknown" and stub.module.driver_version() == 13010
 
 
 # -- jaguar.extension ----------------------------------------------------------------------------------------------
@@ -459,13 +460,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, abi: int = extension.ABI, cuda: str
     """A module, and a GPU that can run it."""
     module = ModuleType("jaguar._cuda")
     module.__spec__ = importlib.machinery.ModuleSpec("jaguar._cuda", None)
-    module.abi_version, module.cuda_version = lambda: abi, lambda: cuda
+    module.abi_version, module.cuda_version, module.driver_version = lambda: abi, lambda: cuda, lambda: 13000
     install(monkeypatch, module)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(7, 5), (9, 0)][i])
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
 
 
 def test_with_a_gpu_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
