@@ -74,19 +74,28 @@ def cases() -> list[Case]:
     def sparse(job: str, x: str = "bf16", m: str = "bf16", layout: str = "fraction", **more: Any) -> None:
         constants = {"JOB": job, "X_FORMAT": x, "S0": m, "LAYOUT": layout, "ONES": False, "TWO_SIDED": True,
                      "STOCHASTIC": True} | RULES["sign"] | {"BLOCK": launch.STRATA} | more  # fmt: skip
-        found.append(Case(f"sparse {job} x={x} m={m} {layout}", coordinate.sparse, constants, x))
+        found.append(Case(f"sparse {job} x={x} m={m} {layout}", coordinate.sparse, constants, x, options=launch.WIDE))
 
     def tiles(x: str = "bf16", m: str = "bf16", layout: str = "fraction", hint: bool = True, **more: Any) -> None:
         constants = {"RESTORE": True, "SEVERAL": False, "X_FORMAT": x, "S0": m, "LAYOUT": layout, "ONES": False,
-                     "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint, "LANES": 128}  # fmt: skip
-        constants |= RULES["sign"] | {"BLOCK": launch.BLOCK, "TILE": launch.TILE} | more
+                     "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint,
+                     "LANES": launch.STRATA if layout == "block" else launch.LEAST_LANES}  # fmt: skip
+        constants |= RULES["sign"] | {"BLOCK": launch.BLOCK, "TILE": launch.WIDE_TILE} | more
+        constants["PREFETCH"] = constants["RESTORE"]
         name = (
             f"tiles x={x} m={m} {layout}"
             + ("" if hint else " unaligned")
             + "".join(f" {k}={v}" for k, v in more.items())
         )
         found.append(
-            Case(name, coordinate.tiles, constants, x, accesses(constants["TILE"], (x, m), (x,)) if hint else (0, 0))
+            Case(
+                name,
+                coordinate.tiles,
+                constants,
+                x,
+                accesses(launch.WIDE_TILE, (x, m), (x,), **launch.WIDE) if hint else (0, 0),
+                launch.WIDE,
+            )
         )
 
     def move(job: str, distribution: str, x: str = "bf16", hint: bool = True, masked: bool = False) -> None:

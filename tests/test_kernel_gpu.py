@@ -234,19 +234,24 @@ def test_a_whole_step_in_a_cuda_graph(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "is a prototype feature"
-@pytest.mark.parametrize("config", sorted(CONFIGS))
+@pytest.mark.parametrize("config", sorted(set(CONFIGS) - {"released", "muon-released"}))  # drawn with torch
 def test_a_step_waits_for_its_losses_only(config: str) -> None:
     """torch raises where the host would wait for the device; these losses lie on the host already."""
     bag = bag_of(*TYPES).to(DEVICE)
     opt = make(config, bag.named_parameters())
     losses = itertools.cycle([torch.tensor(0.7), torch.tensor(0.6)])
+
+    def closure() -> Tensor:
+        bag()  # where modules are perturbed while they run
+        return next(losses)
+
     for _ in range(4):  # kernels are loaded, tables and buffers made
-        opt.step(lambda: next(losses))
+        opt.step(closure)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
-            opt.step(lambda: next(losses))
+            opt.step(closure)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from jaguar.triton_kernels import rng, rules
 from jaguar.triton_kernels import tables as T
-from jaguar.triton_kernels.memory import as_stored, load, pointer, rows, scalar, scalars_at, store
+from jaguar.triton_kernels.memory import as_stored, load, pointer, prefetch, rows, scalar, scalars_at, store
 from jaguar.triton_kernels.rounding import nearest, noisy, stochastic, widened
 
 
@@ -228,7 +228,7 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
           ENTRY: tl.constexpr, STEP: tl.constexpr, N_ENTRY: tl.constexpr, N_STEP: tl.constexpr,
           X_FORMAT: tl.constexpr, S0: tl.constexpr, LAYOUT: tl.constexpr, ONES: tl.constexpr,
           TWO_SIDED: tl.constexpr, STOCHASTIC: tl.constexpr, HINT: tl.constexpr, GROUPED: tl.constexpr,
-          BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+          PREFETCH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Entries of a tile's sampled elements (restored first), a barrier, the tile's step if SIGNED.
 
     HINT: addresses are multiples of 16. GROUPED: shards begin at a multiple of BLOCK. A stratum that straddles two
@@ -240,6 +240,9 @@ def tiles(tensors, programs, keys, scalars, geometry, listed, saved, RESTORE: tl
     n = tl.load(row + T.COUNT)
     x = pointer(tl.load(row + T.X), X_FORMAT, HINT)
     m = pointer(tl.load(row + T.S0), S0, HINT)
+    if PREFETCH:
+        prefetch(x + o, n - o, BLOCK)
+        prefetch(m + o, n - o, BLOCK)
     scalars += tl.load(row + T.SCALARS)
     saved += tl.load(row + T.SAVED)
     tau, own = scalar(scalars + T.TAU, X_FORMAT), scalars_at(scalars + T.OWN, N_ENTRY, X_FORMAT)

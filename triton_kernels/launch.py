@@ -19,19 +19,23 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Strata per program of `sparse`, and strata at a time in a program of `tiles`.
 STRATA = 512
-# Elements per program, and per inner tile of `tiles`.
+# Elements per program, and per inner tile.
 BLOCK = 8192
 TILE = 1024
+# Of `sparse` and `tiles`, whose phases wait for memory one after the other: more threads wait at the same time.
+WIDE = {"num_warps": 8}
+WIDE_TILE = 2048
+LEAST_LANES = 32 * WIDE["num_warps"]
 
 
 def dense_tile(kernel: str, distribution: str, grouped: bool, several: bool = False) -> int:
     """Elements per inner tile of "move" and "step".
 
-    Bigger ones share a call for Rademacher signs among more elements of a thread, which needs more registers: not where
+    Bigger ones share a call for random words among more elements of a thread, which needs more registers: not where
     words are drawn element by element or several directions are summed.
     """
-    if distribution == "rademacher" and grouped and not several:
-        return 4096 if kernel == "move" else 2048
+    if grouped and not several:
+        return 4096 if kernel == "move" and distribution == "rademacher" else 2048
     return TILE
 
 

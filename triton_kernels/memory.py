@@ -60,6 +60,16 @@ def load(p, j, rest, FULL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(p, rest, N: tl.constexpr):
+    """Asks for the N elements from `p` on, of which there are `rest`, to be in L2 when this program reads them."""
+    SIZE: tl.constexpr = p.dtype.element_ty.primitive_bitwidth // 8
+    lines = tl.arange(0, N * SIZE // 128) * 128
+    address = p.to(tl.int64) + tl.maximum(tl.minimum(lines, rest * SIZE - 1), 0)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
+
+
+@triton.jit
 def store(p, j, rest, v, FULL: tl.constexpr):
     """Writes what `load` read."""
     if FULL:

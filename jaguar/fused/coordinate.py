@@ -21,7 +21,7 @@ from jaguar.method import Method
 from jaguar.params import Slot
 from jaguar.triton_kernels import coordinate as kernels
 from jaguar.triton_kernels import tables as T
-from jaguar.triton_kernels.launch import BLOCK, STRATA, TILE, launch
+from jaguar.triton_kernels.launch import BLOCK, INTERPRETED, LEAST_LANES, STRATA, WIDE, WIDE_TILE, launch
 
 
 class CoordinateLaunches(Family):
@@ -48,10 +48,11 @@ class CoordinateLaunches(Family):
             "TWO_SIDED": method.estimator.two_sided,
             "STOCHASTIC": method.stochastic,
             **arithmetic(rule),
+            **WIDE,
         }
         # At least a lane for each thread: the accesses of a lane that several threads hold are not ordered.
-        lanes = min(STRATA, max(128, 1 << (common[T.LANES.value] - 1).bit_length()))
-        self._tiled = {"SEVERAL": self._n > 1, "BLOCK": BLOCK, "TILE": TILE, "LANES": lanes}
+        lanes = min(STRATA, max(LEAST_LANES, 1 << (common[T.LANES.value] - 1).bit_length()))
+        self._tiled = {"SEVERAL": self._n > 1, "BLOCK": BLOCK, "TILE": WIDE_TILE, "LANES": lanes}
         share = direction.fraction(sum(slot.total for slot in everything))
         self._n_perturbed = round(share * sum(slot.count for slot in slots))
         self._scratch: dict[Pool, Tensor] = {}
@@ -155,6 +156,8 @@ class CoordinateLaunches(Family):
             *self._arguments(table, 0),
             table.geometry if saved is None else saved,
             RESTORE=saved is not None,
+            # Else the tile's lines are on their way anyway: the entries read their parameters there.
+            PREFETCH=saved is not None and not INTERPRETED,
             **table.options,
             **self._options,
             **self._tiled,
