@@ -78,7 +78,7 @@ def _measured(args: argparse.Namespace, begin: float, suite: Any) -> int:
         return 2
     found = result.load(args.into) if args.into else {"rows": [], "stages": []}
     lists = [shapes.LISTS[name] for name in args.lists or shapes.LISTS]
-    found["lists"] = {
+    found["lists"] = found.get("lists", {}) | {
         entry.name: {"title": entry.title, "tensors": len(entry.shapes), "parameters": entry.count} for entry in lists
     }
 
