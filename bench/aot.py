@@ -78,10 +78,9 @@ def cases() -> list[Case]:
 
     def tiles(x: str = "bf16", m: str = "bf16", layout: str = "fraction", hint: bool = True, **more: Any) -> None:
         constants = {"RESTORE": True, "SEVERAL": False, "X_FORMAT": x, "S0": m, "LAYOUT": layout, "ONES": False,
-                     "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint,
+                     "TWO_SIDED": True, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint, "PREFETCH": True,
                      "LANES": launch.STRATA if layout == "block" else launch.LEAST_LANES}  # fmt: skip
         constants |= RULES["sign"] | {"BLOCK": launch.BLOCK, "TILE": launch.WIDE_TILE} | more
-        constants["PREFETCH"] = constants["RESTORE"]
         name = (
             f"tiles x={x} m={m} {layout}"
             + ("" if hint else " unaligned")
@@ -109,16 +108,23 @@ def cases() -> list[Case]:
         )
 
     def step(
-        job: str, distribution: str, rule: str = "sgd", x: str = "bf16", m: str = "none", hint: bool = True, **more: Any
+        job: str,
+        distribution: str,
+        rule: str = "sgd",
+        x: str = "bf16",
+        m: str = "none",
+        hint: bool = True,
+        **options: Any,
     ) -> None:
         constants = {"JOB": job, "MASKED": False, "SEVERAL": False, "X_FORMAT": x, "S0": m, "S1": "none", "S2": "none",
                      "DISTRIBUTION": distribution, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}  # fmt: skip
-        constants |= RULES[rule] | {"BLOCK": launch.BLOCK} | more
-        constants["TILE"] = launch.dense_tile("step", distribution, constants["GROUPED"], constants["SEVERAL"])
+        constants |= RULES[rule] | {"BLOCK": launch.BLOCK} | options
+        more = constants["SEVERAL"] or constants["S1"] != "none"
+        constants["TILE"] = launch.dense_tile("step", distribution, constants["GROUPED"], more)
         name = (
             f"step {job} {distribution} {rule} x={x} m={m}"
             + ("" if hint else " unaligned")
-            + "".join(f" {k}={v}" for k, v in more.items())
+            + "".join(f" {k}={v}" for k, v in options.items())
         )
         held = (x, *(constants[buffer] for buffer in ("S0", "S1", "S2")))
         found.append(Case(name, dense.step, constants, x, accesses(constants["TILE"], held, held) if hint else (0, 0)))

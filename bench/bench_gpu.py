@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder of results and logs (default: bench/results and build; build for some stages)"
     )
-    parser.add_argument("--commit", help="what to record as the commit where there is no git repository")
+    parser.add_argument("--commit", help="what to record as the commit in place of what git says")
     args = parser.parse_args(arguments)
     if reason := result.no_gpu():
         print(f"error: {reason}", file=sys.stderr)

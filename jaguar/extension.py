@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jaguar.schemes import ridge
+from jaguar.storage import uploaded
 
 ABI = 2  # JAGUAR_ABI_VERSION of csrc/newton_schulz.h
 _NAME = "jaguar._cuda"
@@ -97,7 +98,7 @@ def _item(i: int, matrix: Tensor, out: Tensor) -> Item:
 
 def _uploaded(items: Sequence[Item], device: torch.device) -> Tensor:
     """The table as an int64 tensor (count, 6) on the current stream of `device`; the host does not wait."""
-    return torch.tensor(items, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return uploaded(torch.tensor(items, dtype=torch.int64), device)
 
 
 class CudaProducts:

@@ -12,6 +12,16 @@ from torch import Tensor
 CHUNK = 1 << 16
 
 
+def uploaded(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor's copy on a device, queued on the current stream; itself where the device is the CPU.
+
+    From pinned memory, so that the host does not wait for the work that the device still has to do.
+
+    Equivalent to: `host.to(device)`.
+    """
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
     """The values at logical `index` (int64), as a copy in the tensor's dtype.
 

@@ -24,17 +24,17 @@ BLOCK = 8192
 TILE = 1024
 # Of `sparse` and `tiles`, whose phases wait for memory one after the other: more threads wait at the same time.
 WIDE = {"num_warps": 8}
-WIDE_TILE = 2048
+WIDE_TILE = 4096
 LEAST_LANES = 32 * WIDE["num_warps"]
 
 
-def dense_tile(kernel: str, distribution: str, grouped: bool, several: bool = False) -> int:
+def dense_tile(kernel: str, distribution: str, grouped: bool, more: bool = False) -> int:
     """Elements per inner tile of "move" and "step".
 
     Bigger ones share a call for random words among more elements of a thread, which needs more registers: not where
-    words are drawn element by element or several directions are summed.
+    words are drawn element by element, or where there is `more` in registers: several directions or state buffers.
     """
-    if grouped and not several:
+    if grouped and not more:
         return 4096 if kernel == "move" and distribution == "rademacher" else 2048
     return TILE
 

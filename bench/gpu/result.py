@@ -33,7 +33,7 @@ def machine(commit: str | None, command: str) -> dict[str, Any]:
     """What the numbers depend on.
 
     Args:
-        commit: what to record where there is no git repository.
+        commit: what to record in place of what git says, if there is git.
         command: the command line.
     """
     import torch
@@ -49,23 +49,16 @@ def machine(commit: str | None, command: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "commit": _said(
-            "git",
-            "-c",
-            "safe.directory=*",
-            "-C",
-            str(ROOT),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-            "--exclude=*",
-        )
-        or commit
-        or "unknown",
+        "commit": commit or _described() or "unknown",
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def _described() -> str | None:
+    """The commit of the repository, and whether files differ from it."""
+    where = ("-c", "safe.directory=*", "-C", str(ROOT))
+    return _said("git", *where, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def path_of(info: dict[str, Any], folder: Path) -> Path:

@@ -52,7 +52,13 @@ class CoordinateLaunches(Family):
         }
         # At least a lane for each thread: the accesses of a lane that several threads hold are not ordered.
         lanes = min(STRATA, max(LEAST_LANES, 1 << (common[T.LANES.value] - 1).bit_length()))
-        self._tiled = {"SEVERAL": self._n > 1, "BLOCK": BLOCK, "TILE": WIDE_TILE, "LANES": lanes}
+        self._tiled = {
+            "PREFETCH": not INTERPRETED,
+            "SEVERAL": self._n > 1,
+            "BLOCK": BLOCK,
+            "TILE": WIDE_TILE,
+            "LANES": lanes,
+        }
         share = direction.fraction(sum(slot.total for slot in everything))
         self._n_perturbed = round(share * sum(slot.count for slot in slots))
         self._scratch: dict[Pool, Tensor] = {}
@@ -156,8 +162,6 @@ class CoordinateLaunches(Family):
             *self._arguments(table, 0),
             table.geometry if saved is None else saved,
             RESTORE=saved is not None,
-            # Else the tile's lines are on their way anyway: the entries read their parameters there.
-            PREFETCH=saved is not None and not INTERPRETED,
             **table.options,
             **self._options,
             **self._tiled,

@@ -139,7 +139,7 @@ class DenseLaunches(Family):
 
     def _stepped(self, slot: Slot, own: tuple[Tensor, ...]) -> Options:
         found = {"X_FORMAT": T.FORMATS[slot.tensor.dtype], **formats(own), **alignment(slot, own)}
-        return found | {"TILE": dense_tile("step", self._distribution, found["GROUPED"], self._several)}
+        return found | {"TILE": dense_tile("step", self._distribution, found["GROUPED"], self._several or len(own) > 1)}
 
     def _move_(self, k: int, masked: bool, job: str, table: Table, factor: float) -> None:
         self._launch_move(k, masked, job, table, factor, self._saved(table.pool))

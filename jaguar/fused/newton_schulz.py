@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jaguar.schemes import ridge
+from jaguar.storage import uploaded
 from jaguar.triton_kernels import newton_schulz as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import launch
@@ -162,9 +163,7 @@ class TritonProducts:
         key = (device, stream, dtype, tuple(numbers))
         table = self._tables.pop(key, None)
         if table is None:
-            host = torch.tensor(numbers, dtype=dtype)
-            # From pinned memory the copy does not wait for the work that the device still has to do.
-            table = host.pin_memory().to(device, non_blocking=True) if cuda else host
+            table = uploaded(torch.tensor(numbers, dtype=dtype), device)
             if len(self._tables) == TABLES:
                 del self._tables[next(iter(self._tables))]
         self._tables[key] = table  # the last used is the last to go

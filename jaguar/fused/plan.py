@@ -14,6 +14,7 @@ from jaguar.directions import matrix_shape
 from jaguar.fused.numbers import Numbers
 from jaguar.launches import State
 from jaguar.params import Slot
+from jaguar.storage import uploaded
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK
 
@@ -201,7 +202,7 @@ class Plan:
             n_programs += first.numel()
         common = [*self._common, self._numbers.n_directions, self._totals[key[0], key[1]]]
         tensors, program, geometry = (
-            table.to(key[0])
+            uploaded(table, key[0])
             for table in (torch.tensor(rows), torch.cat(programs), torch.tensor(common, dtype=torch.int64))
         )
         return Table(key, options, members, tensors, program, ranges, geometry)
