@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
@@ -167,6 +168,47 @@ class OneSided(Estimator):
     def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
         """(f+ - f(x)) / tau."""
         return [rounded(rounded(f - losses[0], double) / rounded(tau, double), double) for f in losses[1:]]
+
+
+@dataclass(frozen=True)
+class Normalised(OneSided):
+    """rho_k / sigma in place of rho_k, sigma the standard deviation of the losses f(x + tau e_k) of the step.
+
+        paper       (f(x + tau e_k) - f(x)) / (tau sigma),   sigma^2 = sum (f_k - mean f)^2 / (n - 1)
+        released    (f(x + tau e_k) - f(x)) / sigma,         sigma^2 = sum (f_k - mean f)^2 / n
+
+    Made in fp64, rounded once. Equal losses (sigma = 0) move nothing.
+
+    Attributes:
+        scale: "paper" or "released": what the authors' code divides by.
+
+    Source: arXiv 2506.09034 (FZOO), Algorithm 1, and the released code.
+    """
+
+    scale: str = "paper"
+
+    name: ClassVar[str] = "normalised"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_directions < 2:
+            raise ValueError(f"n_directions={self.n_directions}: a standard deviation takes at least 2 directions")
+        if self.scale not in ("paper", "released"):
+            raise ValueError(f"scale={self.scale!r}: choose 'paper', or 'released' as the authors' code")
+
+    def along(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """The derivatives over sigma."""
+        length = self._sigma(losses) * (tau if self.scale == "paper" else 1.0)
+        return [rounded((f - losses[0]) / length if length else 0.0, double) for f in losses[1:]]
+
+    def moves(self, losses: Sequence[float]) -> bool:
+        """Whether the losses differ."""
+        return self._sigma(losses) > 0.0
+
+    def _sigma(self, losses: Sequence[float]) -> float:
+        n = len(losses) - 1
+        mean = math.fsum(losses[1:]) / n
+        return math.sqrt(math.fsum((f - mean) ** 2 for f in losses[1:]) / (n - 1 if self.scale == "paper" else n))
 
 
 @dataclass(frozen=True)

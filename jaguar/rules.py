@@ -7,6 +7,7 @@ storage rounds once, in `jaguar.rounding`. `jaguar.triton_kernels.rules` has fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ __all__ = [
     "Buffer",
     "Range",
     "Rule",
+    "ScalarSign",
     "Sign",
     "rounded",
 ]
@@ -186,6 +188,15 @@ class Sign(SGD):
     def step(self) -> Callable[..., Tensor]:
         """`sign_step`."""
         return sign_step
+
+
+@dataclass(frozen=True)
+class ScalarSign(SGD):
+    """m <- momentum m + g; x <- (1 - lr wd) x - lr m, g = mean over directions of sign(rho) e: |rho| counts as 1."""
+
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool) -> tuple[float, ...]:
+        """sign(rho), 0 of 0; what is not finite stays, and skips the step."""
+        return tuple(math.copysign(1.0, r) if r and math.isfinite(r) else r for r in rho)
 
 
 @dataclass(frozen=True)

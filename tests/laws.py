@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from jaguar import (
+    FZOO,
     ZOSGD,
     JaguarMuon,
     JaguarSignSGD,
@@ -47,6 +48,8 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "muon": (JaguarMuon, {"coordinates": 0.2, "lr": 1e-2, "weight_decay": 0.1, "ns_period": 2}),
     "muon-released": (JaguarMuon, {"released": True, "lr": 2e-2}),
     "signs": (ZOSignSGD, {"restore": "copy", "lr": 1e-3, "momentum": 0.9, "n_directions": 2}),
+    "scalar-signs": (ZOSignSGD, {"restore": "copy", "lr": 1e-3, "scalar_sign": True, "momentum": 0.5}),
+    "fzoo": (FZOO, {"restore": "copy", "lr": 1e-4, "n_directions": 3, "weight_decay": 0.1}),
     "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
     "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
     "layers": (LeZO, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1, "keep": 0.5}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def no_hooks_left() -> bool:
     return not nn.modules.module._global_forward_pre_hooks and not nn.modules.module._global_forward_hooks
 
 
+# By estimator and number of directions: whether each evaluation is away from x; None where that depends.
+AWAY: dict[str, Callable[[int], list[bool | None]]] = {
+    "two-sided": lambda n: [True] * (2 * n),
+    "one-sided": lambda n: [False, *[True] * n],
+    "normalised": lambda n: [False, *[True] * n],
+    "conservative": lambda n: [*[True] * (2 * n), False, None, None],  # the last two are where the step would lead
+}
+
+
 def restore_law(config: str, tensors: list[torch.Tensor], **changes: object) -> None:
     """Parameters are moved while the closure runs, and bit for bit back afterwards; again gives the same record."""
     bag = Bag(tensors)
@@ -45,13 +55,10 @@ def restore_law(config: str, tensors: list[torch.Tensor], **changes: object) -> 
     before, version = all_bits(params), [(p.data_ptr(), p.stride(), p.requires_grad) for p in params]
     record = opt.measure(bag)
     estimator = opt.method.estimator
-    n = estimator.n_directions
-    # Whether each evaluation is away from x; a conservative step's last two are where the step would lead.
-    away = {"one-sided": [False] + [True] * n, "two-sided": [True] * (2 * n)}
-    away["conservative"] = [*away["two-sided"], False]
+    away = AWAY[estimator.name](estimator.n_directions)
     moved = [all_bits(seen) != before for seen in bag.seen]
-    assert len(moved) == len(record.losses) == len(away[estimator.name]) + 2 * (estimator.name == "conservative")
-    assert moved[: len(away[estimator.name])] == away[estimator.name]
+    assert len(moved) == len(away) and len(record.losses) == estimator.n_losses
+    assert [m for m, known in zip(moved, away, strict=True) if known is not None] == [a for a in away if a is not None]
     assert all_bits(params) == before and no_hooks_left()
     assert [(p.data_ptr(), p.stride(), p.requires_grad) for p in params] == version
     assert opt.measure(bag) == record and opt.steps_done == 0

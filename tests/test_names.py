@@ -141,7 +141,7 @@ def test_keywords_are_those_of_the_signature_and_of_what_it_unpacks() -> None:
     assert keywords(Mine) == ("lr", "betas", *Common.__annotations__)
     assert keywords(type("Bare", (Mine,), {})) == keywords(Mine)
     assert keywords(Other) == ("tau",)
-    assert keywords(jaguar.ZOSignSGD) == tuple(inspect.signature(jaguar.ZOSGD).parameters)[1:]
+    assert keywords(jaguar.ZOSGD) == tuple(inspect.signature(jaguar.ZOSGD).parameters)[1:]
     assert {"lr", "momentum", "nesterov"} < {*keywords(torch.optim.SGD)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack, get_args, get_origin, get_type_hints
 
 import torch
@@ -46,11 +46,13 @@ class Common(TypedDict, total=False):
 _NAMES = tuple(Common.__annotations__)
 
 
-def parts(common: Common, measured_by: type[Estimator] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def parts(
+    common: Common, measured_by: Callable[[int, float | None], Estimator] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of the `Method`, and arguments of `ZerothOrder`, that these arguments give.
 
     Args:
-        measured_by: the estimator of a method that has one of its own.
+        measured_by: (n_directions, rho_clip) -> the estimator of a method that has one of its own.
 
     Raises:
         TypeError: there is an argument of another name.

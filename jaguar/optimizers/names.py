@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from jaguar.optimizers.base import ZerothOrder as ZerothOrder
+    from jaguar.optimizers.fzoo import FZOO as FZOO
     from jaguar.optimizers.jaguar_muon import JaguarMuon as JaguarMuon
     from jaguar.optimizers.jaguar_signsgd import JaguarSignSGD as JaguarSignSGD
     from jaguar.optimizers.lezo import LeZO as LeZO
@@ -42,9 +43,10 @@ METHODS: dict[str, Named] = {
     "jaguar-signsgd": Named("JaguarSignSGD", "jaguar.optimizers.jaguar_signsgd", "1e-4, 1e-6 with --update all"),
     "jaguar-muon": Named("JaguarMuon", "jaguar.optimizers.jaguar_muon", "1e-3"),
     "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6"),
-    "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6"),
+    "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6", "scalar_sign"),
     "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4", "betas, eps, amsgrad, bias_correction"),
     "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6", "keep, layers"),
+    "fzoo": Named("FZOO", "jaguar.optimizers.fzoo", "1e-7", "scale"),
     "zo-sgd-cons": Named("ZOSGDCons", "jaguar.optimizers.zo_sgd_cons", "1e-6"),
     FIRST_ORDER: Named(None, None, "1e-3", "dampening, nesterov"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -12,7 +12,6 @@ from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
 from jaguar.params import Shard
-from jaguar.rule import Rule
 from jaguar.rules import SGD
 
 
@@ -50,8 +49,6 @@ class ZOSGD(ZerothOrder):
     Equivalent to: `g = rho * z; m = momentum * m + g; x -= lr * m`.
     """
 
-    _rule: ClassVar[Rule] = SGD()
-
     def __init__(
         self,
         params: Any,
@@ -86,5 +83,5 @@ class ZOSGD(ZerothOrder):
             shards=shards,
         )
         decides, runs = parts(common)
-        method = Method(dense(distribution), self._rule, **decides)
+        method = Method(dense(distribution), SGD(), **decides)
         super().__init__(params, method, lr=lr, momentum=momentum, weight_decay=weight_decay, **runs)
