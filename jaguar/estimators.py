@@ -15,8 +15,16 @@ from jaguar.rule import plain, rounded
 
 # (tau, double) -> one derivative per direction.
 Derivatives: TypeAlias = Callable[[float, bool], list[float]]
-# Inside the context the parameters are where a step along these derivatives would take them, bit for bit.
-Trial: TypeAlias = Callable[[Derivatives], AbstractContextManager[None]]
+
+
+class Trial(Protocol):
+    """Other places to look at: each a context in which the parameters are there, and after which they are back."""
+
+    def __call__(self, derivatives: Derivatives) -> AbstractContextManager[None]:
+        """Where a step along these derivatives would take them, bit for bit."""
+
+    def previous(self) -> AbstractContextManager[None]:
+        """Where the last step began, which the rule keeps in its copy "previous"; before the first, where they are."""
 
 
 class Probe(Protocol):
@@ -99,7 +107,7 @@ class Estimator:
             evaluate: the loss at the parameters as they are.
             probes: one per direction.
             hold: leave the last probe where it is; the caller ends it.
-            trial: moves the parameters as a step would.
+            trial: other places to look at.
         """
         raise NotImplementedError
 
@@ -110,6 +118,10 @@ class Estimator:
     def along(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
         """The derivatives that the step moves along: `rho`, unless the losses ask for another step."""
         return self.rho(losses, tau, double)
+
+    def loss(self, losses: Sequence[float]) -> float:
+        """What a step tells its user: the mean of the losses, NaN if one is not finite."""
+        return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
 
     def moves(self, losses: Sequence[float]) -> bool:
         """Whether these losses, all finite, move anything."""
@@ -209,6 +221,43 @@ class Normalised(OneSided):
         n = len(losses) - 1
         mean = math.fsum(losses[1:]) / n
         return math.sqrt(math.fsum((f - mean) ** 2 for f in losses[1:]) / (n - 1 if self.scale == "paper" else n))
+
+
+@dataclass(frozen=True)
+class TwoPlaces(TwoSided):
+    """rho at x_t and at x_t-1, where the last step began, along one direction.
+
+    Measured are f(x_t + tau e), f(x_t - tau e), f(x_t-1 + tau e), f(x_t-1 - tau e), all on the same batch.
+
+    Source: Huang, Gao, Pei, Huang, JMLR 23 (2022), Algorithm 1 (Acc-ZOM).
+    """
+
+    name: ClassVar[str] = "two-places"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_directions != 1:
+            raise ValueError(
+                f"n_directions={self.n_directions}: the two estimates that momentum subtracts share one direction"
+            )
+
+    @property
+    def n_losses(self) -> int:
+        """Two at each place."""
+        return 4
+
+    def check(self, direction: Direction, walk: bool) -> None:
+        """Raises ValueError for a walk, which does not come back to x."""
+        if walk:
+            raise ValueError("restore='walk' leaves x, and x_t-1 is a copy of it: choose another way")
+
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool, trial: Trial
+    ) -> tuple[float, ...]:
+        """f+ and f- at x_t, then at x_t-1."""
+        losses = evaluated(self.points, evaluate, probes)
+        with trial.previous():
+            return losses + evaluated(self.points, evaluate, probes)
 
 
 @dataclass(frozen=True)

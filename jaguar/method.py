@@ -76,6 +76,8 @@ class Method:
             )
         if not isinstance(self.maximize, bool):
             raise ValueError(f"maximize={self.maximize!r}: choose True, to make the loss larger, or False")
+        if self.direction.scaled and self.estimator.n_directions > 1:
+            raise ValueError(f"{self.direction!r} is one direction a step: n_directions={self.estimator.n_directions}")
         if self.walk and isinstance(self.direction, Sparse):
             raise ValueError("walk=True is for dense directions; the few values that coordinates touch are saved")
         taken = {"optimizer", "rng", "restore", "padding_rows"} | {f.name for f in fields(self)}
@@ -140,7 +142,9 @@ class Method:
         """The slots with the learning rate factors and the role that the rule gives them."""
         return [replace(slot, **self.rule.role(slot, groups[slot.group])) for slot in slots]
 
-    def scalars(self, kind: Kind, group: Mapping[str, Any], lr: float, rho: Sequence[float], t: int) -> Scalars:
+    def scalars(
+        self, kind: Kind, group: Mapping[str, Any], lr: float, rho: Sequence[float], t: int, length: float = 1.0
+    ) -> Scalars:
         """The numbers of a step for tensors of one kind, from the one place that makes them.
 
         Args:
@@ -148,6 +152,7 @@ class Method:
             lr: the group's learning rate of the step.
             rho: derivatives of what is made smaller; none before the losses are known.
             t: number of the step among those that moved something, from 1.
+            length: of the step's direction.
         """
         double, rule, clip = kind.double, self.rule, self.estimator.rho_clip
         if clip is not None:
@@ -155,10 +160,10 @@ class Method:
             rho = [math.copysign(min(abs(r), limit), r) for r in rho]
         lr = lr * kind.rate
         return Scalars(
-            tau=rounded(group["tau"], double),
+            tau=rounded(group["tau"] * length, double),
             decay=rounded(1.0 - lr * group["weight_decay"], double),
             lr=rounded(lr * kind.gain, double),
             entry=tuple(rounded(n, double) for n in rule.entry_numbers(group, t)),
             step=tuple(rounded(n, double) for n in rule.step_numbers(group, t)),
-            weights=rule.weights(rho, group, double) if rho else (),
+            weights=tuple(rounded(w * length, double) for w in rule.weights(rho, group, double, t)) if rho else (),
         )

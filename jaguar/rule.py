@@ -140,9 +140,13 @@ class Rule:
         """Numbers that `step` takes after lr."""
         return ()
 
-    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool) -> tuple[float, ...]:
-        """Weights of the directions in g: rho, or a multiple of it."""
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool, t: int) -> tuple[float, ...]:
+        """Weights of the directions in g in the t-th step that moved something: rho, or a multiple of it."""
         return tuple(rho)
+
+    def copies(self, slot: Slot, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """State that begins as a copy of the parameter, in its dtype, and that no launch reads: its names."""
+        return ()
 
     def completed(self, values: dict[str, Any]) -> dict[str, Any]:
         """The numbers that a user gave for all groups, completed."""

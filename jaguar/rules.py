@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from jaguar.params import Slot
 from jaguar.rule import FACTOR, NOT_NEGATIVE, POSITIVE, Buffer, Range, Rule, rounded
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "AveragedSign",
     "Buffer",
     "Range",
+    "Recursive",
     "Rule",
     "ScalarSign",
     "Sign",
@@ -70,6 +72,15 @@ def sgd_step(x: Tensor, m: Tensor, decay: float, lr: float) -> Tensor:
     Equivalent to: `x * decay - lr * m`.
     """
     return x * decay - m * lr
+
+
+def recursive_step(x: Tensor, v: Tensor, decay: float, lr: float, eta: float) -> Tensor:
+    """x <- (1 - lr wd) x - lr (eta v).
+
+    Source: Huang, Gao, Pei, Huang, JMLR 23 (2022), Algorithm 1 (Acc-ZOM).
+    Equivalent to: `x * decay - lr * (eta * v)`.
+    """
+    return x * decay - (v * eta) * lr
 
 
 def sign_step(x: Tensor, m: Tensor, decay: float, lr: float) -> Tensor:
@@ -194,7 +205,7 @@ class Sign(SGD):
 class ScalarSign(SGD):
     """m <- momentum m + g; x <- (1 - lr wd) x - lr m, g = mean over directions of sign(rho) e: |rho| counts as 1."""
 
-    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool) -> tuple[float, ...]:
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool, t: int) -> tuple[float, ...]:
         """sign(rho), 0 of 0; what is not finite stays, and skips the step."""
         return tuple(math.copysign(1.0, r) if r and math.isfinite(r) else r for r in rho)
 
@@ -243,7 +254,7 @@ class AveragedSign(Rule):
         """beta."""
         return (float(group.get("beta", 0.0)),)
 
-    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool) -> tuple[float, ...]:
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool, t: int) -> tuple[float, ...]:
         """(1 - beta) rho: two roundings."""
         share = rounded(1.0 - float(group.get("beta", 0.0)), double)
         return tuple(rounded(share * r, double) for r in rho)
@@ -257,6 +268,75 @@ class AveragedSign(Rule):
         betas = sorted({float(group.get("beta", 0.0)) for group in groups})
         memory = " / ".join(f"{1.0 / (fraction * (1.0 - beta)):,.0f}" for beta in betas)
         return [f"momentum: {momentum}, remembers {memory} steps"]
+
+
+@dataclass(frozen=True)
+class Recursive(Rule):
+    """v <- g(x_t) + (1 - a_t) (v - g(x_t-1)); x <- (1 - lr wd) x - lr eta_t v: momentum with reduced variance.
+
+    Both estimates have one direction e, so that v <- (1 - a_t) v + (rho(x_t) - (1 - a_t) rho(x_t-1)) e.
+
+        eta_t = k / (m0 + t)^(1/3),   a_1 = 1,   a_t+1 = c eta_t^2,   t = 1, 2, ... steps that moved something
+
+    Attributes:
+        k, m0, c: of the schedule; no a_t may exceed 1.
+    """
+
+    k: float = 1.0
+    m0: float = 2.0
+    c: float = 2.0
+
+    called: ClassVar[str] = "AccZOM"
+    widths: ClassVar[tuple[int, int]] = (1, 1)
+
+    def __post_init__(self) -> None:
+        for name in ("k", "m0", "c"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}: give a number above 0")
+            object.__setattr__(self, name, float(value))
+        if (largest := self._share(2)) > 1.0:
+            raise ValueError(
+                f"k={self.k:g}, m0={self.m0:g}, c={self.c:g} give a_2 = c k^2 / (m0 + 1)^(2/3) = {largest:.3g}, and no "
+                "a_t may exceed 1: lower c or k, or raise m0"
+            )
+
+    @property
+    def entry(self) -> Callable[..., Any]:
+        """`heavy_ball`, with 1 - a_t for momentum."""
+        return heavy_ball
+
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        """`recursive_step`."""
+        return recursive_step
+
+    def state(self, group: Mapping[str, Any]) -> tuple[Buffer, ...]:
+        """v."""
+        return (Buffer("momentum"),)
+
+    def copies(self, slot: Slot, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """x_t-1."""
+        return ("previous",)
+
+    def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """1 - a_t."""
+        return (1.0 - self._share(t),)
+
+    def step_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """eta_t."""
+        return (self._eta(t),)
+
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool, t: int) -> tuple[float, ...]:
+        """rho(x_t) - (1 - a_t) rho(x_t-1): two roundings."""
+        now, before = rho
+        return (rounded(now - rounded(rounded(1.0 - self._share(t), double) * before, double), double),)
+
+    def _eta(self, t: int) -> float:
+        return float(self.k / (self.m0 + t) ** (1.0 / 3.0))
+
+    def _share(self, t: int) -> float:
+        return 1.0 if t == 1 else self.c * self._eta(t - 1) ** 2
 
 
 @dataclass(frozen=True)

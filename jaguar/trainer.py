@@ -251,7 +251,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        return torch.tensor(record.loss, device=self.args.device)
+        return torch.tensor(self.zeroth_order.loss(record), device=self.args.device)
 
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
         """The loss over the micro-batches of a step, and over all processes, as of one large batch."""
@@ -308,7 +308,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         if self._zeroth_order and "loss" in logs and self._logged:
             finite = [record for record in self._logged if not record.skipped]
             shown = finite if self.args.logging_nan_inf_filter else self._logged
-            logs["loss"] = math.fsum(r.loss for r in shown) / len(shown) if shown else math.nan
+            logs["loss"] = math.fsum(map(self.zeroth_order.loss, shown)) / len(shown) if shown else math.nan
             rhos = [rho for record in finite for rho in self.zeroth_order.rho(record)]
             logs["projected_grad"] = math.sqrt(math.fsum(r * r for r in rhos) / len(rhos)) if rhos else math.nan
             self._logged = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from jaguar import (
     FZOO,
     ZOSGD,
+    AccZOM,
     JaguarMuon,
     JaguarSignSGD,
     LeZO,
@@ -50,6 +51,7 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "signs": (ZOSignSGD, {"restore": "copy", "lr": 1e-3, "momentum": 0.9, "n_directions": 2}),
     "scalar-signs": (ZOSignSGD, {"restore": "copy", "lr": 1e-3, "scalar_sign": True, "momentum": 0.5}),
     "fzoo": (FZOO, {"restore": "copy", "lr": 1e-4, "n_directions": 3, "weight_decay": 0.1}),
+    "two-places": (AccZOM, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1}),
     "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
     "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
     "layers": (LeZO, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1, "keep": 0.5}),
@@ -59,6 +61,9 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
         {"method": Method(directions.Rademacher(), rules.AveragedSign()), "lr": 1e-3, "beta": 0.9, "restore": "copy"},
     ),
 }
+
+# Rows whose methods have one direction a step.
+ONE_DIRECTION = {"two-places"}
 
 # The tests of each law: parametrised by all rows, and by fp32, bf16 and fp16.
 LAWS: dict[str, list[str]] = {

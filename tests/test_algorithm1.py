@@ -185,7 +185,7 @@ def test_the_laws_notice_broken_arithmetic(breakage: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(
             Method,
             "scalars",
-            lambda self, kind, group, lr, rho, t: real_scalars(self, kind, group, lr, [2 * r for r in rho], t),
+            lambda self, kind, group, lr, rho, *more: real_scalars(self, kind, group, lr, [2 * r for r in rho], *more),
         )
     else:
         monkeypatch.setattr(

@@ -43,6 +43,7 @@ AWAY: dict[str, Callable[[int], list[bool | None]]] = {
     "two-sided": lambda n: [True] * (2 * n),
     "one-sided": lambda n: [False, *[True] * n],
     "normalised": lambda n: [False, *[True] * n],
+    "two-places": lambda n: [True] * 4,
     "conservative": lambda n: [*[True] * (2 * n), False, None, None],  # the last two are where the step would lead
 }
 

@@ -26,6 +26,12 @@ def sgd_step(x, m, decay, lr):
 
 
 @triton.jit
+def recursive_step(x, v, decay, lr, eta):
+    """(1 - lr wd) x - lr (eta v)."""
+    return x * decay - (v * eta) * lr
+
+
+@triton.jit
 def sign_step(x, m, decay, lr):
     """(1 - lr wd) x - lr sign(m), sign(0) = 0."""
     return x * decay - tl.where(m > 0, lr, tl.where(m < 0, -1.0 * lr, 0.0))

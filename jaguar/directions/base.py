@@ -20,6 +20,8 @@ class Direction:
 
     # Ends a warning: coordinates whose perturbation rounding swallows ...
     fate_of_lost: ClassVar[str] = "move by chance only"
+    # Whether it has a `length` of its own, which a step with several directions could not have.
+    scaled: ClassVar[bool] = False
 
     def units(self, slots: Sequence[Slot]) -> Sequence[Hashable]:
         """The unit of each slot; slots of one unit take part in a step together, or none of them does."""
@@ -28,6 +30,10 @@ class Direction:
     def active(self, draw: Draw, slots: Sequence[Slot]) -> list[bool] | None:
         """The slots that take part in the step of `draw`; None: all. The others are neither read nor written."""
         return None
+
+    def length(self, draw: Draw, slots: Sequence[Slot]) -> float:
+        """What its values are multiplied by along these slots: in tau, and in what the direction contributes to g."""
+        return 1.0
 
     def fraction(self, total: int) -> float:
         """The probability that a coordinate of a matrix is perturbed, of `total` coordinates in the set."""

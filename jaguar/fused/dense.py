@@ -39,7 +39,7 @@ class DenseLaunches(Family):
         assert isinstance(method.direction, Dense)
         cuts = [Cut(0, slot.count) for slot in slots]
         super().__init__(method, slots, Plan(slots, cuts, (0, 0, 0, 0), numbers), numbers)
-        self._restore, self._distribution = restore, method.direction.name
+        self._restore, self._distribution = restore, method.direction.drawn.name
         self.fuses_restore = restore != "module"
         self._several = method.estimator.n_directions > 1
         self._common: dict[str, Any] = {"DISTRIBUTION": self._distribution, "BLOCK": BLOCK}

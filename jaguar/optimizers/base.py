@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from jaguar import ops, rng
-from jaguar.bind import Bound
-from jaguar.estimators import Derivatives, Probe
+from jaguar import ops
+from jaguar.estimators import Probe
 from jaguar.interrupts import HeldInterrupts
-from jaguar.isolation import Isolation
 from jaguar.launches import StepInputs
 from jaguar.method import Method
 from jaguar.module_state import ModuleState
 from jaguar.optimizers.checkpoint import Saved, packed, unpacked
-from jaguar.optimizers.contract import Contract, with_step_hooks
+from jaguar.optimizers.contract import with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
-from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost, warn_of_skipped
+from jaguar.optimizers.guards import LossGuard, warn_of_skipped
+from jaguar.optimizers.measuring import Closure, Measuring
 from jaguar.optimizers.shown import shown
-from jaguar.optimizers.state import Roster
 from jaguar.optimizers.trained import Measured, Trained
-from jaguar.optimizers.trials import trial
-from jaguar.params import Kind, Shard, Slot, check_shards
+from jaguar.params import Kind, Shard, check_shards
 from jaguar.record import Record
-from jaguar.rng import Draw
 from jaguar.rule import Scalars, all_finite
 
-Closure = Callable[[], Tensor]
 
-
-class ZerothOrder(Contract):
+class ZerothOrder(Measuring):
     """Runs a method: a step is measured into a record, and a record is applied.
 
         record = measure(closure)       evaluates the model, leaves every parameter bit-identical
@@ -61,8 +53,6 @@ class ZerothOrder(Contract):
     Equivalent to: `g = sum(rho * e for rho, e in zip(rhos, directions)) / n; rule(x, g)`.
     """
 
-    # Non-finite losses in a row after which a run is given up.
-    max_skipped = 25
     # Whether groups must say with `ns` what are matrices, as those of `jaguar.param_groups` do.
     by_role: ClassVar[bool] = False
 
@@ -162,7 +152,7 @@ class ZerothOrder(Contract):
         The bits are those of the two calls; where a kernel can restore and update in one launch, it does.
 
         Returns:
-            Mean of the measured losses: 0-dim, fp32 (fp64 for fp64 models), detached; NaN if one was not finite.
+            `loss` of the record: 0-dim, fp32 (fp64 for fp64 models), detached; NaN if one was not finite.
         """
         if closure is not None:
             record = self._measure_and_move(closure)
@@ -176,7 +166,7 @@ class ZerothOrder(Contract):
             )
         dtype = torch.float64 if self._roster.double else torch.float32
         # Not torch.tensor: its copy to a GPU would wait for the update to end.
-        return torch.full((), record.loss, dtype=dtype, device=self._slots[0].tensor.device)
+        return torch.full((), self.loss(record), dtype=dtype, device=self._slots[0].tensor.device)
 
     def discard_(self) -> None:
         """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
@@ -207,100 +197,15 @@ class ZerothOrder(Contract):
         """Number of steps whose loss was not finite."""
         return self._skipped
 
-    @property
-    def fraction(self) -> float:
-        """p: the probability that a coordinate is perturbed in a step (of a matrix, with a block layout)."""
-        total = sum(slot.total for slot in self._slots if slot.tensor.requires_grad)
-        return self.method.direction.fraction(total)
-
-    def rho(self, record: Record) -> list[float]:
-        """The directional derivatives of a record, at the first group's tau."""
-        double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
-        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], double)
-
     # -- its parts -------------------------------------------------------------------------------------------------
-
-    def _begin(self, closure: Closure) -> tuple[StepInputs, tuple[float, ...]]:
-        """Everything that may fail, or take long, before the parameters are moved."""
-        self._check_usable()
-        if self._measured is not None and self._measured.probe is not None:
-            raise RuntimeError(
-                "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
-            )
-        if not callable(closure):
-            raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
-        self._watch.check(self.param_groups)
-        self._measured = None
-        self._trained.read_frozen()
-        bound = self._launches()
-        lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        inputs = self._inputs(lrs)
-        bound.prepare(inputs)
-        if self._step == 0 and self.lost_share is None:
-            with torch.no_grad():
-                lost = bound.lost(inputs)
-            self.lost_share = {part.name: part.share for part in lost}
-            warn_of_lost(lost, self.method.direction.fate_of_lost)
-        return inputs, lrs
-
-    def _evaluate(
-        self, closure: Closure, inputs: StepInputs, lrs: tuple[float, ...], interrupts: HeldInterrupts, hold: bool
-    ) -> Measured:
-        """The evaluations of a step; with `hold` the last probe stays where it is."""
-        trained, roster = self._trained, self._trained.roster
-        seed = rng.closure_seed(self._seed, self._step)
-        surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors)
-        with surroundings as isolation, torch.no_grad():
-
-            def evaluate() -> float:
-                try:
-                    with interrupts.let_through():
-                        return self._guard.as_float(isolation.evaluate(closure, seed), roster.double)
-                except RuntimeError as error:
-                    if (better := explained(error)) is error:
-                        raise
-                    raise better from error
-                finally:
-                    if roster.left():  # the closure has moved a tensor
-                        self._launches()
-
-            def stepped(derivatives: Derivatives) -> AbstractContextManager[None]:
-                trained.make_state()
-                scalars = self._scalars(lrs, self.method.downhill(derivatives))
-                tried = replace(inputs, scalars=scalars, state=roster.state)
-                return trial(trained.bound, tried, roster.tensors)
-
-            probes = trained.bound.probes(inputs)
-            losses = self.method.estimator.measure(evaluate, probes, hold, stepped)
-            held = probes[-1] if hold else None
-            try:
-                record, scalars = self._recorded(losses, lrs)
-                if roster.slots:
-                    self._guard.watch(losses, trained.bound.n_perturbed(inputs))
-            except BaseException:  # a warning may be an error
-                if held is not None:
-                    held.abort()
-                raise
-        return Measured(record, held, scalars)
-
-    def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> tuple[Record, Mapping[Kind, Scalars]]:
-        """The record of a step, and what its launches will read."""
-        finite = all(map(math.isfinite, losses))
-        scalars = self._scalars(lrs, self.method.derivatives(losses) if finite else None)
-        finite = finite and all_finite(scalars)  # finite losses, but rho may overflow
-        record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
-        if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
-            raise NonFiniteLoss(
-                f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last finite step: "
-                f"{'none' if self._last_finite is None else self._last_finite}. Lower lr or tau, or look at the data"
-            )
-        return record, scalars
 
     def _measure_and_move(self, closure: Closure) -> Record:
         inputs, lrs = self._begin(closure)
         with HeldInterrupts() as interrupts:
             try:
-                hold = self.method.walk or self._trained.bound.fuses_restore
+                # Copies of parameters that are missing must be made where the step begins.
+                fused = self._trained.bound.fuses_restore and not self._roster.lacks_copies
+                hold = self.method.walk or fused
                 self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
                 self._move(measured.record, inputs, measured.scalars)
             except BaseException:
@@ -325,6 +230,7 @@ class ZerothOrder(Contract):
                 if replays:
                     probe = self._walked(inputs)
                 if moves:
+                    self._lead(record)
                     bound.update_(replace(inputs, probe=probe) if replays else inputs)
                 elif probe is not None:
                     probe.abort()
@@ -338,24 +244,10 @@ class ZerothOrder(Contract):
         if record.skipped:
             warn_of_skipped(record, self._skipped)
 
-    def _inputs(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> StepInputs:
-        """Inputs of the launches; without derivatives before the losses are known."""
-        draws = tuple(Draw(self._seed, self._step, k) for k in range(self.method.estimator.n_directions))
-        return self._trained.inputs(draws, self._scalars(lrs, derivatives))
-
-    def _scalars(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
-        return self._trained.scalars(self.param_groups, lrs, self._step - self._skipped - self._stayed + 1, derivatives)
-
-    def _launches(self) -> Bound:
-        return self._trained.launches(self.param_groups, self.state)
-
-    @property
-    def _slots(self) -> list[Slot]:
-        return self._trained.slots
-
-    @property
-    def _roster(self) -> Roster:
-        return self._trained.roster
+    def _lead(self, record: Record) -> None:
+        """What comes before the launches of a step that moves something."""
+        for tensor, copy in self._roster.copies("previous"):
+            copy.copy_(tensor)
 
     def _walked(self, inputs: StepInputs) -> Probe | None:
         """Walks as `measure` did: a record is replayed."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 from jaguar.directions import Rademacher
 from jaguar.estimators import Normalised
 from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
+from jaguar.params import Shard
 from jaguar.rules import SGD
 
 
@@ -29,8 +31,8 @@ class FZOO(ZerothOrder):
         scale: "paper": sigma with n - 1, divided by tau, as above; "released": sigma with n and no tau, as in the
             authors' code, whose learning rates are therefore 1 / tau times as large.
         weight_decay: decoupled, multiplied by lr.
-        common: tau, seed, backend, restore, rho_clip (a bound on what e_k is multiplied by), rounding, maximize and
-            shards, as `ZOSGD`.
+        rho_clip: bound on what e_k is multiplied by.
+        tau, restore, rounding, maximize, seed, backend, shards: as `ZOSGD`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.
@@ -48,8 +50,26 @@ class FZOO(ZerothOrder):
         n_directions: int = 8,
         scale: str = "paper",
         weight_decay: float = 0.0,
-        **common: Unpack[Common],
+        tau: float = 1e-3,
+        restore: str | None = None,
+        rounding: str | None = None,
+        rho_clip: float | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        decides, runs = parts({**common, "n_directions": n_directions}, partial(Normalised, scale=scale))
+        common = Common(
+            tau=tau,
+            restore=restore,
+            rounding=rounding,
+            n_directions=n_directions,
+            rho_clip=rho_clip,
+            maximize=maximize,
+            seed=seed,
+            backend=backend,
+            shards=shards,
+        )
+        decides, runs = parts(common, partial(Normalised, scale=scale))
         method = Method(Rademacher(), SGD(momentum=False), **decides)
         super().__init__(params, method, lr=lr, weight_decay=weight_decay, **runs)

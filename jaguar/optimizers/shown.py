@@ -10,7 +10,7 @@ from jaguar import ops
 from jaguar.directions import Sparse
 from jaguar.method import Method
 from jaguar.optimizers.matrices import listed
-from jaguar.optimizers.state import buffers_of, state_dtype
+from jaguar.optimizers.state import buffers_of, copies_of, state_dtype
 from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
 from jaguar.params import Slot
 
@@ -58,6 +58,10 @@ def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Sl
         slot.count * state_dtype(slot.tensor.dtype, buffer, method.momentum_dtype).itemsize
         for slot, own in zip(slots, buffers_of(method, slots, optimizer.param_groups), strict=True)
         for buffer in own
+    )
+    held += sum(
+        len(names) * slot.count * slot.tensor.element_size()
+        for slot, names in zip(slots, copies_of(method, slots, optimizer.param_groups), strict=True)
     )
     count = max(1, sum(slot.count for slot in slots))
     clip = "" if estimator.rho_clip is None else f", |rho| at most {estimator.rho_clip:g}"

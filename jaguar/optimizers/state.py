@@ -33,9 +33,15 @@ class Roster:
     """
 
     def __init__(
-        self, slots: Sequence[Slot], entries: dict[Tensor, dict[str, Any]], buffers: Sequence[tuple[Buffer, ...]]
+        self,
+        slots: Sequence[Slot],
+        entries: dict[Tensor, dict[str, Any]],
+        buffers: Sequence[tuple[Buffer, ...]],
+        copies: Sequence[tuple[str, ...]] = (),
     ) -> None:
         self.entries, self.slots, self._buffers = entries, slots, buffers
+        # (parameter, name) of the state that begins as a copy of a parameter, and that launches do not see.
+        self._copies = [(s.tensor, name) for s, names in zip(slots, copies, strict=False) for name in names]
         self.kinds: list[Kind] = list(dict.fromkeys(slot.kind for slot in slots))
         self.double = any(kind.double for kind in self.kinds)
         self.devices = {slot.tensor.device for slot in slots}
@@ -85,8 +91,24 @@ class Roster:
         self._places = places
         return True
 
+    @property
+    def lacks_copies(self) -> bool:
+        """Whether `make` has copies of parameters to make, which must be where a step begins."""
+        return any(name not in self.entries.get(tensor, {}) for tensor, name in self._copies)
+
+    def copies(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter that has a copy of this name, and the copy; none before the first step."""
+        if self.lacks_copies:
+            return []
+        return [(tensor, self.entries[tensor][of]) for tensor, of in self._copies if of == name]
+
     def make(self, method: Method) -> bool:
-        """Makes the buffers that are missing; returns whether any was."""
+        """Makes the buffers and copies that are missing; returns whether any was a buffer."""
+        if self._copies and self.lacks_copies:
+            with torch.inference_mode(False), torch.no_grad():
+                for tensor, name in self._copies:
+                    if name not in self.entries[tensor]:
+                        self.entries[tensor][name] = tensor.detach().clone(memory_format=torch.preserve_format)
         if self._complete:
             return False
         missing = [i for i, own in enumerate(self._buffers) if own and not self.state[i]]
@@ -115,3 +137,8 @@ def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | No
     if buffer.wide:
         return compute_dtype(parameter)
     return chosen or (torch.bfloat16 if parameter == torch.float16 else parameter)
+
+
+def copies_of(method: Method, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The names of the copies that the rule keeps of every slot."""
+    return [method.rule.copies(slot, groups[slot.group]) for slot in slots]

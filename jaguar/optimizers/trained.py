@@ -13,7 +13,7 @@ from jaguar.estimators import Derivatives, Probe, choose_restore
 from jaguar.launches import StepInputs
 from jaguar.method import Method
 from jaguar.optimizers.freezing import Frozen
-from jaguar.optimizers.state import Roster, buffers_of
+from jaguar.optimizers.state import Roster, buffers_of, copies_of
 from jaguar.params import Kind, Slot
 from jaguar.record import Record
 from jaguar.rng import Draw
@@ -57,6 +57,8 @@ class Trained:
         self.frozen = Frozen()
         self.roster = Roster([], {}, [])
         self._bound: Bound | None = None
+        # A length, and the direction and the slots that it is of.
+        self._known: tuple[float, Draw | None, Sequence[Slot]] = (1.0, None, ())
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_bound": None}  # a copy makes its own launches: compiled functions cannot be pickled
@@ -91,12 +93,15 @@ class Trained:
             self._method.direction.check(taking_part)
             restore = "walk" if self._method.walk else self._restore or choose_restore(taking_part)
             self._bound = bind(self._method, taking_part, groups, self._backend, restore)
-            self.roster = Roster(taking_part, state, buffers_of(self._method, taking_part, groups))
+            self.roster = self._roster(taking_part, groups, state)
         elif self.roster.entries is not state:
-            self.roster = Roster(self.roster.slots, state, buffers_of(self._method, self.roster.slots, groups))
+            self.roster = self._roster(self.roster.slots, groups, state)
         if self.roster.moved():
             self._bound.check(self.roster.state)
         return self._bound
+
+    def _roster(self, slots: Sequence[Slot], groups: Groups, state: dict[Tensor, dict[str, Any]]) -> Roster:
+        return Roster(slots, state, buffers_of(self._method, slots, groups), copies_of(self._method, slots, groups))
 
     def make_state(self) -> None:
         """Makes the state buffers that are missing."""
@@ -109,17 +114,29 @@ class Trained:
         return StepInputs(draws, scalars, self.roster.state, active)
 
     def scalars(
-        self, groups: Groups, lrs: Sequence[float], t: int, derivatives: Derivatives | None = None
+        self, draw: Draw, groups: Groups, lrs: Sequence[float], t: int, derivatives: Derivatives | None = None
     ) -> dict[Kind, Scalars]:
         """The scalars of every kind of tensor; without weights where there are no derivatives.
 
         Args:
+            draw: the step's first direction.
             lrs: learning rate of each group.
             t: number of the step among those that moved something, from 1.
         """
         made: dict[Kind, Scalars] = {}
+        length = self._length(draw)
         for kind in self.roster.kinds:
             group = groups[kind.group]
             rho = derivatives(group["tau"], kind.double) if derivatives is not None else ()
-            made[kind] = self._method.scalars(kind, group, lrs[kind.group], rho, t)
+            made[kind] = self._method.scalars(kind, group, lrs[kind.group], rho, t, length)
         return made
+
+    def _length(self, draw: Draw) -> float:
+        """The length of the step's direction, which takes a pass over all of it: found once a step."""
+        if not self._method.direction.scaled:
+            return 1.0
+        found, of, slots = self._known
+        if of != draw or slots is not self.roster.slots:
+            found = self._method.direction.length(draw, self.roster.slots)
+            self._known = found, draw, self.roster.slots
+        return found

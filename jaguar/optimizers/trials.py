@@ -1,13 +1,56 @@
-"""Steps on trial: the parameters go where a step would take them, are looked at, and come back."""
+"""Other places to look at in a step: where it would lead, and where the last one began."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from jaguar.estimators import Derivatives
 from jaguar.launches import Launches, StepInputs
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The `jaguar.estimators.Trial` of a step.
+
+    Attributes:
+        ahead: derivatives -> context in which the parameters are where a step would lead.
+        pairs: () -> every parameter with the copy of where its last step began; none before the first.
+    """
+
+    ahead: Callable[[Derivatives], AbstractContextManager[None]]
+    pairs: Callable[[], Sequence[tuple[Tensor, Tensor]]]
+
+    def __call__(self, derivatives: Derivatives) -> AbstractContextManager[None]:
+        """Where a step along these derivatives would lead."""
+        return self.ahead(derivatives)
+
+    def previous(self) -> AbstractContextManager[None]:
+        """Where the last step began."""
+        return exchanged(self.pairs())
+
+
+@contextmanager
+def exchanged(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, the tensors of each pair have each other's values; afterwards their own, bit for bit."""
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for pair in pairs:
+            _exchange(*pair)
+            done.append(pair)
+        yield
+    finally:
+        for pair in done:
+            _exchange(*pair)
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    kept = one.detach().clone()
+    one.copy_(other)
+    other.copy_(kept)
 
 
 @contextmanager

@@ -1,0 +1,169 @@
+"""The measuring half of a step: what every optimizer evaluates, and the record that it makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from jaguar import rng
+from jaguar.bind import Bound
+from jaguar.estimators import Derivatives
+from jaguar.interrupts import HeldInterrupts
+from jaguar.isolation import Isolation
+from jaguar.launches import StepInputs
+from jaguar.method import Method
+from jaguar.module_state import ModuleState
+from jaguar.optimizers.contract import Contract
+from jaguar.optimizers.groups import Watch
+from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost
+from jaguar.optimizers.state import Roster
+from jaguar.optimizers.trained import Measured, Trained
+from jaguar.optimizers.trials import Trials, trial
+from jaguar.params import Kind, Slot
+from jaguar.record import Record
+from jaguar.rng import Draw
+from jaguar.rule import Scalars, all_finite
+
+Closure = Callable[[], Tensor]
+
+
+class Measuring(Contract):
+    """Evaluates a model along a step's directions; parameters stay, bit for bit."""
+
+    # Non-finite losses in a row after which a run is given up.
+    max_skipped = 25
+
+    method: Method
+    lost_share: dict[str, float] | None
+    _seed: int
+    _step: int
+    _skipped: int
+    _skipped_in_a_row: int
+    _stayed: int
+    _last_finite: int | None
+    _measured: Measured | None
+    _trained: Trained
+    _watch: Watch
+    _guard: LossGuard
+    _modules: ModuleState
+
+    @property
+    def fraction(self) -> float:
+        """p: the probability that a coordinate is perturbed in a step (of a matrix, with a block layout)."""
+        total = sum(slot.total for slot in self._slots if slot.tensor.requires_grad)
+        return self.method.direction.fraction(total)
+
+    def loss(self, record: Record) -> float:
+        """The loss of a record: the mean of those that were measured near x; NaN if one was not finite."""
+        return self.method.estimator.loss(record.losses)
+
+    def rho(self, record: Record) -> list[float]:
+        """The directional derivatives of a record, at the first group's tau."""
+        double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
+        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], double)
+
+    def _begin(self, closure: Closure) -> tuple[StepInputs, tuple[float, ...]]:
+        """Everything that may fail, or take long, before the parameters are moved."""
+        self._check_usable()
+        if self._measured is not None and self._measured.probe is not None:
+            raise RuntimeError(
+                "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
+            )
+        if not callable(closure):
+            raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
+        self._watch.check(self.param_groups)
+        self._measured = None
+        self._trained.read_frozen()
+        bound = self._launches()
+        lrs = tuple(float(group["lr"]) for group in self.param_groups)
+        inputs = self._inputs(lrs)
+        bound.prepare(inputs)
+        if self._step == 0 and self.lost_share is None:
+            with torch.no_grad():
+                lost = bound.lost(inputs)
+            self.lost_share = {part.name: part.share for part in lost}
+            warn_of_lost(lost, self.method.direction.fate_of_lost)
+        return inputs, lrs
+
+    def _evaluate(
+        self, closure: Closure, inputs: StepInputs, lrs: tuple[float, ...], interrupts: HeldInterrupts, hold: bool
+    ) -> Measured:
+        """The evaluations of a step; with `hold` the last probe stays where it is."""
+        trained, roster = self._trained, self._trained.roster
+        seed = rng.closure_seed(self._seed, self._step)
+        surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors)
+        with surroundings as isolation, torch.no_grad():
+
+            def evaluate() -> float:
+                try:
+                    with interrupts.let_through():
+                        return self._guard.as_float(isolation.evaluate(closure, seed), roster.double)
+                except RuntimeError as error:
+                    if (better := explained(error)) is error:
+                        raise
+                    raise better from error
+                finally:
+                    if roster.left():  # the closure has moved a tensor
+                        self._launches()
+
+            def stepped(derivatives: Derivatives) -> AbstractContextManager[None]:
+                trained.make_state()
+                scalars = self._scalars(lrs, self.method.downhill(derivatives))
+                tried = replace(inputs, scalars=scalars, state=roster.state)
+                return trial(trained.bound, tried, roster.tensors)
+
+            probes = trained.bound.probes(inputs)
+            places = Trials(stepped, lambda: roster.copies("previous"))
+            losses = self.method.estimator.measure(evaluate, probes, hold, places)
+            held = probes[-1] if hold else None
+            try:
+                record, scalars = self._recorded(losses, lrs)
+                if roster.slots:
+                    self._guard.watch(losses, trained.bound.n_perturbed(inputs))
+            except BaseException:  # a warning may be an error
+                if held is not None:
+                    held.abort()
+                raise
+        return Measured(record, held, scalars)
+
+    def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> tuple[Record, Mapping[Kind, Scalars]]:
+        """The record of a step, and what its launches will read."""
+        finite = all(map(math.isfinite, losses))
+        scalars = self._scalars(lrs, self.method.derivatives(losses) if finite else None)
+        finite = finite and all_finite(scalars)  # finite losses, but rho may overflow
+        record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
+        if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
+            raise NonFiniteLoss(
+                f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last finite step: "
+                f"{'none' if self._last_finite is None else self._last_finite}. Lower lr or tau, or look at the data"
+            )
+        return record, scalars
+
+    def _inputs(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> StepInputs:
+        """Inputs of the launches; without derivatives before the losses are known."""
+        draws = tuple(Draw(self._seed, self._step, k) for k in range(self.method.estimator.n_directions))
+        return self._trained.inputs(draws, self._scalars(lrs, derivatives))
+
+    def _scalars(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
+        t = self._step - self._skipped - self._stayed + 1
+        return self._trained.scalars(Draw(self._seed, self._step, 0), self.param_groups, lrs, t, derivatives)
+
+    def _launches(self) -> Bound:
+        return self._trained.launches(self.param_groups, self.state)
+
+    @property
+    def _slots(self) -> list[Slot]:
+        return self._trained.slots
+
+    @property
+    def _roster(self) -> Roster:
+        return self._trained.roster
+
+    def _check_usable(self) -> None:
+        """Raises RuntimeError where an earlier step failed while it was writing."""
+        raise NotImplementedError
