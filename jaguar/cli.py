@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -161,6 +162,19 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
 
 
 def _info(args: argparse.Namespace, console: Console) -> int:
+    if "optim_zo" not in args:
+        return _print_installation(args, console)
+    if "model" in args:
+        raise Refused("--model and --method: give one of them")
+    from jaguar.method_card import facts
+
+    for heading, text in facts(args.optim_zo).items():
+        below = heading in ("equation", "backends", "defaults")
+        say(console, f"{heading}:\n{textwrap.indent(text, '  ')}" if below else f"{heading}: {text}")
+    return 0
+
+
+def _print_installation(args: argparse.Namespace, console: Console) -> int:
     import platform
     from importlib import metadata
 

@@ -119,6 +119,10 @@ class Estimator:
         """The derivatives that the step moves along: `rho`, unless the losses ask for another step."""
         return self.rho(losses, tau, double)
 
+    def evaluations(self, losses: Sequence[float]) -> int:
+        """Forward passes behind the losses of a step."""
+        return len(losses)
+
     def loss(self, losses: Sequence[float]) -> float:
         """What a step tells its user: the mean of the losses, NaN if one is not finite."""
         return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
@@ -221,6 +225,47 @@ class Normalised(OneSided):
         n = len(losses) - 1
         mean = math.fsum(losses[1:]) / n
         return math.sqrt(math.fsum((f - mean) ** 2 for f in losses[1:]) / (n - 1 if self.scale == "paper" else n))
+
+
+@dataclass(frozen=True)
+class ForwardMode(Estimator):
+    """rho = d/dh f(x + h e) at h = 0, exactly, from a forward pass of dual numbers: one per direction.
+
+    Measured are f(x) and the derivatives; an optimizer that has the modules measures them (`jaguar.ForwardGrad`).
+
+    Source: arXiv 2202.08587.
+    """
+
+    name: ClassVar[str] = "forward-mode"
+    points: ClassVar[tuple[float, ...]] = ()
+
+    @property
+    def n_losses(self) -> int:
+        """f(x), and one derivative per direction."""
+        return 1 + self.n_directions
+
+    def check(self, direction: Direction, walk: bool) -> None:
+        """Raises ValueError for a walk: nothing is moved."""
+        if walk:
+            raise ValueError("restore='walk': forward mode moves nothing before the step; leave it out")
+
+    def measure(
+        self, evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool, trial: Trial
+    ) -> tuple[float, ...]:
+        """Raises TypeError: losses alone have no derivatives."""
+        raise TypeError("ForwardMode() needs the modules of the model: use jaguar.ForwardGrad")
+
+    def rho(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
+        """The derivatives as they were measured."""
+        return [rounded(r, double) for r in losses[1:]]
+
+    def evaluations(self, losses: Sequence[float]) -> int:
+        """One per direction."""
+        return self.n_directions
+
+    def loss(self, losses: Sequence[float]) -> float:
+        """f(x), NaN if it or a derivative is not finite."""
+        return losses[0] if all(map(math.isfinite, losses)) else math.nan
 
 
 @dataclass(frozen=True)

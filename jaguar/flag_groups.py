@@ -69,6 +69,10 @@ def _option(name: str, text: str, default: str = "") -> tuple[tuple[str, ...], d
     return (f"--{name}",), {"choices": OPTIONS[name], "type": values.dtype, "help": text}
 
 
+def _method(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return _flag("--method", "--optim_zo", choices=tuple(METHODS), dest="optim_zo", help=text)
+
+
 _MODEL = (
     "model",
     None,
@@ -235,19 +239,13 @@ _TRAINING = (
     "training",
     None,
     [
-        _flag(
-            "--method",
-            "--optim_zo",
-            choices=tuple(METHODS),
-            dest="optim_zo",
-            help=f"optimizer; {FIRST_ORDER} is the first-order baseline, with backward passes (default: {METHOD})",
-        ),
+        _method(f"optimizer; {FIRST_ORDER} is the first-order baseline, with backward passes (default: {METHOD})"),
         _flag(
             "--max_steps",
             type=positive,
             metavar="N",
-            help="steps, two forward passes each unless --estimator or --n_directions say otherwise; five with "
-            "zo-sgd-cons (default: 100)",
+            help="steps, two forward passes each unless --estimator or --n_directions say otherwise; nine with fzoo, "
+            "five with zo-sgd-cons, four with acc-zom, one of dual numbers with forward-grad (default: 100)",
         ),
         _flag(
             "--per_device_train_batch_size",
@@ -353,7 +351,7 @@ _OPTIMIZER = (
             "how parameters get back from dense directions",
             "copy where it needs under a tenth of the free memory, else module",
         ),
-        _flag("--n_directions", type=positive, metavar="N", help="directions per step (default: 1)"),
+        _flag("--n_directions", type=positive, metavar="N", help="directions per step (default: 1; fzoo 8)"),
         _option("estimator", "two evaluations per direction, or one more than there are directions"),
         _flag("--rho_clip", type=finite, metavar="X", help="bound on the directional derivative (default: none)"),
         _option("momentum_dtype", "what momentum is stored in", "as the weights; bfloat16 for float16"),
@@ -379,6 +377,11 @@ INFO = (
         "model",
         None,
         [_flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub")],
+    ),
+    (
+        "method",
+        None,
+        [_method("what it is and does, read from its class; an argument that has no flag is one of --zo_options")],
     ),
 )
 

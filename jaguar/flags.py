@@ -52,6 +52,12 @@ INFO = """\
 Shows versions, devices, the backends that can run here, why the others cannot, and what 'auto' chooses.
 
 With --model, also which tensors of a model Newton-Schulz moves under JAGUAR Muon, and which the sign rule.
+
+With --method, instead: what that method computes, its evaluations per step, state, source, backends and defaults.
+
+  jaguar info
+  jaguar info --model facebook/opt-1.3b
+  jaguar info --method zo-adamm
 """
 
 
@@ -117,7 +123,7 @@ def make_parser() -> Parser:
             "--model DIR --output_dir DIR [--task NAME] [options]",
         ),
         ("eval", "score a model", EVAL, groups.EVAL, "--model DIR [--task NAME | --test_file FILE] [options]"),
-        ("info", "versions, devices and backends", INFO, groups.INFO, "[--model DIR]"),
+        ("info", "versions, devices and backends; a method", INFO, groups.INFO, "[--model DIR | --method NAME]"),
     ):
         sub = commands.add_parser(
             name,

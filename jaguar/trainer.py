@@ -25,6 +25,7 @@ from jaguar.exact_trainer import ExactTrainer
 from jaguar.micro_batches import Grain, MicroBatches
 from jaguar.model_card import card_arguments
 from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.common import keywords
 from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.optimizers.matrices import param_groups
 from jaguar.record import Record
@@ -139,6 +140,8 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             by_role = getattr(kind, "by_role", False)
             groups = param_groups(model, self.args.weight_decay) if by_role else self._decay_groups(model)
+            if "model" in keywords(kind):  # one that watches the modules
+                options["model"] = model
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
@@ -247,7 +250,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)
         self._measured, self._skipped = self._measured + 1, self._skipped + record.skipped
-        self.forward_passes += len(window) * len(record.losses)
+        self.forward_passes += len(window) * self.zeroth_order.method.estimator.evaluations(record.losses)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()

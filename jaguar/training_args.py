@@ -171,7 +171,8 @@ class ZOTrainingArguments(TrainingArguments):
 
     def check_options(self) -> None:
         """Raises ValueError if the optimizer does not know an option that was given, or one has two values."""
-        known, fields_have, further = keywords(self.optimizer_class), self._of_fields(), self._of_zo_options()
+        known = tuple(name for name in keywords(self.optimizer_class) if name != "model")  # which Trainer has
+        fields_have, further = self._of_fields(), self._of_zo_options()
         for name in fields_have:
             if name not in known:
                 fitting = ", ".join(option for option in OPTIONS if option in known)

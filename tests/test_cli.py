@@ -375,8 +375,9 @@ def test_too_little_space_is_said_before_the_training(folder, tmp_path, capsys, 
         ((), ["finetune", "eval", "info"]),
         (("finetune",), ["--optim_zo", "--learning_rate", "number over the whole set", "default: 100"]),
         (("eval",), ["--test_file", "standard error"]),
+        (("info",), ["--model", "jaguar info --method zo-adamm", "evaluations per step, state, source", "zo-sgd-cons"]),
     ],
-    ids=["jaguar", "finetune", "eval"],
+    ids=["jaguar", "finetune", "eval", "info"],
 )
 def test_help_teaches(capsys, command, texts):
     with pytest.raises(SystemExit) as stop:

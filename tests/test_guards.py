@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import test_measure
@@ -113,7 +114,8 @@ def test_a_non_finite_loss_skips_the_step(config: str, bad: float, dtype: torch.
     before, calls = (all_bits(params), state_bits(opt, params)), []
     with skipping():
         loss = opt.step(lambda: (calls.append(1), bag() * (bad if len(calls) == 2 else 1.0))[1])
-    assert math.isnan(loss.item()) and opt.last_record.skipped and not math.isfinite(opt.last_record.losses[1])
+    assert math.isnan(loss.item()) and opt.last_record.skipped
+    assert not all(map(math.isfinite, opt.last_record.losses))
     assert (all_bits(params), state_bits(opt, params)) == before, "no decay, no momentum"
     assert opt.steps_done == 2 and opt.n_skipped == 1 and "skipped: 1" in repr(opt)
     bag.seen.clear()
@@ -224,6 +226,9 @@ def test_a_failing_perturbation_is_taken_back(config: str, together: bool, monke
         assert all_bits(params) == before
         if failed < fatal:  # there were fewer perturbations than that
             break
+    if not opt.method.estimator.points:
+        assert not failed, "it perturbs nothing"
+        return
     one_sided = not opt.method.estimator.two_sided
     assert failed >= (1 if together else 4) * (1 if one_sided else 2)
 
@@ -266,7 +271,7 @@ def test_ctrl_c_while_perturbing_or_evaluating(config: str, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr("jaguar.rules.perturbed", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) if opt.method.estimator.points else nullcontext():
             opt.measure(bag)
     assert all_bits(params) == before and signal.getsignal(signal.SIGINT) is handler
     started = time.monotonic()

@@ -53,7 +53,7 @@ TRAINER_FLOORS = [
 ]
 COMMAND_FLOORS = [
     {"presets", "report", "settings_file", "values"},
-    {"dry_run", "evaluation", "flag_groups", "progress"},
+    {"dry_run", "evaluation", "flag_groups", "method_card", "progress"},
     {"trainer_flags"},
     {"run"},
     {"finetune"},

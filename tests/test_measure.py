@@ -43,6 +43,7 @@ AWAY: dict[str, Callable[[int], list[bool | None]]] = {
     "two-sided": lambda n: [True] * (2 * n),
     "one-sided": lambda n: [False, *[True] * n],
     "normalised": lambda n: [False, *[True] * n],
+    "forward-mode": lambda n: [False] * n,
     "two-places": lambda n: [True] * 4,
     "conservative": lambda n: [*[True] * (2 * n), False, None, None],  # the last two are where the step would lead
 }
@@ -163,7 +164,8 @@ def offset_law(config: str, dtype: torch.dtype) -> None:
     opt = make(config, bag.named_parameters())
     before = bits(bag.p0)
     opt.measure(bag)
-    assert bits(bag.p0) == before and bits(bag.seen[-1][0]) != before
+    assert bits(bag.p0) == before
+    assert (bits(bag.seen[-1][0]) != before) == bool(opt.method.estimator.points)
     opt.step()
     assert bits(bag.p0) != before
     for part in (big[:100], big[2**31 - 20 : 2**31 + 20], big[2**31 + 80 :]):
@@ -335,7 +337,7 @@ def test_step_is_measure_and_apply(config: str, dtype: torch.dtype) -> None:
         other.apply_(record) if t % 2 else other.step()
         assert record == opt.last_record == other.last_record
         assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
-        assert loss.item() == torch.tensor(sum(record.losses) / len(record.losses)).item()
+        assert loss.item() == torch.tensor(opt.loss(record)).item()
         assert opt.steps_done == other.steps_done == t + 1
     assert all_bits(list(bag.parameters())) == all_bits(list(twin.parameters()))
     with pytest.raises(RuntimeError, match="nothing was measured"):

@@ -71,6 +71,14 @@ def test_settings_are_among_what_was_tried(preset: Preset) -> None:
         assert preset.settings[name] in tried
 
 
+@pytest.mark.parametrize(
+    ("method", "words"), [("zo-signsgd", "AdamW on"), ("zo-sgd-cons", "AdamW,"), ("zo-adamm", "Adam,")]
+)
+def test_notes_say_what_the_sweeps_ran(method: str, words: str) -> None:
+    found = [preset for preset in ALL if preset.method == method]
+    assert len(found) == 6 and all(f"ZO-Bench's sweep ran {words} " in preset.note for preset in found)
+
+
 @each
 def test_the_optimizer_accepts_them(preset: Preset, tmp_path) -> None:
     settings = {name: value for name, value in preset.settings.items() if name in OF_THE_TRAINER}
@@ -107,6 +115,8 @@ def test_find_knows_llama_as_the_hub_has_it() -> None:
         ("facebook/opt-1.3b", "copa", "zo-sgd", "none"),
         ("facebook/opt-1.3b", "sst2", "zo-sgd", "prompt"),
         ("roberta-large", "sst2", "jaguar-muon", "none"),
+        ("facebook/opt-1.3b", "sst2", "lezo", "none"),
+        ("roberta-large", "sst2", "zo-adamm", "lora"),
         ("", "", "", ""),
     ],
 )

@@ -10,166 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    DIRECTION,
-    LAYERS,
-    ROUND,
-    ROUND_STATE,
-    numpy_of,
-    philox_ints,
-    skipping,
-    step_key_ints,
-    stream_ints,
-    words_ints,
-)
+from conftest import LAYERS, ROUND_STATE, numpy_of, philox_ints, skipping, stream_ints
+from slow import DTYPES, GROUPS, SEED, SHAPES, STEPS, Slow, Var, loss_of, start
 
 from jaguar import LeZO, ZOAdaMM, ZOSGDCons
 
-SEED = 2**40 + 12345
-STEPS = 300
-SHAPES = {
-    "embed.w": (7,),
-    **{f"layers.{i}.w": (4, 9) for i in range(5)},
-    "layers.2.b": (3,),
-    "head.w": (13, 11),  # more than the 128 signs of one call
-}
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# The problem
-
-
-def start(name: str) -> np.ndarray:
-    """Where a tensor begins, in every storage dtype the same: multiples of 1/64 in [-2, 2]."""
-    return np.random.default_rng(stream_ints(name)).integers(-128, 129, math.prod(SHAPES[name])) / 64
-
-
-def loss_of(tensors: dict[str, np.ndarray]) -> float:
-    """sum c (x - 1/4)^2 with c in [1/2, 2), correctly rounded: no order of summing changes it."""
-    terms = []
-    for x in tensors.values():
-        curvature = 0.5 + 1.5 * np.arange(x.size) / x.size
-        terms.append(curvature * (x.astype(np.float64) - 0.25) ** 2)
-    return math.fsum(np.concatenate(terms))
-
-
-# Random numbers and rounding
-
-
-def signs(key: tuple[int, int], stream: int, size: int) -> np.ndarray:
-    words = [w for group in range(-(-size // 128)) for w in words_ints(key, group, stream, DIRECTION)]
-    return np.array([-1.0 if words[i // 32] >> i % 32 & 1 else 1.0 for i in range(size)])
-
-
-def noise(key: tuple[int, int], stream: int, size: int, purpose: int) -> np.ndarray:
-    words = [w for group in range(-(-size // 8)) for w in words_ints(key, group, stream, purpose)]
-    return np.array([words[i // 2] >> 16 * (i % 2) & 0xFFFF for i in range(size)], dtype=np.uint64)
-
-
-def nearest(x: np.ndarray, storage: str) -> np.ndarray:
-    """x rounded to nearest, ties to even, in its own dtype."""
-    if storage == "bf16":
-        word = x.view(np.uint32).astype(np.uint64)
-        return ((word + 0x7FFF + (word >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-    return x.astype(np.float16).astype(np.float32) if storage == "fp16" else x
-
-
-def stochastic(x: np.ndarray, storage: str, draws: np.ndarray) -> np.ndarray:
-    """x moved to one of its two neighbours: 16 random bits are added below the mantissa, then what is below is cut."""
-    if storage == "bf16":
-        return (x.view(np.uint32).astype(np.uint64) + draws & 0xFFFF0000).astype(np.uint32).view(np.float32)
-    half = np.abs(x).astype(np.float16)
-    below = np.where(half > np.abs(x), np.nextafter(half, np.float16(0)), half)
-    above = np.nextafter(below, np.float16(np.inf))
-    share = (np.abs(x) - below.astype(np.float32)) / (above.astype(np.float32) - below.astype(np.float32))
-    up = share.astype(np.float64) * 65536 + draws >= 65536
-    return np.copysign(np.where(up, above, below).astype(np.float32), x)
-
-
 # The three methods
-
-
-@dataclass
-class Var:
-    """One tensor: its values, which are exact in the storage dtype, and the settings of its group."""
-
-    name: str
-    stream: int
-    x: np.ndarray
-    lr: float
-    tau: float
-    weight_decay: float
-    settings: dict[str, Any]
-    state: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-class Slow:
-    """What the three have in common: directions, losses and the mean estimate g."""
-
-    def __init__(
-        self, variables: list[Var], storage: str, *, n_directions: int = 1, estimator: str = "two-sided", seed: int
-    ) -> None:
-        self.variables, self.storage, self.seed = variables, storage, seed
-        self.n, self.one_sided = n_directions, estimator == "one-sided"
-        self.step, self.finite = 0, 0
-        self.num = np.float64 if storage == "fp64" else np.float32
-        self.losses: list[float] = []
-
-    def taking_part(self) -> list[Var]:
-        return self.variables
-
-    def key(self, purpose: int, direction: int = 0) -> tuple[int, int]:
-        return step_key_ints(self.seed, self.step, direction, purpose)
-
-    def loss(self, changed: dict[str, np.ndarray]) -> Any:
-        tensors = {v.name: changed.get(v.name, v.x) for v in self.variables}
-        self.losses.append(float(self.num(self.f(tensors, self.step, len(self.losses)))))
-        return self.num(self.losses[-1])
-
-    def estimate(self) -> dict[str, np.ndarray]:
-        """g by name: rho_k e_k of every direction, added in order, divided by their number."""
-        g = {v.name: np.zeros_like(v.x) for v in self.taking_part()}
-        base = self.loss({}) if self.one_sided else None
-        for k in range(self.n):
-            key = self.key(DIRECTION, k)
-            e = {v.name: signs(key, v.stream, v.x.size).astype(self.num) for v in self.taking_part()}
-            up, down = (
-                {v.name: nearest(v.x + side * self.num(v.tau) * e[v.name], self.storage) for v in self.taking_part()}
-                for side in (self.num(1), self.num(-1))
-            )
-            plus = self.loss(up)
-            minus = base if self.one_sided else self.loss(down)
-            for v in self.taking_part():
-                rho = (plus - minus) / self.num(v.tau if self.one_sided else 2 * v.tau)
-                g[v.name] = g[v.name] + rho * e[v.name] if k else rho * e[v.name]
-        return {name: value / self.num(self.n) for name, value in g.items()}
-
-    def store(self, v: Var, value: np.ndarray, purpose: int = ROUND, storage: str = "") -> np.ndarray:
-        storage = storage or self.storage
-        if storage in ("fp64", "fp32"):
-            return value
-        return stochastic(value, storage, noise(self.key(purpose), v.stream, v.x.size, purpose))
-
-    def decayed(self, v: Var) -> np.ndarray:
-        return v.x * self.num(1 - v.lr * v.weight_decay)
-
-    def run(self, f: Any) -> list[float]:
-        """One step on f; what was measured, in order."""
-        self.f, self.losses = f, []
-        with np.errstate(invalid="ignore"):
-            g = self.estimate()
-            move = self.choose(g)
-        if all(map(math.isfinite, self.losses)):
-            self.finite += 1
-            move()
-        self.step += 1
-        return self.losses
 
 
 class SlowLeZO(Slow):
@@ -242,12 +93,6 @@ class SlowAdaMM(Slow):
 
 
 # The package beside them
-
-
-GROUPS: dict[str, dict[str, dict[str, float]]] = {
-    "one group": {"": {}},
-    "groups": {"head": {"lr": 3.0, "tau": 2.0**-3, "weight_decay": 0.3}, "layers.2": {"tau": 0.07}, "": {}},
-}
 
 
 def pair(

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from jaguar import rng
 from jaguar.bind import Bound
-from jaguar.estimators import Derivatives
+from jaguar.estimators import Derivatives, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
 from jaguar.launches import StepInputs
@@ -30,6 +31,13 @@ from jaguar.rng import Draw
 from jaguar.rule import Scalars, all_finite
 
 Closure = Callable[[], Tensor]
+
+
+class Evaluate(Protocol):
+    """Evaluates the model as it is now."""
+
+    def __call__(self, read: Callable[[Tensor], None] | None = None) -> float:
+        """The loss; `read` sees the tensor."""
 
 
 class Measuring(Contract):
@@ -83,7 +91,7 @@ class Measuring(Contract):
         lrs = tuple(float(group["lr"]) for group in self.param_groups)
         inputs = self._inputs(lrs)
         bound.prepare(inputs)
-        if self._step == 0 and self.lost_share is None:
+        if self._step == 0 and self.lost_share is None and self.method.estimator.points:
             with torch.no_grad():
                 lost = bound.lost(inputs)
             self.lost_share = {part.name: part.share for part in lost}
@@ -99,10 +107,13 @@ class Measuring(Contract):
         surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors)
         with surroundings as isolation, torch.no_grad():
 
-            def evaluate() -> float:
+            def evaluate(read: Callable[[Tensor], None] | None = None) -> float:
                 try:
                     with interrupts.let_through():
-                        return self._guard.as_float(isolation.evaluate(closure, seed), roster.double)
+                        loss = isolation.evaluate(closure, seed)
+                        if read is not None and isinstance(loss, Tensor):
+                            read(loss)
+                        return self._guard.as_float(loss, roster.double)
                 except RuntimeError as error:
                     if (better := explained(error)) is error:
                         raise
@@ -117,10 +128,7 @@ class Measuring(Contract):
                 tried = replace(inputs, scalars=scalars, state=roster.state)
                 return trial(trained.bound, tried, roster.tensors)
 
-            probes = trained.bound.probes(inputs)
-            places = Trials(stepped, lambda: roster.copies("previous"))
-            losses = self.method.estimator.measure(evaluate, probes, hold, places)
-            held = probes[-1] if hold else None
+            losses, held = self._losses(evaluate, inputs, hold, Trials(stepped, lambda: roster.copies("previous")))
             try:
                 record, scalars = self._recorded(losses, lrs)
                 if roster.slots:
@@ -130,6 +138,14 @@ class Measuring(Contract):
                     held.abort()
                 raise
         return Measured(record, held, scalars)
+
+    def _losses(
+        self, evaluate: Evaluate, inputs: StepInputs, hold: bool, places: Trials
+    ) -> tuple[tuple[float, ...], Probe | None]:
+        """The losses of a step in order, and the probe that is held."""
+        probes = self._trained.bound.probes(inputs)
+        losses = self.method.estimator.measure(evaluate, probes, hold, places)
+        return losses, probes[-1] if hold else None
 
     def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> tuple[Record, Mapping[Kind, Scalars]]:
         """The record of a step, and what its launches will read."""

@@ -64,12 +64,13 @@ def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Sl
         for slot, names in zip(slots, copies_of(method, slots, optimizer.param_groups), strict=True)
     )
     count = max(1, sum(slot.count for slot in slots))
+    passes = estimator.evaluations([0.0] * estimator.n_losses)
     clip = "" if estimator.rho_clip is None else f", |rho| at most {estimator.rho_clip:g}"
     return [
         f"{method.direction.shown(trained)}{how}",
         *method.rule.shown(optimizer.param_groups, fraction, precision),
         f"estimator: {estimator.name}, {estimator.n_directions} direction(s), rounding {method.rounding}{clip}",
-        f"evaluations per step: {estimator.n_losses}, state: {held / count:.4g} bytes per parameter",
+        f"evaluations per step: {passes}, state: {held / count:.4g} bytes per parameter",
     ]
 
 
