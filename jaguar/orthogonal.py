@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from jaguar.directions import Direction, ReleasedBlock, Sparse, matrix_shape
+from jaguar.directions import Dense, Direction, Orthonormal, ReleasedBlock, Sparse, matrix_shape
 from jaguar.launches import Moves, Orthogonaliser, StepInputs
 from jaguar.params import Slot, is_int
-from jaguar.rule import FACTOR, NOT_NEGATIVE, Range, plain
-from jaguar.rules import AveragedSign
+from jaguar.rule import FACTOR, NOT_NEGATIVE, Buffer, Range, plain
+from jaguar.rules import AveragedSign, ScalarSign
 from jaguar.schemes import SCHEMES, checked, scalar_iterate
 
 # How a group's tensors with two or more dimensions are read.
@@ -124,6 +124,91 @@ class Orthogonal(AveragedSign):
         elif self.adjust_lr == "match_rms_adamw":
             gain = 0.2 * math.sqrt(max(rows, columns))
         return {"rate": float(self.ns_period), "gain": gain, "signed": False}
+
+
+@dataclass(frozen=True)
+class DenseOrthogonal(Orthogonal):
+    """M <- momentum M + g; X <- (1 - lr wd) X - lr NewtonSchulz(M): the rule of ZO-Muon, along dense directions.
+
+    Everything else moves by x <- (1 - lr wd) x - lr sign(m) at its own learning rate. Without momentum M is g.
+
+    Source: arXiv 2506.04430, Algorithm 3.
+    """
+
+    called: ClassVar[str] = "ZOMuon"
+
+    @property
+    def keys(self) -> Mapping[str, Range]:  # type: ignore[override]
+        """momentum, and the learning rate of what is no matrix: a multiple of lr."""
+        return {"momentum": FACTOR, "weight_decay": NOT_NEGATIVE, "vector_lr": NOT_NEGATIVE}
+
+    def check(self, direction: Direction) -> None:
+        """Raises ValueError for coordinate directions, along which momentum is an average."""
+        if not isinstance(direction, Dense):
+            raise ValueError(f"DenseOrthogonal is for dense directions, and {direction} is not: use Orthogonal")
+
+    def state(self, group: Mapping[str, Any]) -> tuple[Buffer, ...]:
+        """M; without momentum it is there during a step only."""
+        return (Buffer("momentum", lasting=float(group["momentum"]) > 0.0),)
+
+    def entry_numbers(self, group: Mapping[str, Any], t: int) -> tuple[float, ...]:
+        """momentum."""
+        return (float(group["momentum"]),)
+
+    def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool, t: int) -> tuple[float, ...]:
+        """rho."""
+        return tuple(rho)
+
+    def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
+        """The precision of M."""
+        return [f"momentum: {momentum}"]
+
+
+@dataclass(frozen=True)
+class SampledOrthogonal(ScalarSign):
+    """X <- (1 - lr wd) X - lr sign(rho) E, E = U V^T: a step along the direction itself, which needs no Newton-Schulz.
+
+    Everything else moves by x <- (1 - lr wd) x - lr sign(rho) e, e_i = +1 or -1, at its own learning rate.
+
+    Source: arXiv 2506.04430, Algorithm 4.
+    """
+
+    momentum: bool = False
+
+    called: ClassVar[str] = "ZOMuon"
+    flags: ClassVar[tuple[str, ...]] = ("ns",)
+
+    @property
+    def keys(self) -> Mapping[str, Range]:  # type: ignore[override]
+        """The learning rate of what is no matrix: a multiple of lr."""
+        return {"weight_decay": NOT_NEGATIVE, "vector_lr": NOT_NEGATIVE}
+
+    def check(self, direction: Direction) -> None:
+        """Raises ValueError for other directions."""
+        if not isinstance(direction, Orthonormal):
+            raise ValueError(f"SampledOrthogonal moves along Orthonormal() directions, and not along {direction}")
+
+    def options(self) -> dict[str, Any]:
+        """That it is Algorithm 4."""
+        return {"algorithm": 4}
+
+    def completed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`vector_lr` as a multiple of lr."""
+        return Orthogonal().completed(values)
+
+    def prepared(self, group: dict[str, Any], number: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The group with `ns` as it is meant, and `vector_lr` as a multiple of lr."""
+        return Orthogonal().prepared(group, number, defaults)
+
+    def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The learning rate of what is no matrix, and the number of matrices."""
+        if len(slot.shape) < 2 or not group["ns"]:
+            return {"rate": float(group["vector_lr"])}
+        return {"matrices": slot.shape[0] if len(slot.shape) == 3 and group["ns"] != "flatten" else 1}
+
+    def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
+        """That there is no momentum."""
+        return ["matrices move along their directions, everything else by signs; no momentum"]
 
 
 @dataclass(frozen=True)

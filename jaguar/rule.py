@@ -85,10 +85,12 @@ class Buffer:
         name: its key in the optimizer's state.
         wide: stored in the compute dtype (fp32, or fp64 for fp64 parameters), whatever `momentum_dtype` says; else in
             the method's `momentum_dtype`, or in the parameter's dtype (bfloat16 for fp16 parameters).
+        lasting: False: it is made for each step and dropped after it.
     """
 
     name: str
     wide: bool = False
+    lasting: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -156,6 +157,11 @@ def test_step_is_measure_and_apply_on_both_backends(
 ) -> None:
     monkeypatch.setattr(ops, "assigned", lambda *_: "reference")  # of Newton-Schulz, whose sums have an order of each
     runs = []
+    opt = make(config, bag_of(dtype).named_parameters())
+    if reason := ops.undrawable(opt.method, opt.param_groups):
+        with pytest.raises(ops.Unavailable, match=re.escape(reason)):
+            make(config, bag_of(dtype).named_parameters(), backend="triton")
+        return
     for backend in ("triton", "triton", "reference"):
         bag = bag_of(dtype)
         runs.append((bag, make(config, bag.named_parameters(), backend=backend)))

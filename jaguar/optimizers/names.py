@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaguar.optimizers.lezo import LeZO as LeZO
     from jaguar.optimizers.matrices import param_groups as param_groups
     from jaguar.optimizers.zo_adamm import ZOAdaMM as ZOAdaMM
+    from jaguar.optimizers.zo_muon import ZOMuon as ZOMuon
     from jaguar.optimizers.zo_sgd import ZOSGD as ZOSGD
     from jaguar.optimizers.zo_sgd_cons import ZOSGDCons as ZOSGDCons
     from jaguar.optimizers.zo_signsgd import ZOSignSGD as ZOSignSGD
@@ -48,6 +49,7 @@ METHODS: dict[str, Named] = {
     "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6", "scalar_sign"),
     "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4", "betas, eps, amsgrad, bias_correction"),
     "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6", "keep, layers"),
+    "zo-muon": Named("ZOMuon", "jaguar.optimizers.zo_muon", "1e-3", "algorithm"),
     "forward-grad": Named("ForwardGrad", "jaguar.optimizers.forward_grad", "1e-6"),
     "acc-zom": Named("AccZOM", "jaguar.optimizers.acc_zom", "1e-6", "k, m0, c"),
     "fzoo": Named("FZOO", "jaguar.optimizers.fzoo", "1e-7", "scale"),

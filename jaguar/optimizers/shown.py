@@ -58,6 +58,7 @@ def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Sl
         slot.count * state_dtype(slot.tensor.dtype, buffer, method.momentum_dtype).itemsize
         for slot, own in zip(slots, buffers_of(method, slots, optimizer.param_groups), strict=True)
         for buffer in own
+        if buffer.lasting
     )
     held += sum(
         len(names) * slot.count * slot.tensor.element_size()

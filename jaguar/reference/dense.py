@@ -6,10 +6,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from jaguar import rules
-from jaguar.directions import Dense
+from jaguar.directions import Dense, Orthonormal
 from jaguar.estimators import Probe
 from jaguar.launches import Lost, StepInputs
 from jaguar.params import Slot
@@ -72,7 +73,7 @@ class DenseLaunches(Common):
     def _move_slot_(self, slot: Slot, scale: float, *, draw: Draw) -> None:
         """`move_` of one slot, along what its piece has drawn if that is kept."""
         piece, first = self._places[slot]
-        if not self._keeps(piece):
+        if not self._keeps(piece) and not isinstance(self.method.direction, Orthonormal):
             self.move_(Piece([0], [slot]), scale, draw=draw)
             return
         e = self._values(piece, draw, slice(0, piece.count))[first : first + slot.count]
@@ -111,8 +112,17 @@ class DenseLaunches(Common):
                     g = rules.mean_gradient(e, s.weights)
                     read, write = partial(_read, part=part), partial(_write, part=part)
                     along = self.enter_(piece, s, state, g, draw, part, read, write) if state else [g]
-                    x[part] = self.stepped(piece, s, x[part], along, draw, part)
+                    if piece.slots[0].signed:
+                        x[part] = self.stepped(piece, s, x[part], along, draw, part)
         self._drawn.clear()
+
+    def _whole(self, direction: Orthonormal, piece: Piece, draw: Draw) -> Tensor:
+        """e of all of a piece, made once a step."""
+        if (draw, piece) not in self._drawn:
+            if any(d.step != draw.step for d, _ in self._drawn):
+                self._drawn.clear()
+            self._drawn[draw, piece] = torch.cat([direction.along(draw, slot) for slot in piece.slots])
+        return self._drawn[draw, piece]
 
     def _keeps(self, piece: Piece) -> bool:
         """Whether the directions of a piece are drawn once a step."""
@@ -121,6 +131,8 @@ class DenseLaunches(Common):
     def _values(self, piece: Piece, draw: Draw, part: slice) -> Tensor:
         direction = self.method.direction
         assert isinstance(direction, Dense)
+        if isinstance(direction, Orthonormal):
+            return self._whole(direction, piece, draw)[part]
         if not self._keeps(piece):
             return direction.values_of(draw, piece.elements(part))
         if (draw, piece) not in self._drawn:
