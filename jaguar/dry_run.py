@@ -59,8 +59,10 @@ def _optimizer(args: ZOTrainingArguments) -> torch.optim.Optimizer:
         options["coordinates"] = 1  # whether there are as many is the model's affair
     layers = options.get("layers")
     layer = layers[0] if isinstance(layers, tuple) and layers else "layers.0"  # which ones there are is the model's too
+    project = options.get("project")  # so are the tensors that are projected
+    part = (project if isinstance(project, str) else next(iter(project))) if project else "q_proj"
     weight = torch.nn.Parameter(torch.zeros(256, 256, device=args.device))
-    group: dict[str, Any] = {"params": [(f"{layer}.weight", weight)], "weight_decay": args.weight_decay}
+    group: dict[str, Any] = {"params": [(f"{layer}.{part}.weight", weight)], "weight_decay": args.weight_decay}
     if getattr(args.optimizer_class, "by_role", False):
         group["ns"] = True
     return args.optimizer_class([group], **options)

@@ -50,6 +50,9 @@ class Purpose(IntEnum):
     ROUND_STATE = 7  # stochastic rounding of optimizer state
     ROUND_STATE_1 = 8  # of its second buffer
     ROUND_STATE_2 = 9  # of its third buffer
+    SEARCH = 10  # search along layers
+    PROJECT = 11  # stochastic rounding of what a search found
+    DIRECTION_1 = 12  # a second dense direction
 
 
 # What the state buffers of a rule are rounded with, in order.

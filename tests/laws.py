@@ -17,6 +17,7 @@ from jaguar import (
     FZOO,
     ZOSGD,
     AccZOM,
+    DiZO,
     ForwardGrad,
     JaguarMuon,
     JaguarSignSGD,
@@ -56,6 +57,7 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "two-places": (AccZOM, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1}),
     "zo-muon": (ZOMuon, {"restore": "copy", "lr": 1e-2, "momentum": 0.5, "weight_decay": 0.1}),
     "zo-muon-4": (ZOMuon, {"restore": "copy", "lr": 1e-2, "algorithm": 4, "weight_decay": 0.1}),
+    "dizo": (DiZO, {"restore": "copy", "lr": 1e-3, "momentum": 0.5, "every": 2, "search_steps": 2}),
     "forward-grad": (ForwardGrad, {"lr": 1e-3, "weight_decay": 0.1, "n_directions": 2}),
     "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
     "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
@@ -98,6 +100,8 @@ def built(cls: type[ZerothOrder], params: Any, options: dict[str, Any]) -> Zerot
     params = [params] if isinstance(params, Tensor) else list(params)
     if cls is LeZO:
         options = {"layers": every_second(params)} | options
+    if cls is DiZO:
+        options = {"project": every_second(params)} | options
     if cls.by_role:
         groups = params if isinstance(params[0], dict) else [{"params": params}]
         params = [{"ns": True} | group for group in groups]

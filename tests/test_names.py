@@ -45,7 +45,8 @@ def made(args: ZOTrainingArguments) -> torch.optim.Optimizer:
     kind = args.optimizer_class
     role = {"ns": True} if getattr(kind, "by_role", False) else {}
     return kind(
-        [{"params": [("layers.0.w", torch.nn.Parameter(torch.zeros(16, 16)))]} | role], **args.optimizer_options()
+        [{"params": [("layers.0.q_proj.w", torch.nn.Parameter(torch.zeros(16, 16)))]} | role],
+        **args.optimizer_options(),
     )
 
 

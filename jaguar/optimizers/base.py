@@ -131,12 +131,12 @@ class ZerothOrder(Measuring):
         measured = self._measured
         if measured is None or (record is not measured.record and measured.probe is None):
             self._trained.read_frozen()  # else a step has begun, and freezing is for the next
-        n_losses = self.method.estimator.n_losses
+        n_losses = self._n_losses(self._step)
         frozen = self._trained.frozen.mark
         record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=frozen)
         self._watch.check(self.param_groups)
         self._launches()
-        inputs = self._inputs(record.lrs, None if record.skipped else self.method.derivatives(record.losses))
+        inputs = self._inputs(record.lrs, None if record.skipped else self.method.derivatives(self._own(record.losses)))
         if not all_finite(inputs.scalars):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
@@ -217,7 +217,7 @@ class ZerothOrder(Measuring):
     def _move(self, record: Record, inputs: StepInputs, scalars: Mapping[Kind, Scalars]) -> None:
         """Moves parameters and state by a record that belongs here; interrupts are held."""
         bound, method = self._trained.bound, self.method
-        moves = not record.skipped and method.moves(record.losses)
+        moves = not record.skipped and method.moves(self._own(record.losses))
         with torch.no_grad():
             if moves:
                 self._trained.make_state()
@@ -226,17 +226,18 @@ class ZerothOrder(Measuring):
             replays = probe is None and method.walk
             if moves or replays:
                 bound.prepare(inputs)
+            led = False
             try:
                 if replays:
                     probe = self._walked(inputs)
                 if moves:
-                    self._lead(record)
+                    led = self._lead(record, inputs)
                     bound.update_(replace(inputs, probe=probe) if replays else inputs)
                 elif probe is not None:
                     probe.abort()
             except BaseException:
                 # A kernel that could not be launched has written nothing.
-                self._broken = bound.wrote or replays
+                self._broken = bound.wrote or replays or led
                 raise
             self._measured, self._last_record = None, record
             self._roster.drop()
@@ -245,10 +246,12 @@ class ZerothOrder(Measuring):
         if record.skipped:
             warn_of_skipped(record, self._skipped)
 
-    def _lead(self, record: Record) -> None:
-        """What comes before the launches of a step that moves something."""
-        for tensor, copy in self._roster.copies("previous"):
+    def _lead(self, record: Record, inputs: StepInputs) -> bool:
+        """What comes before the launches of a step that moves something; returns whether it wrote anything."""
+        pairs = self._roster.copies("previous")
+        for tensor, copy in pairs:
             copy.copy_(tensor)
+        return bool(pairs)
 
     def _walked(self, inputs: StepInputs) -> Probe | None:
         """Walks as `measure` did: a record is replayed."""
@@ -265,7 +268,7 @@ class ZerothOrder(Measuring):
             self._skipped += 1
             self._skipped_in_a_row += 1
         else:
-            self._stayed += not self.method.moves(record.losses)
+            self._stayed += not self.method.moves(self._own(record.losses))
             self._skipped_in_a_row, self._last_finite = 0, record.step
 
     def _check_usable(self) -> None:

@@ -68,12 +68,12 @@ class Measuring(Contract):
 
     def loss(self, record: Record) -> float:
         """The loss of a record: the mean of those that were measured near x; NaN if one was not finite."""
-        return self.method.estimator.loss(record.losses)
+        return self.method.estimator.loss(self._own(record.losses))
 
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
         double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
-        return self.method.estimator.rho(record.losses, self.param_groups[0]["tau"], double)
+        return self.method.estimator.rho(self._own(record.losses), self.param_groups[0]["tau"], double)
 
     def _begin(self, closure: Closure) -> tuple[StepInputs, tuple[float, ...]]:
         """Everything that may fail, or take long, before the parameters are moved."""
@@ -147,10 +147,18 @@ class Measuring(Contract):
         losses = self.method.estimator.measure(evaluate, probes, hold, places)
         return losses, probes[-1] if hold else None
 
+    def _n_losses(self, step: int) -> int:
+        """How many losses the record of a step has."""
+        return self.method.estimator.n_losses
+
+    def _own(self, losses: tuple[float, ...]) -> tuple[float, ...]:
+        """The losses that the estimator measured: the last ones."""
+        return losses[len(losses) - self.method.estimator.n_losses :]
+
     def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> tuple[Record, Mapping[Kind, Scalars]]:
         """The record of a step, and what its launches will read."""
         finite = all(map(math.isfinite, losses))
-        scalars = self._scalars(lrs, self.method.derivatives(losses) if finite else None)
+        scalars = self._scalars(lrs, self.method.derivatives(self._own(losses)) if finite else None)
         finite = finite and all_finite(scalars)  # finite losses, but rho may overflow
         record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
         if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from jaguar.optimizers.acc_zom import AccZOM as AccZOM
     from jaguar.optimizers.base import ZerothOrder as ZerothOrder
+    from jaguar.optimizers.dizo import DiZO as DiZO
     from jaguar.optimizers.forward_grad import ForwardGrad as ForwardGrad
     from jaguar.optimizers.fzoo import FZOO as FZOO
     from jaguar.optimizers.jaguar_muon import JaguarMuon as JaguarMuon
@@ -50,6 +51,12 @@ METHODS: dict[str, Named] = {
     "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4", "betas, eps, amsgrad, bias_correction"),
     "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6", "keep, layers"),
     "zo-muon": Named("ZOMuon", "jaguar.optimizers.zo_muon", "1e-3", "algorithm"),
+    "dizo": Named(
+        "DiZO",
+        "jaguar.optimizers.dizo",
+        "1e-6",
+        "every, search_steps, search_scale, search_lr, bounds, project",
+    ),
     "forward-grad": Named("ForwardGrad", "jaguar.optimizers.forward_grad", "1e-6"),
     "acc-zom": Named("AccZOM", "jaguar.optimizers.acc_zom", "1e-6", "k, m0, c"),
     "fzoo": Named("FZOO", "jaguar.optimizers.fzoo", "1e-7", "scale"),
