@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from jaguar import ops, reference
-from jaguar.directions import Sparse
+from jaguar.directions import Mixed, Sparse
 from jaguar.estimators import Probe
 from jaguar.kept import KeptProbe, Rows
 from jaguar.launches import Launches, Lost, Moves, State, StepInputs
@@ -66,7 +66,8 @@ def _launches(
     if name == "reference":
         if sparse:
             return reference.CoordinateLaunches(method, slots)
-        return reference.DenseLaunches(method, slots, restore)
+        dense = reference.MixedLaunches if isinstance(method.direction, Mixed) else reference.DenseLaunches
+        return dense(method, slots, restore)
     from jaguar import fused
 
     assert numbers is not None

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from jaguar import rng
-from jaguar.directions import Direction, Sparse
+from jaguar.directions import Direction, Mixed, Sparse
 from jaguar.estimators import Derivatives, Estimator, TwoSided
 from jaguar.params import Kind, Slot
 from jaguar.rule import COMMON, Range, Rule, Scalars, plain, rounded
+from jaguar.rules import AlongMomentum
 
 _HOME = {"direction": "jaguar.directions", "rule": "jaguar.rules", "estimator": "jaguar.estimators"}
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
@@ -76,7 +77,7 @@ class Method:
             )
         if not isinstance(self.maximize, bool):
             raise ValueError(f"maximize={self.maximize!r}: choose True, to make the loss larger, or False")
-        if self.direction.scaled and self.estimator.n_directions > 1:
+        if self.direction.alone and self.estimator.n_directions > 1:
             raise ValueError(f"{self.direction!r} is one direction a step: n_directions={self.estimator.n_directions}")
         if self.walk and isinstance(self.direction, Sparse):
             raise ValueError("walk=True is for dense directions; the few values that coordinates touch are saved")
@@ -89,6 +90,10 @@ class Method:
                     "field another name"
                 )
             taken |= names
+        if isinstance(self.direction, Mixed) and not isinstance(self.rule, AlongMomentum):
+            raise ValueError(
+                f"Mixed(...) directions are momentum, which {self.rule!r} does not keep: give AlongMomentum()"
+            )
         self.estimator.check(self.direction, self.walk)
         self.rule.check(self.direction)
 

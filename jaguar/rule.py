@@ -14,6 +14,7 @@ from torch import Tensor
 from jaguar.directions import Direction
 from jaguar.params import Slot
 from jaguar.rng import STATE_PURPOSES
+from jaguar.rounding import compute_dtype
 
 
 def rounded(value: float, double: bool = False) -> float:
@@ -91,6 +92,13 @@ class Buffer:
     name: str
     wide: bool = False
     lasting: bool = True
+
+
+def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | None) -> torch.dtype:
+    """Dtype of a buffer: `chosen`, or the parameter's but bf16 for fp16; of a wide one, the compute dtype."""
+    if buffer.wide:
+        return compute_dtype(parameter)
+    return chosen or (torch.bfloat16 if parameter == torch.float16 else parameter)
 
 
 @dataclass(frozen=True)

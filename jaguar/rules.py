@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from jaguar.directions import Direction, Mixed
 from jaguar.params import Slot
 from jaguar.rule import FACTOR, NOT_NEGATIVE, POSITIVE, Buffer, Range, Rule, rounded
 
@@ -24,6 +25,7 @@ __all__ = [
     "POSITIVE",
     "SGD",
     "AdaMM",
+    "AlongMomentum",
     "AveragedSign",
     "Buffer",
     "Range",
@@ -72,6 +74,24 @@ def sgd_step(x: Tensor, m: Tensor, decay: float, lr: float) -> Tensor:
     Equivalent to: `x * decay - lr * m`.
     """
     return x * decay - m * lr
+
+
+def blend(z: Tensor, y: Tensor, share: float, rest: float) -> Tensor:
+    """share z + rest y.
+
+    Source: arXiv 2312.15184 (ZO-AdaMU), equations 3 and 5.
+    Equivalent to: `share * z + rest * y`.
+    """
+    return z * share + y * rest
+
+
+def momentum_step(x: Tensor, m: Tensor, decay: float, rate: float, v: Tensor) -> Tensor:
+    """x <- (1 - lr wd) x - (lr rho) m / sqrt(v + 1e-8), rate = lr rho.
+
+    Source: arXiv 2312.15184 (ZO-AdaMU), Algorithm 1.
+    Equivalent to: `x * decay - rate * m / (v + 1e-8).sqrt()`.
+    """
+    return x * decay - (m * rate) / root(v + 1e-8)
 
 
 def recursive_step(x: Tensor, v: Tensor, decay: float, lr: float, eta: float) -> Tensor:
@@ -268,6 +288,32 @@ class AveragedSign(Rule):
         betas = sorted({float(group.get("beta", 0.0)) for group in groups})
         memory = " / ".join(f"{1.0 / (fraction * (1.0 - beta)):,.0f}" for beta in betas)
         return [f"momentum: {momentum}, remembers {memory} steps"]
+
+
+@dataclass(frozen=True)
+class AlongMomentum(Rule):
+    """m <- e; x <- (1 - lr wd) x - (lr rho) e / sqrt(v + 1e-8), along `directions.Mixed`, whose launches compute it."""
+
+    called: ClassVar[str] = "ZOAdaMU"
+
+    @property
+    def entry(self) -> Callable[..., Any]:
+        """`blend`."""
+        return blend
+
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        """`momentum_step`."""
+        return momentum_step
+
+    def state(self, group: Mapping[str, Any]) -> tuple[Buffer, ...]:
+        """m."""
+        return (Buffer("momentum"),)
+
+    def check(self, direction: Direction) -> None:
+        """Raises ValueError for other directions."""
+        if not isinstance(direction, Mixed):
+            raise ValueError(f"AlongMomentum moves along Mixed(...) directions, and not along {direction}")
 
 
 @dataclass(frozen=True)

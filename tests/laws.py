@@ -25,6 +25,7 @@ from jaguar import (
     Method,
     ZerothOrder,
     ZOAdaMM,
+    ZOAdaMU,
     ZOMuon,
     ZOSGDCons,
     ZOSignSGD,
@@ -58,6 +59,7 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
     "zo-muon": (ZOMuon, {"restore": "copy", "lr": 1e-2, "momentum": 0.5, "weight_decay": 0.1}),
     "zo-muon-4": (ZOMuon, {"restore": "copy", "lr": 1e-2, "algorithm": 4, "weight_decay": 0.1}),
     "dizo": (DiZO, {"restore": "copy", "lr": 1e-3, "momentum": 0.5, "every": 2, "search_steps": 2}),
+    "mixed": (ZOAdaMU, {"restore": "copy", "lr": 1e-3, "weight_decay": 0.1, "warmup": 1, "total": 4}),
     "forward-grad": (ForwardGrad, {"lr": 1e-3, "weight_decay": 0.1, "n_directions": 2}),
     "adamm": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "weight_decay": 0.1, "bias_correction": True}),
     "adam": (ZOAdaMM, {"restore": "copy", "lr": 1e-2, "betas": (0.5, 0.9), "amsgrad": False, "n_directions": 2}),
@@ -70,7 +72,7 @@ CONFIGS: dict[str, tuple[type[ZerothOrder], dict[str, Any]]] = {
 }
 
 # Rows whose methods have one direction a step.
-ONE_DIRECTION = {"two-places"}
+ONE_DIRECTION = {"two-places", "mixed"}
 
 # The tests of each law: parametrised by all rows, and by fp32, bf16 and fp16.
 LAWS: dict[str, list[str]] = {

@@ -8,6 +8,7 @@ from jaguar.directions.base import Dense, Direction, Sparse
 from jaguar.directions.coordinates import Coordinates, ReleasedBlock, matrix_shape
 from jaguar.directions.distributions import DENSE, Gaussian, Rademacher, dense
 from jaguar.directions.layers import Layers
+from jaguar.directions.mixed import Mixed
 from jaguar.directions.orthonormal import Orthonormal
 from jaguar.directions.sphere import Sphere
 
@@ -18,6 +19,7 @@ __all__ = [
     "Direction",
     "Gaussian",
     "Layers",
+    "Mixed",
     "Orthonormal",
     "Rademacher",
     "ReleasedBlock",

@@ -20,8 +20,8 @@ class Direction:
 
     # Ends a warning: coordinates whose perturbation rounding swallows ...
     fate_of_lost: ClassVar[str] = "move by chance only"
-    # Whether it has a `length` of its own, which a step with several directions could not have.
-    scaled: ClassVar[bool] = False
+    # Whether a step has one of it: it has a `length` of its own, or reads state.
+    alone: ClassVar[bool] = False
 
     def units(self, slots: Sequence[Slot]) -> Sequence[Hashable]:
         """The unit of each slot; slots of one unit take part in a step together, or none of them does."""

@@ -32,7 +32,7 @@ class Sphere(Dense):
     """
 
     name: ClassVar[str] = "sphere"
-    scaled: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
 
     @property
     def drawn(self) -> Dense:

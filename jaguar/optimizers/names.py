@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaguar.optimizers.lezo import LeZO as LeZO
     from jaguar.optimizers.matrices import param_groups as param_groups
     from jaguar.optimizers.zo_adamm import ZOAdaMM as ZOAdaMM
+    from jaguar.optimizers.zo_adamu import ZOAdaMU as ZOAdaMU
     from jaguar.optimizers.zo_muon import ZOMuon as ZOMuon
     from jaguar.optimizers.zo_sgd import ZOSGD as ZOSGD
     from jaguar.optimizers.zo_sgd_cons import ZOSGDCons as ZOSGDCons
@@ -57,6 +58,7 @@ METHODS: dict[str, Named] = {
         "1e-6",
         "every, search_steps, search_scale, search_lr, bounds, project",
     ),
+    "zo-adamu": Named("ZOAdaMU", "jaguar.optimizers.zo_adamu", "1e-6", "alpha, beta1, beta2, warmup, total"),
     "forward-grad": Named("ForwardGrad", "jaguar.optimizers.forward_grad", "1e-6"),
     "acc-zom": Named("AccZOM", "jaguar.optimizers.acc_zom", "1e-6", "k, m0, c"),
     "fzoo": Named("FZOO", "jaguar.optimizers.fzoo", "1e-7", "scale"),

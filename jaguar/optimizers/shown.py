@@ -10,9 +10,10 @@ from jaguar import ops
 from jaguar.directions import Sparse
 from jaguar.method import Method
 from jaguar.optimizers.matrices import listed
-from jaguar.optimizers.state import buffers_of, copies_of, state_dtype
+from jaguar.optimizers.state import buffers_of, copies_of
 from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
 from jaguar.params import Slot
+from jaguar.rule import state_dtype
 
 
 def shown(

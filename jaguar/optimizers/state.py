@@ -13,8 +13,7 @@ from jaguar.launches import State
 from jaguar.method import Method
 from jaguar.optimizers.guards import check_storage
 from jaguar.params import Kind, Slot
-from jaguar.rounding import compute_dtype
-from jaguar.rule import Buffer
+from jaguar.rule import Buffer, state_dtype
 
 _DTYPE = operator.attrgetter("dtype")
 
@@ -139,13 +138,6 @@ def buffers_of(method: Method, slots: Sequence[Slot], groups: Sequence[Mapping[s
     """The state that the rule keeps of every slot."""
     by_group = [method.rule.state(group) for group in groups]
     return [by_group[slot.group] for slot in slots]
-
-
-def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | None) -> torch.dtype:
-    """Dtype of a buffer: `chosen`, or the parameter's but bf16 for fp16; of a wide one, the compute dtype."""
-    if buffer.wide:
-        return compute_dtype(parameter)
-    return chosen or (torch.bfloat16 if parameter == torch.float16 else parameter)
 
 
 def copies_of(method: Method, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -133,7 +133,7 @@ class Trained:
 
     def _length(self, draw: Draw) -> float:
         """The length of the step's direction, which takes a pass over all of it: found once a step."""
-        if not self._method.direction.scaled:
+        if not self._method.direction.alone:
             return 1.0
         found, of, slots = self._known
         if of != draw or slots is not self.roster.slots:

@@ -1,0 +1,95 @@
+"""Launches of directions that are mixed with momentum: the direction of a step is the momentum that it leaves."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jaguar import rules
+from jaguar.directions import Mixed
+from jaguar.estimators import Probe
+from jaguar.launches import Lost, State, StepInputs
+from jaguar.params import Slot
+from jaguar.reference.dense import DenseLaunches
+from jaguar.reference.pieces import Piece
+from jaguar.rng import Draw, Purpose
+from jaguar.rounding import compute_dtype
+from jaguar.rule import rounded, state_dtype
+from jaguar.storage import ranges
+
+
+@dataclass(frozen=True)
+class MixedLaunches(DenseLaunches):
+    """x -+ tau m'; then m <- m', x <- (1 - lr wd) x - (lr rho) m' / sqrt(v + 1e-8), v = beta2 z^2 + (1 - beta2) y^2."""
+
+    _momenta: dict[Slot, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def probes(self, inputs: StepInputs) -> list[Probe]:
+        """The probe of the step's direction."""
+        self._look(inputs.state)
+        return super().probes(inputs)
+
+    def lost(self, inputs: StepInputs) -> list[Lost]:
+        """The perturbations that rounding swallows, per tensor."""
+        self._look(inputs.state)
+        return super().lost(inputs)
+
+    def update_(self, inputs: StepInputs) -> None:
+        """The step, and the new momentum."""
+        if inputs.probe is not None:
+            inputs.probe.abort()
+        self._look(inputs.state)
+        (draw,) = inputs.draws
+        for _, piece, s, (momenta,) in self.work(inputs):
+            wide = compute_dtype(piece.dtype)
+            rate = rounded(s.lr * s.weights[0], piece.kind.double)
+            with piece.flat_(piece.tensors) as x, ExitStack() as stack:
+                m = stack.enter_context(piece.flat_(momenta))
+                for part in ranges(piece.count):
+                    z, y, (_, _, share, rest) = self._noises(piece, draw, part, m[part])
+                    e = self._stored(piece, draw, part, m.dtype, z, y)
+                    v = rules.blend(z * z, y * y, share, rest)
+                    value = self.method.rule.step(x[part].to(wide), e.to(wide), s.decay, rate, v)
+                    m[part] = e
+                    x[part] = self.stored(value, x.dtype, draw, piece, part, Purpose.ROUND)
+        self._drawn.clear()
+
+    def _look(self, state: State) -> None:
+        """Where there is no state yet m is 0."""
+        (buffer,) = self.method.rule.state({})
+        self._momenta.clear()
+        for slot, own in zip(self.slots, state, strict=True):
+            dtype = state_dtype(slot.tensor.dtype, buffer, self.method.momentum_dtype)
+            self._momenta[slot] = own[0] if own else torch.zeros_like(slot.tensor, dtype=dtype)
+
+    def _values(self, piece: Piece, draw: Draw, part: slice) -> Tensor:
+        """m' as it is stored, widened."""
+        momenta = [self._momenta[slot].reshape(-1) for slot in piece.slots]
+        m = momenta[0] if len(momenta) == 1 else torch.cat(momenta)
+        z, y, _ = self._noises(piece, draw, part, m[part])
+        return self._stored(piece, draw, part, m.dtype, z, y).to(compute_dtype(piece.dtype))
+
+    def _noises(
+        self, piece: Piece, draw: Draw, part: slice, m: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[float, float, float, float]]:
+        """z, y, and beta1, 1 - beta1, beta2, 1 - beta2."""
+        direction = self.method.direction
+        assert isinstance(direction, Mixed)
+        alpha, beta1, beta2 = direction.numbers(draw.step)
+        numbers = (alpha**0.5, (1.0 - alpha) ** 0.5, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+        fresh, spread, *betas = (rounded(n, piece.kind.double) for n in numbers)
+        wide, elements = compute_dtype(piece.dtype), piece.elements(part)
+        z = direction.values_of(draw, elements).to(wide) * fresh
+        y = m.to(wide) + direction.others_of(draw, elements).to(wide) * spread
+        return z, y, (betas[0], betas[1], betas[2], betas[3])
+
+    def _stored(self, piece: Piece, draw: Draw, part: slice, dtype: torch.dtype, z: Tensor, y: Tensor) -> Tensor:
+        """m' in the dtype of momentum."""
+        direction = self.method.direction
+        assert isinstance(direction, Mixed)
+        _, beta1, _ = direction.numbers(draw.step)
+        share, rest = (rounded(n, piece.kind.double) for n in (beta1, 1.0 - beta1))
+        return self.stored(self.method.rule.entry(z, y, share, rest), dtype, draw, piece, part, Purpose.ROUND_STATE)
