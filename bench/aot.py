@@ -43,6 +43,7 @@ RULES = {name: {"ENTRY": rules.heavy_ball, "STEP": step, "N_ENTRY": 1, "N_STEP":
 RULES |= {name: {"ENTRY": entry, "STEP": step, "N_ENTRY": 4, "N_STEP": 3}
           for name, entry, step in (("adam", rules.adam, rules.adam_step),
                                     ("amsgrad", rules.amsgrad, rules.amsgrad_step))}  # fmt: skip
+RULES["recursive"] = {"ENTRY": rules.heavy_ball, "STEP": rules.recursive_step, "N_ENTRY": 1, "N_STEP": 1}
 SAVED = {"fp64": "*fp64", "fp32": "*fp32", "fp16": "*fp16", "bf16": "*u16"}
 
 
@@ -188,6 +189,7 @@ def cases() -> list[Case]:
         for x, m in (("fp32", "fp32"), ("fp16", "bf16"), ("bf16", "e5m2")):
             step("plain", distribution, "amsgrad", x, m, S1="fp32", S2="fp32")
         step("plain", distribution, "amsgrad", "fp64", "fp64", S1="fp64", S2="fp64")
+        step("plain", distribution, "recursive", m="bf16")
         step("plain", distribution, "adam", m="bf16", S1="fp32")
         step("plain", distribution, "adam", m="bf16", S1="fp32", SEVERAL=True)
         for job in ("save", "flip", "lost"):

@@ -35,6 +35,19 @@ CLOSURE, DIRECTION, COORDINATES, ROWS, COLUMNS, LAYERS, ROUND, ROUND_STATE = ran
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+# Rows of the table of laws that the default suite tries in fp16 too, which shares all but its rounding with bf16; the
+# others' are in test-full.
+IN_FP16 = {"fraction", "all", "gaussian-copy", "muon", "signs"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if given.get("dtype") is torch.float16 and given.get("config", "fraction") not in IN_FP16:
+            item.add_marker(pytest.mark.slow)
+
+
 def dtype_id(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 

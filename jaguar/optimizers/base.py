@@ -240,7 +240,7 @@ class ZerothOrder(Measuring):
                 self._broken = bound.wrote or replays or led
                 raise
             self._measured, self._last_record = None, record
-            self._roster.drop()
+            self._trained.drop_state()
             self._finish(record)
             torch.clear_autocast_cache()
         if record.skipped:

@@ -120,14 +120,17 @@ class Roster:
                         entry[buffer.name] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
         return self.moved()
 
-    def drop(self) -> None:
-        """Drops the buffers that last for a step only."""
+    def drop(self) -> bool:
+        """Drops the buffers that last for a step only; returns whether there was one."""
+        dropped = False
         for tensor, own in zip(self.tensors, self._buffers, strict=True):
             for buffer in own:
                 if not buffer.lasting and tensor in self.entries:
                     self.entries[tensor].pop(buffer.name, None)
                     if not self.entries[tensor]:
                         del self.entries[tensor]
+                    dropped = True
+        return dropped and self.moved()
 
     def left(self) -> bool:
         """Whether a parameter is elsewhere than at the last `moved`: after a closure, which may do anything."""

@@ -108,6 +108,11 @@ class Trained:
         if self.roster.make(self._method):
             self.bound.check(self.roster.state)
 
+    def drop_state(self) -> None:
+        """Drops the state that lasts for a step only; nothing else may keep it alive."""
+        if self.roster.drop():
+            self.bound.check(self.roster.state)
+
     def inputs(self, draws: tuple[Draw, ...], scalars: Mapping[Kind, Scalars]) -> StepInputs:
         """Inputs of the launches of a step."""
         active = self._method.direction.active(draws[0], self.roster.slots)
