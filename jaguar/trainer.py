@@ -28,6 +28,7 @@ from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import keywords
 from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.optimizers.matrices import param_groups
+from jaguar.optimizers.tangents import summed
 from jaguar.record import Record
 from jaguar.scored_trainer import ScoredTrainer, settled
 from jaguar.scoring import Scorer
@@ -272,9 +273,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
             )
         total, weight = total.to(self.args.device), weight.to(self.args.device)
         if self.args.world_size > 1:
-            both = torch.stack([total.reshape(()), weight])
-            dist.all_reduce(both)
-            total, weight = both
+            total, weight = summed(torch.stack([total.reshape(()), weight]))
         return total / weight
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:

@@ -38,9 +38,13 @@ trainer = ZOTrainer(model, args, train_dataset=labelled())
 trainer.train()
 record = trainer.zeroth_order.last_record
 wrapped = type(trainer.model_wrapped).__name__
+more = {{"per_device_train_batch_size": 4, "optim_zo": "forward-grad", "coordinates": None}}
+forward = ZOTrainer(classifier(), arguments(out + "/forward", 2, **more), train_dataset=labelled())
+forward.train()
 heads = {{head: trained(out + "/run", model_of(*HEADS[head][:3]), HEADS[head][3], 2, 2) for head in {heads!r}}}
 with open(f"{{out}}/{{args.process_index}}.json", "w") as file:
-    json.dump([digest(model), wrapped, record.losses, trainer.zeroth_order.steps_done, heads], file)
+    json.dump([digest(model), wrapped, record.losses, trainer.zeroth_order.steps_done, heads,
+               digest(forward.model), forward.zeroth_order.last_record.losses], file)
 """
 
 
@@ -88,6 +92,12 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     (folder / "rng_state_1.pth").unlink()
     with pytest.raises(ValueError, match=r"rng_state_1\.pth is missing"):
         again.train(resume_from_checkpoint=str(folder))
+    # Derivatives are summed as losses are.
+    more = {"per_device_train_batch_size": 4, "optim_zo": "forward-grad", "coordinates": None}
+    args = arguments(tmp_path / "forward alone", 2, gradient_accumulation_steps=2, **more)
+    forward = ZOTrainer(classifier(), args, train_dataset=labelled())
+    forward.train()
+    assert one[6] == pytest.approx(list(forward.zeroth_order.last_record.losses), rel=1e-5)
     # What a loss is a mean of makes no difference, nor that Trainer multiplies some by the number of processes.
     for head, losses in one[4].items():
         *made, data = HEADS[head]

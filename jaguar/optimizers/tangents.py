@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -107,6 +109,23 @@ class Tangents:
         for module, own in self._own.items():
             module._parameters.update(own)
         self._own.clear()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes; of dual numbers, that of their derivatives too."""
+    primal, tangent = forward_ad.unpack_dual(values) if _is_open() else (values, None)
+    primal = primal.clone()
+    dist.all_reduce(primal)
+    if not _is_open():
+        return primal
+    tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()  # every process has to ask
+    dist.all_reduce(tangent)
+    both: Tensor = forward_ad.make_dual(primal, tangent)
+    return both
+
+
+def _is_open() -> bool:
+    return bool(forward_ad._current_level >= 0)
 
 
 def say_once(message: str) -> None:
