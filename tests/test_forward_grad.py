@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_trainer import scored
 from torch import Tensor, nn
 
 from jaguar import ForwardGrad
@@ -128,3 +130,15 @@ def test_refusals() -> None:
         ForwardGrad(w, estimator="one-sided")
     with pytest.raises(TypeError, match="model must be the module"):
         ForwardGrad(w, model=3)  # type: ignore[arg-type]
+
+
+def test_the_derivative_of_a_scored_loss(tmp_path: Path) -> None:
+    """As the trainer's closure has it: rows packed, options scored, sums in fp64."""
+    trainer = scored(tmp_path, steps=2, optim_zo="forward-grad", coordinates=None)
+    trainer.train()
+    opt, model = trainer.zeroth_order, trainer.model.eval()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    total, weight = trainer.scorer.loss(batch, model)
+    exact = by_backward(total / weight, along(opt, opt._seed, 2))
+    record = opt.measure(lambda: (lambda pair: pair[0] / pair[1])(trainer.scorer.loss(batch, model)))
+    assert record.losses[1] == pytest.approx(exact, rel=1e-4, abs=1e-6)
