@@ -215,6 +215,8 @@ class Normalised(OneSided):
     def along(self, losses: Sequence[float], tau: float, double: bool) -> list[float]:
         """The derivatives over sigma."""
         length = self._sigma(losses) * (tau if self.scale == "paper" else 1.0)
+        if not math.isfinite(length):  # the step is skipped
+            return [math.nan] * self.n_directions
         return [rounded((f - losses[0]) / length if length else 0.0, double) for f in losses[1:]]
 
     def moves(self, losses: Sequence[float]) -> bool:
@@ -224,7 +226,9 @@ class Normalised(OneSided):
     def _sigma(self, losses: Sequence[float]) -> float:
         n = len(losses) - 1
         mean = math.fsum(losses[1:]) / n
-        return math.sqrt(math.fsum((f - mean) ** 2 for f in losses[1:]) / (n - 1 if self.scale == "paper" else n))
+        return math.sqrt(
+            math.fsum((f - mean) * (f - mean) for f in losses[1:]) / (n - 1 if self.scale == "paper" else n)
+        )
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,10 @@ class Method:
         if not isinstance(self.maximize, bool):
             raise ValueError(f"maximize={self.maximize!r}: choose True, to make the loss larger, or False")
         if self.direction.alone and self.estimator.n_directions > 1:
-            raise ValueError(f"{self.direction!r} is one direction a step: n_directions={self.estimator.n_directions}")
+            raise ValueError(
+                f"n_directions={self.estimator.n_directions}: {type(self.direction).__name__} is one direction a step; "
+                "leave it out"
+            )
         if self.walk and isinstance(self.direction, Sparse):
             raise ValueError("walk=True is for dense directions; the few values that coordinates touch are saved")
         taken = {"optimizer", "rng", "restore", "padding_rows"} | {f.name for f in fields(self)}

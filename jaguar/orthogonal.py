@@ -201,10 +201,10 @@ class SampledOrthogonal(ScalarSign):
         return Orthogonal().prepared(group, number, defaults)
 
     def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The learning rate of what is no matrix, and the number of matrices."""
+        """The learning rate of what is no matrix, and the size of the matrices."""
         if len(slot.shape) < 2 or not group["ns"]:
             return {"rate": float(group["vector_lr"])}
-        return {"matrices": slot.shape[0] if len(slot.shape) == 3 and group["ns"] != "flatten" else 1}
+        return {"matrices": matrix_shapes(slot, group["ns"])}
 
     def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
         """That there is no momentum."""

@@ -79,7 +79,7 @@ class Slot:
         rate: its learning rate as a multiple of its group's.
         gain: length of its step as a multiple of its learning rate; weight decay has no part in it.
         signed: the rule moves it; else its launches update its state only, and something else moves it.
-        matrices: how many matrices it is of which directions know; 0: none.
+        matrices: rows and columns of its matrices, where directions know of them.
         kept: a row that stays as it is.
     """
 
@@ -94,7 +94,7 @@ class Slot:
     rate: float = 1.0
     gain: float = 1.0
     signed: bool = True
-    matrices: int = 0
+    matrices: tuple[int, int] | None = None
     kept: int | None = None
 
     @property

@@ -84,8 +84,43 @@ def test_where_a_parameter_is_used_elsewhere_all_tangents_are_held(caplog: pytes
     assert sum("attention.out_proj" in m and "all tangents are held" in m for m in said) == 1
     assert sum("attention runs in its plain form" in m for m in said) == 1
     other = ForwardGrad(model.named_parameters(), seed=3)
-    with pytest.raises(RuntimeError, match=r"no module's forward used attention\.out_proj.*pass model="):
+    with pytest.raises(RuntimeError, match=r"attention\.out_proj.* was used outside the forward.*: pass model="):
         other.measure(model)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+class Tied(nn.Module):
+    """Its embedding is a weight by hand too, and the closure adds a penalty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self) -> Tensor:
+        h = self.hidden(self.embedding(torch.arange(7)))
+        return nn.functional.linear(h, self.embedding.weight).logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+def test_second_uses_of_a_parameter_are_noticed(penalty: bool) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+
+    def closure() -> Tensor:
+        more = sum(p.pow(2).sum() for p in model.hidden.parameters()) if penalty else 0.0
+        return model() + 0.1 * more
+
+    opt = ForwardGrad(model.named_parameters(), model=model, seed=3)
+    assert opt.measure(closure).losses[1] == pytest.approx(by_backward(closure(), along(opt, 3)), rel=1e-4, abs=1e-6)
+    captured = model.hidden.weight
+    with pytest.raises(
+        RuntimeError, match=r"hidden\.weight was used outside .*: fetch it from its module in the closure"
+    ):
+        opt.measure(lambda: model() + captured.pow(2).sum())
+    with pytest.raises(ValueError, match=r"embedding\.weight is no parameter of model="):
+        ForwardGrad(model.named_parameters(), model=model.hidden)
+    with pytest.raises(RuntimeError, match=r"loss has no derivative, although the model ran"):
+        opt.measure(lambda: torch.tensor(model().item()))
     assert all(type(p) is nn.Parameter for p in model.parameters())
 
 

@@ -54,6 +54,11 @@ class Mixed(Dense):
             raise ValueError(f"total={self.total!r}: give the number of steps of the run, an int of at least 1")
         if not is_int(self.warmup) or self.warmup < 0:
             raise ValueError(f"warmup={self.warmup!r}: give a number of steps, an int of at least 0")
+        if self.warmup >= _LATE * self.total:
+            raise ValueError(
+                f"warmup={self.warmup} leaves nothing of the schedule, which ends at {_LATE:g} total = "
+                f"{_LATE * self.total:g}: give a smaller warmup, or total= as the number of steps of the run"
+            )
 
     def values_of(self, draw: Draw, elements: Elements) -> Tensor:
         """z / sqrt(alpha) of these elements."""

@@ -38,8 +38,7 @@ class Orthonormal(Dense):
         if not slot.matrices or not slot.total:
             return self.values_of(draw, Elements(list(slot.spans(0, slot.count)), device))
         z = Gaussian().values_of(draw, Elements([(slot.stream, 0, slot.total)], device))
-        rows = slot.shape[1] if slot.matrices > 1 else slot.shape[0]
-        whole = orthonormal(z.view(slot.matrices if slot.matrices > 1 else 1, rows, -1)).reshape(-1)
+        whole = orthonormal(z.view(-1, *slot.matrices)).reshape(-1)
         if slot.count == slot.total:
             return whole
         return torch.cat([whole[first : first + count] for _, first, count in slot.spans(0, slot.count)])

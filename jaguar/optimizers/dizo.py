@@ -75,7 +75,7 @@ class DiZO(ZerothOrder):
         decides, runs = parts(common)
         if decides["walk"]:
             raise ValueError("restore='walk' leaves x, and a search starts from it: choose 'copy' or 'module'")
-        names = _QUERY_AND_VALUE if project is None else project if isinstance(project, str) else tuple(project)
+        names = _QUERY_AND_VALUE if project is None else project
         self._rule = Projected(True, every, search_steps, search_scale, search_lr, bounds, names)  # type: ignore[arg-type]
         method = Method(dense(distribution), self._rule, **decides)
         super().__init__(params, method, lr=lr, momentum=momentum, weight_decay=weight_decay, **runs)

@@ -18,7 +18,7 @@ from jaguar.optimizers.common import Common, parts
 from jaguar.optimizers.measuring import Evaluate
 from jaguar.optimizers.tangents import Tangents, say_once
 from jaguar.optimizers.trials import Trials
-from jaguar.params import Slot
+from jaguar.params import Slot, identity
 from jaguar.rng import Draw, Elements
 from jaguar.rules import SGD
 
@@ -33,15 +33,16 @@ class ForwardGrad(ZerothOrder):
     bytes per parameter. Records have f(x) and the n derivatives.
 
     Works with unmodified models. Attention runs in its plain form: the fused kernels have no forward-mode formulas. A
-    parameter that another module than its owner uses makes all tangents of the model stay in memory: one number per
-    parameter, in its dtype. z of parameters of half precision is rounded to their dtype in rho, and not in the step.
+    parameter that is used outside its module (tied by hand, or in the closure) is noticed, and all tangents of the
+    model then stay in memory: one number per parameter, in its dtype. z of parameters of half precision is rounded to
+    their dtype in rho, and not in the step.
 
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, weight_decay, or model.named_parameters(),
             whose names make the random numbers independent of the order.
         lr: learning rate; a parameter moves lr rho z_i.
         model: the module whose parameters they are; None: parameters are found in whatever modules the closure runs,
-            and must be used by their owners.
+            and may be used by their owners only.
         weight_decay: decoupled, multiplied by lr.
         common: seed, backend, n_directions, rho_clip, rounding, maximize and shards, as `ZOSGD`; tau has no effect.
 
@@ -66,11 +67,23 @@ class ForwardGrad(ZerothOrder):
             raise ValueError(f"restore={common['restore']!r}: forward mode perturbs nothing; leave it out")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be the module whose parameters are trained, got {type(model).__name__}")
+        if common.get("momentum_dtype") is not None:
+            raise ValueError(f"momentum_dtype={common['momentum_dtype']!r}: this method keeps no state; leave it out")
         decides, runs = parts(common, ForwardMode)
         self._model, self._hold = model, False
         method = Method(Gaussian(), SGD(momentum=False), **decides)
         # No copies of parameters are needed: nothing moves them before the step.
         super().__init__(params, method, lr=lr, weight_decay=weight_decay, **runs | {"restore": "module"})
+        own = set() if model is None else {identity(p) for p in model.parameters()}
+        if (
+            strange := [slot.name for slot in self._slots if identity(slot.tensor) not in own]
+            if model is not None
+            else []
+        ):
+            raise ValueError(
+                f"{', '.join(strange[:3])}{' and others' if len(strange) > 3 else ''} is no parameter of model=: give "
+                "the module that has all of them"
+            )
 
     def _losses(
         self, evaluate: Evaluate, inputs: StepInputs, hold: bool, places: Trials
@@ -92,14 +105,22 @@ class ForwardGrad(ZerothOrder):
         tangent = partial(_tangent, draw)
         with Tangents(self._roster.slots, tangent, self._model, self._hold) as tangents:
             loss = _explained(evaluate, partial(read, tangents))
-        if not self._hold and tangents.unused:
-            names = f"{', '.join(tangents.unused[:3])}{' and others' if len(tangents.unused) > 3 else ''}"
-            if self._model is None:
-                raise RuntimeError(
-                    f"no module's forward used {names} during the closure, so its derivative would be missing: pass "
-                    "model=, and all tangents are held, or freeze it"
+        if tangents.plain or tangents.elsewhere:
+            plain = sorted(tangents.plain)
+            names = (
+                ", ".join(plain[:3]) + " and others" * (len(plain) > 3) if plain else "a parameter of another process"
+            )
+            if self._hold or self._model is None:
+                how = (
+                    "fetch it from its module in the closure"
+                    if self._hold
+                    else "pass model=, and all tangents are held"
                 )
-            say_once(f"Forward-Grad: {names} is used by another module than its owner; all tangents are held")
+                raise RuntimeError(
+                    f"{names} was used outside the forward of the module that owns it, so its derivative would be "
+                    f"missing: {how}, or freeze it"
+                )
+            say_once(f"Forward-Grad: {names} is used outside its module; all tangents are held")
             self._hold = True
             return self._dual(evaluate, draw)
         return loss, found[-1]

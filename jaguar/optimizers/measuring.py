@@ -111,9 +111,10 @@ class Measuring(Contract):
                 try:
                     with interrupts.let_through():
                         loss = isolation.evaluate(closure, seed)
-                        if read is not None and isinstance(loss, Tensor):
+                        value = self._guard.as_float(loss, roster.double)
+                        if read is not None:
                             read(loss)
-                        return self._guard.as_float(loss, roster.double)
+                        return value
                 except RuntimeError as error:
                     if (better := explained(error)) is error:
                         raise

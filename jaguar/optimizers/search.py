@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -60,15 +60,12 @@ class Projected(SGD):
                 raise ValueError(f"{name}={value!r}: give a number above 0")
             object.__setattr__(self, name, float(value))
         bounds = self.bounds
-        if (
-            not isinstance(bounds, (tuple, list))
-            or len(bounds) != 2
-            or not 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf
-        ):
+        numbers = isinstance(bounds, (tuple, list)) and [type(b) in (int, float) for b in bounds] == [True, True]
+        if not numbers or not 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf:
             raise ValueError(f"bounds={bounds!r}: give two multiples of the way around 1, (0.8, 1.2) say")
         object.__setattr__(self, "bounds", tuple(map(float, bounds)))
         names = (self.project,) if isinstance(self.project, str) else self.project
-        if not all(isinstance(name, str) and name for name in names):
+        if not isinstance(names, Collection) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"project={self.project!r}: give names of tensors, or components of them: ('q_proj', ...)")
         object.__setattr__(self, "project", tuple(sorted(set(names))))
 
@@ -176,7 +173,8 @@ class Search:
         scale = rounded(scale, dtype == torch.float64)
         with flat_(slot.tensor) as target, flat_(x) as values, flat_(start) as begun:
             for part in ranges(slot.count):
-                moved = stretched(values[part].to(wide), begun[part].to(wide), scale)
+                here, first = values[part].to(wide), begun[part].to(wide)
+                moved = torch.where(here == first, here, stretched(here, first, scale))  # -0 stays -0
                 if noise is None or not needs_noise(dtype):
                     target[part] = store(moved, dtype)
                 else:

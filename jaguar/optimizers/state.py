@@ -96,10 +96,12 @@ class Roster:
         return any(name not in self.entries.get(tensor, {}) for tensor, name in self._copies)
 
     def copies(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Every parameter that has a copy of this name, and the copy; none before the first step."""
-        if self.lacks_copies:
-            return []
-        return [(tensor, self.entries[tensor][of]) for tensor, of in self._copies if of == name]
+        """Every parameter that has a copy of this name by now, and the copy."""
+        return [
+            (tensor, self.entries[tensor][of])
+            for tensor, of in self._copies
+            if of == name and of in self.entries.get(tensor, {})
+        ]
 
     def make(self, method: Method) -> bool:
         """Makes the buffers and copies that are missing; returns whether any was a buffer."""

@@ -11,6 +11,7 @@ from jaguar.method import Method
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
 from jaguar.orthogonal import DenseOrthogonal, SampledOrthogonal
+from jaguar.params import is_int
 
 # Of Algorithm 4, whose E has entries of about 1 / sqrt(columns).
 _TAU_4 = 3e-2
@@ -65,6 +66,8 @@ class ZOMuon(ZerothOrder):
     ) -> None:
         decides, runs = parts(common)
         own: dict[str, Any] = {"vector_lr": vector_lr}
+        if not is_int(algorithm):
+            raise ValueError(f"algorithm={algorithm!r}: choose 3 or 4")
         if algorithm == 3:
             rule = DenseOrthogonal("all", True, ns_steps, ns_coefficients, ns_dtype)
             method = Method(Gaussian(), rule, **decides)
@@ -74,6 +77,8 @@ class ZOMuon(ZerothOrder):
                 "momentum": (momentum, 0.0),
                 "ns_steps": (ns_steps, None),
                 "ns_coefficients": (ns_coefficients, "cubic"),
+                "ns_dtype": (ns_dtype, torch.bfloat16),
+                "momentum_dtype": (common.get("momentum_dtype"), None),
             }
             for name, (value, usual) in given.items():
                 if value != usual:
