@@ -44,7 +44,8 @@ IN_FP16 = {"fraction", "all", "gaussian-copy", "muon", "signs"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         given = getattr(getattr(item, "callspec", None), "params", {})
-        if given.get("dtype") is torch.float16 and given.get("config", "fraction") not in IN_FP16:
+        fp16 = given.get("dtype") is torch.float16 or given.get("storage") == "fp16"
+        if fp16 and given.get("config", "" if "storage" in given else "fraction") not in IN_FP16:
             item.add_marker(pytest.mark.slow)
 
 

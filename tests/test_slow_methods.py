@@ -79,7 +79,7 @@ def fzoo_weights(losses: list[float], tau: float, scale: str) -> list[float] | N
     f0, *rest = losses
     n = len(rest)
     mean = math.fsum(rest) / n
-    sigma = math.sqrt(math.fsum((f - mean) ** 2 for f in rest) / (n - 1 if scale == "paper" else n))
+    sigma = math.sqrt(math.fsum((f - mean) * (f - mean) for f in rest) / (n - 1 if scale == "paper" else n))
     if sigma == 0:
         return None
     return [(f - f0) / (sigma * tau if scale == "paper" else sigma) for f in rest]
