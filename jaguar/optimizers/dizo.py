@@ -25,8 +25,8 @@ class DiZO(ZerothOrder):
     """DiZO: ZO-SGD, and every few steps a zeroth-order search for how far each layer should be from where it began.
 
         every step       g = mean over directions of rho z;   m <- momentum m + g;   x <- (1 - lr wd) x - lr m
-        before step t    t = every, 2 every, ...:   x_l <- x0_l + s_l (x_l - x0_l)   for the projected tensors l, where
-        search           s_l = 1;   search_steps times:   n_l ~ N(0, 1),   c = search_scale
+        before step t    t = every, 2 every, ...:   x_l <- x0_l + s_l (x_l - x0_l)   for the projected tensors l
+        its search       s_l = 1;   search_steps times:   n_l ~ N(0, 1),   c = search_scale
                          r = (f(s + c n) - f(s - c n)) / (2 c);   s_l <- clip(s_l - search_lr r n_l, bounds)
 
     s_l is the paper's gamma_l over ||x_l - x0_l||. Two evaluations a step, and 2 search_steps more in one of `every`.
