@@ -22,9 +22,9 @@ OPTIONS = {
     "jaguar-signsgd": ["--coordinates", "0.5"],
     "jaguar-muon": ["--coordinates", "0.5"],
 }
-# Half of them in the default suite, the other halves in test-full.
+# A quarter of them in the default suite, all in test-full.
 CASES = [
-    pytest.param(method, lora, marks=[] if i % 2 == lora else pytest.mark.slow)
+    pytest.param(method, lora, marks=[] if i % 4 == 2 * lora else pytest.mark.slow)
     for i, method in enumerate(METHODS)
     for lora in (0, 1)
 ]
