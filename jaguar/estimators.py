@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 from jaguar.directions import Direction
 from jaguar.params import Slot, free_bytes, is_int
+from jaguar.record import mean
 from jaguar.rule import plain, rounded
 
 # (tau, double) -> one derivative per direction.
@@ -125,7 +126,7 @@ class Estimator:
 
     def loss(self, losses: Sequence[float]) -> float:
         """What a step tells its user: the mean of the losses, NaN if one is not finite."""
-        return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
+        return mean(losses)
 
     def moves(self, losses: Sequence[float]) -> bool:
         """Whether these losses, all finite, move anything."""

@@ -8,12 +8,18 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _HEAD = struct.Struct("<QBHH")  # step, flags, number of learning rates, number of losses
 _CHECKSUM = struct.Struct("<I")
 _FROZEN = struct.Struct("<I")  # stands before the checksum, if its flag is set
 _SKIPPED, _HAS_FROZEN = 1, 2
+
+
+def mean(losses: Sequence[float]) -> float:
+    """Mean of losses; NaN if there is none, or one is not finite."""
+    return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,7 @@ class Record:
     @property
     def loss(self) -> float:
         """Mean of the losses."""
-        finite = bool(self.losses) and all(map(math.isfinite, self.losses))
-        return math.fsum(self.losses) / len(self.losses) if finite else math.nan
+        return mean(self.losses)
 
     def check(self, *, step: int, n_lrs: int, n_losses: int, frozen: int = 0) -> None:
         """Raises ValueError unless it is of step number `step`, with so many rates and losses and these frozen."""

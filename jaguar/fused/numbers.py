@@ -17,6 +17,7 @@ from jaguar.method import Method
 from jaguar.params import Kind, Slot
 from jaguar.rng import STATE_PURPOSES, Draw, Purpose
 from jaguar.rule import Rule
+from jaguar.storage import staged
 from jaguar.triton_kernels import rules as kernels
 from jaguar.triton_kernels import tables as T
 
@@ -133,9 +134,7 @@ class Numbers:
             return
         together = torch.frombuffer(bytearray(packed), dtype=torch.int64)
         for device, buffer in self._buffers.items():
-            # From pinned memory the copy does not wait for the work that the device still has to do.
-            given = together.pin_memory() if device.type == "cuda" else together
-            buffer[first : first + len(together)].copy_(given, non_blocking=True)
+            buffer[first : first + len(together)].copy_(staged(together, device), non_blocking=True)
 
     def _words_of(self, draw: Draw) -> list[int]:
         """The keys of a direction, made once a step."""

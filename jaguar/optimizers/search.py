@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jaguar import rng
+from jaguar.optimizers.trials import kept
 from jaguar.params import Slot, is_int
 from jaguar.rng import Draw, Elements, Purpose
 from jaguar.rounding import compute_dtype, needs_noise, store
@@ -117,7 +118,7 @@ class Search:
     def measured(self, evaluate: Callable[[], float]) -> tuple[float, ...]:
         """The losses of the search; the tensors come back, bit for bit."""
         losses: list[float] = []
-        with self._kept() as ways:
+        with kept([slot.tensor for slot in self.slots]) as ways:
             for j in range(self.rule.search_steps):
                 s = self.scales(losses)
                 for side in (1.0, -1.0):
@@ -139,7 +140,7 @@ class Search:
     @contextmanager
     def found(self, losses: Sequence[float]) -> Iterator[None]:
         """Inside, the tensors are where the search ends; afterwards where they were, bit for bit."""
-        with self._kept():
+        with kept([slot.tensor for slot in self.slots]):
             self.project_(losses)
             yield
 
@@ -147,15 +148,6 @@ class Search:
         """x <- x0 + s (x - x0), rounded as the method rounds."""
         for slot, start, s in zip(self.slots, self.starts, self.scales(losses), strict=True):
             self._place_(slot, slot.tensor.detach().clone(), start, s, self.draw if self.stochastic else None)
-
-    @contextmanager
-    def _kept(self) -> Iterator[list[Tensor]]:
-        copies = [slot.tensor.detach().clone() for slot in self.slots]
-        try:
-            yield copies
-        finally:
-            for slot, copy in zip(self.slots, copies, strict=True):
-                slot.tensor.copy_(copy)
 
     def _normals(self, j: int) -> list[float]:
         """The j-th standard normal of every tensor."""

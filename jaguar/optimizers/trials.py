@@ -70,11 +70,18 @@ def trial(launches: Launches, inputs: StepInputs, tensors: Sequence[Tensor]) -> 
     active = inputs.active or [True] * len(tensors)
     touched = [t for t, moves in zip(tensors, active, strict=True) if moves]
     touched += [m for own, moves in zip(inputs.state, active, strict=True) if moves for m in own]
-    copies = [tensor.detach().clone() for tensor in touched]
-    try:
+    with kept(touched):
         launches.prepare(inputs)
         launches.update_(inputs)
         yield
+
+
+@contextmanager
+def kept(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of tensors, which are what they were, bit for bit, when it ends."""
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield copies
     finally:
-        for tensor, copy in zip(touched, copies, strict=True):
+        for tensor, copy in zip(tensors, copies, strict=True):
             tensor.copy_(copy)

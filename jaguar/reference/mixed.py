@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -49,9 +50,9 @@ class MixedLaunches(DenseLaunches):
             with piece.flat_(piece.tensors) as x, ExitStack() as stack:
                 m = stack.enter_context(piece.flat_(momenta))
                 for part in ranges(piece.count):
-                    z, y, (_, _, share, rest) = self._noises(piece, draw, part, m[part])
-                    e = self._stored(piece, draw, part, m.dtype, z, y)
-                    v = rules.blend(z * z, y * y, share, rest)
+                    z, y, betas = self._noises(piece, draw, part, m[part])
+                    e = self._entered(piece, draw, part, m.dtype, z, y, betas)
+                    v = rules.blend(z * z, y * y, *betas[2:])
                     value = self.method.rule.step(x[part].to(wide), e.to(wide), s.decay, rate, v)
                     m[part] = e
                     x[part] = self.stored(value, x.dtype, draw, piece, part, Purpose.ROUND)
@@ -69,12 +70,10 @@ class MixedLaunches(DenseLaunches):
         """m' as it is stored, widened."""
         momenta = [self._momenta[slot].reshape(-1) for slot in piece.slots]
         m = momenta[0] if len(momenta) == 1 else torch.cat(momenta)
-        z, y, _ = self._noises(piece, draw, part, m[part])
-        return self._stored(piece, draw, part, m.dtype, z, y).to(compute_dtype(piece.dtype))
+        z, y, betas = self._noises(piece, draw, part, m[part])
+        return self._entered(piece, draw, part, m.dtype, z, y, betas).to(compute_dtype(piece.dtype))
 
-    def _noises(
-        self, piece: Piece, draw: Draw, part: slice, m: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[float, float, float, float]]:
+    def _noises(self, piece: Piece, draw: Draw, part: slice, m: Tensor) -> tuple[Tensor, Tensor, list[float]]:
         """z, y, and beta1, 1 - beta1, beta2, 1 - beta2."""
         direction = self.method.direction
         assert isinstance(direction, Mixed)
@@ -84,12 +83,10 @@ class MixedLaunches(DenseLaunches):
         wide, elements = compute_dtype(piece.dtype), piece.elements(part)
         z = direction.values_of(draw, elements).to(wide) * fresh
         y = m.to(wide) + direction.others_of(draw, elements).to(wide) * spread
-        return z, y, (betas[0], betas[1], betas[2], betas[3])
+        return z, y, betas
 
-    def _stored(self, piece: Piece, draw: Draw, part: slice, dtype: torch.dtype, z: Tensor, y: Tensor) -> Tensor:
+    def _entered(
+        self, piece: Piece, draw: Draw, part: slice, dtype: torch.dtype, z: Tensor, y: Tensor, betas: Sequence[float]
+    ) -> Tensor:
         """m' in the dtype of momentum."""
-        direction = self.method.direction
-        assert isinstance(direction, Mixed)
-        _, beta1, _ = direction.numbers(draw.step)
-        share, rest = (rounded(n, piece.kind.double) for n in (beta1, 1.0 - beta1))
-        return self.stored(self.method.rule.entry(z, y, share, rest), dtype, draw, piece, part, Purpose.ROUND_STATE)
+        return self.stored(self.method.rule.entry(z, y, *betas[:2]), dtype, draw, piece, part, Purpose.ROUND_STATE)
