@@ -21,9 +21,10 @@ class Losses(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Remembers the step's loss."""
-        record = getattr(bare(others["optimizer"]), "last_record", None)
+        optimizer = bare(others["optimizer"])
+        record = getattr(optimizer, "last_record", None)
         if record is not None:
-            self.values.append(record.loss)
+            self.values.append(optimizer.loss(record))
 
 
 class Bar(TrainerCallback):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jaguar import ForwardGrad
 from jaguar.directions import Gaussian
 from jaguar.optimizers import tangents
+from jaguar.progress import Losses
 from jaguar.rng import Draw, Elements
 
 
@@ -165,6 +166,14 @@ def test_refusals() -> None:
         ForwardGrad(w, estimator="one-sided")
     with pytest.raises(TypeError, match="model must be the module"):
         ForwardGrad(w, model=3)  # type: ignore[arg-type]
+
+
+def test_the_losses_of_the_picture_are_losses(tmp_path: Path) -> None:
+    """And not means of a loss and a derivative."""
+    losses = Losses()
+    trainer = scored(tmp_path, steps=3, optim_zo="forward-grad", coordinates=None, callbacks=[losses])
+    trainer.train()
+    assert len(losses.values) == 3 and losses.values[-1] == trainer.zeroth_order.last_record.losses[0]
 
 
 def test_the_derivative_of_a_scored_loss(tmp_path: Path) -> None:
