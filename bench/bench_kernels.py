@@ -56,8 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in args.lists or ():
         if name not in shapes.LISTS:
             parser.error(f"--lists {name}: choose from {', '.join(shapes.LISTS)}")
-    if args.into and not args.into.is_file():
-        parser.error(f"--into {args.into}: there is no such file; only `make gpu` begins one")
+    result.check_begun(parser, args.into)
     try:
         from gpu import suite
     except ImportError as error:

@@ -27,8 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := result.no_gpu():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    if args.into and not args.into.is_file():
-        parser.error(f"--into {args.into}: there is no such file; only `make gpu` begins one")
+    result.check_begun(parser, args.into)
     try:
         import transformers
         from gpu import models

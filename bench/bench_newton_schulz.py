@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu import result
+
 SHAPES = ((1, 64), (64, 1), (8, 2048), (2048, 8), (768, 768), (1000, 1003), (4, 64, 256))
 SPECTRA = ("Gaussian", "logspace(0, -3)")
 # Elements of a batch up to which Triton's interpreter is bearable.
@@ -156,8 +158,6 @@ def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> 
 
 def speed(args: argparse.Namespace, begin: float) -> int:
     """The rows of `make gpu`, saved after each one."""
-    from gpu import result
-
     if reason := result.no_gpu():
         print(f"error: {reason}", file=sys.stderr)
         return 2
@@ -210,8 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--into", type=Path, help="with --speed: result file that `make gpu` has begun")
     args = parser.parse_args(arguments)
-    if args.into and not args.into.is_file():
-        parser.error(f"--into {args.into}: there is no such file; only `make gpu` begins one")
+    result.check_begun(parser, args.into)
     try:
         import jaguar  # noqa: F401
     except ImportError as error:

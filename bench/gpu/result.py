@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -83,6 +84,12 @@ def load(path: Path) -> dict[str, Any]:
     """What `save` wrote."""
     found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def check_begun(parser: argparse.ArgumentParser, into: Path | None) -> None:
+    """Ends a program whose --into is no file that `make gpu` has begun."""
+    if into and not into.is_file():
+        parser.error(f"--into {into}: there is no such file; only `make gpu` begins one")
 
 
 def _said(*command: str) -> str | None:
