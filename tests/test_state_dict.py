@@ -383,3 +383,33 @@ def test_an_incomplete_state_dict_changes_nothing(missing):
         optimizer.load_state_dict(broken)
     after = optimizer.state_dict()["state"]
     assert all(torch.equal(before[i]["momentum"], after[i]["momentum"]) for i in before)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_state_that_is_missing_is_named(config: str) -> None:
+    """Whatever a method keeps of a tensor, of one tensor or of all: none of it is begun anew without a word."""
+    bag = every_form(torch.float32)
+    opt = make(config, bag.named_parameters())
+    opt.step(bag)
+    kept = {name for entry in opt.state.values() for name in entry}
+    for name in kept:
+        state = copy.deepcopy(opt.state_dict())
+        i = next(i for i, entry in state["state"].items() if name in entry)
+        del state["state"][i][name]
+        where = state["param_groups"][0]["param_names"][i]
+        refuse(opt, state, f"no {name} of {where}, .*: it is incomplete")
+    if kept:
+        refuse(opt, copy.deepcopy(opt.state_dict()) | {"state": {}}, "it is incomplete")
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:1 of 2 tensors have requires_grad=False")
+def test_a_tensor_that_was_frozen_in_all_steps_has_no_state() -> None:
+    bag = Bag([weights(torch.float32, 20), weights(torch.float32, 30)])
+    opt = make("fraction", bag.named_parameters())
+    frozen = next(iter(bag.parameters())).requires_grad_(False)
+    opt.step(bag)
+    assert frozen not in opt.state
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    frozen.requires_grad_(True)
+    refuse(opt, copy.deepcopy(opt.state_dict()), "freeze it .* while loading")

@@ -15,7 +15,7 @@ from jaguar.interrupts import HeldInterrupts
 from jaguar.launches import StepInputs
 from jaguar.method import Method
 from jaguar.module_state import ModuleState
-from jaguar.optimizers.checkpoint import Saved, packed, unpacked
+from jaguar.optimizers.checkpoint import Saved, check_complete, packed, unpacked
 from jaguar.optimizers.contract import with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
@@ -323,6 +323,8 @@ class ZerothOrder(Measuring):
 
     def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         fitting, exact, saved = unpacked(state, self.param_groups, self._saved())
+        if saved.moved:
+            check_complete(exact, self.method, self._slots, fitting["param_groups"])
         load(fitting)
         self.state.update(exact)
         self._step, self._seed, self._last_finite = saved.step, saved.seed, saved.last_finite

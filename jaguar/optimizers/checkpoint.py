@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
-from jaguar.params import canonical_name
+from jaguar.method import Method
+from jaguar.optimizers.state import buffers_of, copies_of
+from jaguar.params import Slot, canonical_name
 
 # Options that earlier versions did not have, and what they did.
 _SINCE = {"maximize": False}
@@ -36,6 +38,11 @@ class Saved:
     last_finite: int | None
     options: dict[str, Any]
     stayed: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Number of steps that moved something."""
+        return self.step - self.skipped - self.stayed
 
     def entry(self) -> dict[str, Any]:
         """As it stands in a state_dict: ints, strings and the options as plain values."""
@@ -145,3 +152,22 @@ def exact_state(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
             for key, value in values.items()
         }
     return state
+
+
+def check_complete(
+    state: Mapping[Tensor, Mapping[str, Any]],
+    method: Method,
+    slots: Sequence[Slot],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raises ValueError where the saved state of steps that moved something lacks what they kept of a tensor."""
+    kept = zip(slots, buffers_of(method, slots, groups), copies_of(method, slots, groups), strict=True)
+    for slot, buffers, copies in kept:
+        held = state.get(slot.tensor, {})
+        missing = [name for name in (*(b.name for b in buffers if b.lasting), *copies) if name not in held]
+        if missing and slot.tensor.requires_grad:
+            raise ValueError(
+                f"the state_dict has steps that moved something, and no {missing[0]} of {slot.name}, which they keep "
+                f"of every tensor that they move: it is incomplete. If {slot.name} was frozen in all of them, freeze "
+                "it (requires_grad_(False)) while loading"
+            )
