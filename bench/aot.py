@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from jaguar.fused import newton_schulz as products
-from jaguar.triton_kernels import coordinate, dense, launch, matrix, newton_schulz, rules
+from jaguar.triton_kernels import coordinate, dense, launch, matrix, mixed, newton_schulz, rules
 
 TARGETS = (80, 90)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -130,6 +130,17 @@ def cases() -> list[Case]:
         held = (x, *(constants[buffer] for buffer in ("S0", "S1", "S2")))
         found.append(Case(name, dense.step, constants, x, accesses(constants["TILE"], held, held) if hint else (0, 0)))
 
+    def mixes(job: str, x: str = "bf16", m: str = "bf16", held: bool = True, hint: bool = True) -> None:
+        moves = job in ("walk", "save", "flip", "lost")
+        state = m if held else "none"
+        constants = {"JOB": job, "MASKED": False, "X_FORMAT": x, "S0": state, "M_FORMAT": m, "TWO_SIDED": True,
+                     "STOCHASTIC": True, "HINT": hint, "GROUPED": hint, "BLOCK": launch.BLOCK,
+                     "TILE": launch.TILE}  # fmt: skip
+        name = f"mixed {job} x={x} m={state}" + ("" if hint else " unaligned")
+        stored = {"walk": (x,), "save": (x, x), "flip": (x,), "lost": ()}.get(job, (x, m))
+        wide = accesses(launch.TILE, (x, state), stored) if hint else (0, 0)
+        found.append(Case(name, mixed.move if moves else mixed.step, constants, x, wide))
+
     def along(x: str = "bf16", o: str = "bf16", hint: bool = True) -> None:
         constants = {"X_FORMAT": x, "O_FORMAT": o, "STOCHASTIC": True, "HINT": hint, "GROUPED": hint}
         constants |= {"BLOCK": launch.BLOCK, "TILE": launch.TILE}
@@ -197,6 +208,15 @@ def cases() -> list[Case]:
         step("saved", distribution, MASKED=True)
         step("plain", distribution, m="bf16", MASKED=True)
     move("restore", "rademacher")
+    for job in ("walk", "save", "flip", "lost", "plain", "saved", "walked"):
+        mixes(job)
+    for x, m in (("fp32", "fp32"), ("fp16", "bf16"), ("bf16", "fp32"), ("bf16", "e5m2"), ("fp64", "fp64")):
+        mixes("walk", x, m)
+        mixes("plain", x, m)
+    for job in ("save", "lost"):
+        mixes(job, held=False)
+    for job in ("walk", "plain"):
+        mixes(job, hint=False)
     return found + newton_schulz_cases()
 
 

@@ -62,18 +62,17 @@ def bind(method: Method, slots: Sequence[Slot], groups: ops.Groups, backend: str
 def _launches(
     name: str, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: Numbers | None
 ) -> Launches:
-    sparse = isinstance(method.direction, Sparse)
+    sparse, mixed = (isinstance(method.direction, kind) for kind in (Sparse, Mixed))
     if name == "reference":
         if sparse:
             return reference.CoordinateLaunches(method, slots)
-        dense = reference.MixedLaunches if isinstance(method.direction, Mixed) else reference.DenseLaunches
-        return dense(method, slots, restore)
+        return (reference.MixedLaunches if mixed else reference.DenseLaunches)(method, slots, restore)
     from jaguar import fused
 
     assert numbers is not None
     if sparse:
         return fused.CoordinateLaunches(method, slots, everything, numbers)
-    return fused.DenseLaunches(method, slots, restore, numbers)
+    return (fused.MixedLaunches if mixed else fused.DenseLaunches)(method, slots, restore, numbers)
 
 
 def _say_slow(backend: str, method: Method, slots: Sequence[Slot], groups: ops.Groups, names: Sequence[str]) -> None:

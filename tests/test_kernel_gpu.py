@@ -66,7 +66,7 @@ pytestmark = [
 DEVICE = "cuda"
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 MILLIONS = 1 << 21
-NO_KERNELS = {"mixed", "zo-muon-4"}
+NO_KERNELS = {"zo-muon-4"}
 updates = pytest.mark.parametrize("update", ["sampled", "all"])
 distributions = pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 

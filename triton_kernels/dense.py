@@ -30,7 +30,7 @@ def _direction(k, first, j, stream, DISTRIBUTION: tl.constexpr, GROUPED: tl.cons
 
 
 @triton.jit
-def _count(row, active, MASKED: tl.constexpr):
+def count(row, active, MASKED: tl.constexpr):
     """Local elements that take part: all or none."""
     n = tl.load(row + T.COUNT)
     if MASKED:
@@ -39,7 +39,7 @@ def _count(row, active, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _rest(n, o, MASKED: tl.constexpr):
+def remaining(n, o, MASKED: tl.constexpr):
     """Number of the n elements from `o` on; in MASKED launches n may be 0."""
     if MASKED:
         n = tl.maximum(n, o)
@@ -47,9 +47,27 @@ def _rest(n, o, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _moved(w, z, scale, FORMAT: tl.constexpr):
+def moved(w, z, scale, FORMAT: tl.constexpr):
     """x + scale z as it is stored."""
     return nearest(rules.perturbed(w, z.to(w.dtype), scale), FORMAT)
+
+
+@triton.jit
+def place(x, saved, lost, j, rest, v, z, tau, factor, JOB: tl.constexpr, FORMAT: tl.constexpr,
+          TWO_SIDED: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+    """Stores v + factor tau z, and v itself to be saved; or counts what rounding swallows."""
+    w = widened(v, FORMAT, FORMAT)
+    if JOB == "lost":
+        plus = widened(moved(w, z, tau, FORMAT), FORMAT, FORMAT)
+        other = w
+        if TWO_SIDED:
+            other = widened(moved(w, z, -1.0 * tau, FORMAT), FORMAT, FORMAT)
+        swallowed = (plus == other) & (z != 0.0) & (j < rest)
+        tl.atomic_add(lost, tl.sum(tl.sum(swallowed.to(tl.int64), 1), 0))
+    else:
+        if JOB == "save":
+            store(saved, j, rest, v, FULL)
+        store(x, j, rest, moved(w, z, tau * factor, FORMAT), FULL)
 
 
 @triton.jit
@@ -65,18 +83,7 @@ def _move_tile(x, saved, lost, rest, k, first, stream, tau, factor, JOB: tl.cons
         else:
             v = load(x, j, rest, FULL)
         z = _direction(k, first, j, stream, DISTRIBUTION, GROUPED)  # after the loads, which take longer
-        w = widened(v, FORMAT, FORMAT)
-        if JOB == "lost":
-            plus = widened(_moved(w, z, tau, FORMAT), FORMAT, FORMAT)
-            other = w
-            if TWO_SIDED:
-                other = widened(_moved(w, z, -1.0 * tau, FORMAT), FORMAT, FORMAT)
-            swallowed = (plus == other) & (j < rest)
-            tl.atomic_add(lost, tl.sum(tl.sum(swallowed.to(tl.int64), 1), 0))
-        else:
-            if JOB == "save":
-                store(saved, j, rest, v, FULL)
-            store(x, j, rest, _moved(w, z, tau * factor, FORMAT), FULL)
+        place(x, saved, lost, j, rest, v, z, tau, factor, JOB, FORMAT, TWO_SIDED, FULL)
 
 
 @triton.jit(do_not_specialize=["first_program"])
@@ -94,7 +101,7 @@ def move(tensors, programs, keys, scalars, active, saved, lost, first_program, f
     program = programs + (first_program + tl.program_id(0)).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
     o = tl.multiple_of(tl.load(program + T.FIRST), BLOCK)
-    n = _count(row, active, MASKED)
+    n = count(row, active, MASKED)
     x = pointer(tl.load(row + T.X), FORMAT, HINT) + o
     saved += tl.multiple_of(tl.load(row + T.SAVED), 16) + o
     lost += tl.load(program + T.TENSOR)
@@ -107,14 +114,14 @@ def move(tensors, programs, keys, scalars, active, saved, lost, first_program, f
             _move_tile(x + u, saved + u, lost, TILE, k, first + u, stream, tau, factor,
                        JOB, FORMAT, DISTRIBUTION, TWO_SIDED, GROUPED, True, TILE)  # fmt: skip
     else:
-        rest = _rest(n, o, MASKED)
+        rest = remaining(n, o, MASKED)
         for u in range(0, rest, TILE):
             _move_tile(x + u, saved + u, lost, rest - u, k, first + u, stream, tau, factor,
                        JOB, FORMAT, DISTRIBUTION, TWO_SIDED, GROUPED, False, TILE)  # fmt: skip
 
 
 @triton.jit
-def _buffer(row, x, o, COLUMN: tl.constexpr, FORMAT: tl.constexpr, HINT: tl.constexpr):
+def buffer(row, x, o, COLUMN: tl.constexpr, FORMAT: tl.constexpr, HINT: tl.constexpr):
     """Element `o` of a state buffer; `x` where there is none."""
     if FORMAT == "none":
         return x
@@ -170,7 +177,7 @@ def _step_tile(x, s0, s1, s2, saved, rest, keys, k, k_round, k0, k1, k2, first, 
         else:
             g = tl.div_rn(g, n.to(tl.float32))
     if JOB == "walked":  # z is the last direction's
-        w = widened(_moved(w, z, scalar(scalars + T.TAU, X_FORMAT) * factor, X_FORMAT), X_FORMAT, X_FORMAT)
+        w = widened(moved(w, z, scalar(scalars + T.TAU, X_FORMAT) * factor, X_FORMAT), X_FORMAT, X_FORMAT)
     if S0 == "none":
         state = (g,)
     else:
@@ -209,11 +216,11 @@ def step(tensors, programs, keys, scalars, active, geometry, saved, factor, JOB:
     program = programs + tl.program_id(0).to(tl.int64) * T.PROGRAM
     row = tensors + tl.load(program + T.TENSOR) * T.WIDTH
     o = tl.multiple_of(tl.load(program + T.FIRST), BLOCK)
-    n = _count(row, active, MASKED)
+    n = count(row, active, MASKED)
     x = pointer(tl.load(row + T.X), X_FORMAT, HINT) + o
-    s0 = _buffer(row, x, o, T.S0, S0, HINT)
-    s1 = _buffer(row, x, o, T.S1, S1, HINT)
-    s2 = _buffer(row, x, o, T.S2, S2, HINT)
+    s0 = buffer(row, x, o, T.S0, S0, HINT)
+    s1 = buffer(row, x, o, T.S1, S1, HINT)
+    s2 = buffer(row, x, o, T.S2, S2, HINT)
     saved += tl.multiple_of(tl.load(row + T.SAVED), 16) + o
     scalars += tl.load(row + T.SCALARS)
     stream = tl.load(row + T.STREAM).to(tl.uint32)
@@ -228,7 +235,7 @@ def step(tensors, programs, keys, scalars, active, geometry, saved, factor, JOB:
     if not T.derivatives_finite(scalars + T.OWN + N_ENTRY + N_STEP, nd):
         if JOB != "plain":
             tau = scalar(scalars + T.TAU, X_FORMAT)
-            rest = _rest(tl.minimum(n, o + BLOCK), o, MASKED)
+            rest = remaining(tl.minimum(n, o + BLOCK), o, MASKED)
             BACK: tl.constexpr = "restore" if JOB == "saved" else "walk"
             for u in range(0, rest, TILE):
                 _move_tile(x + u, saved + u, geometry, rest - u, rng.key(last, rng.DIRECTION), first + u, stream, tau,
@@ -239,7 +246,7 @@ def step(tensors, programs, keys, scalars, active, geometry, saved, factor, JOB:
                        scalars, nd, factor, signed, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0, S1, S2,
                        DISTRIBUTION, STOCHASTIC, GROUPED, True, TILE)  # fmt: skip
     else:
-        rest = _rest(n, o, MASKED)
+        rest = remaining(n, o, MASKED)
         for u in range(0, rest, TILE):
             _step_tile(x + u, s0 + u, s1 + u, s2 + u, saved + u, rest - u, keys, k, k_round, k0, k1, k2, first + u,
                        stream, scalars, nd, factor, signed, JOB, ENTRY, STEP, N_ENTRY, N_STEP, SEVERAL, X_FORMAT, S0,

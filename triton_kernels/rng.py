@@ -12,6 +12,7 @@ ROUND = tl.constexpr(6)
 ROUND_STATE = tl.constexpr(7)
 ROUND_STATE_1 = tl.constexpr(8)
 ROUND_STATE_2 = tl.constexpr(9)
+DIRECTION_1 = tl.constexpr(12)
 
 
 @triton.jit

@@ -20,6 +20,18 @@ def heavy_ball(m, g, momentum):
 
 
 @triton.jit
+def blend(z, y, share, rest):
+    """share z + rest y."""
+    return z * share + y * rest
+
+
+@triton.jit
+def momentum_step(x, m, decay, rate, v):
+    """(1 - lr wd) x - (lr rho) m / sqrt(v + 1e-8), rate = lr rho."""
+    return x * decay - quotient(m * rate, root(v + 1e-8))
+
+
+@triton.jit
 def sgd_step(x, m, decay, lr):
     """(1 - lr wd) x - lr m."""
     return x * decay - m * lr

@@ -36,7 +36,8 @@ FIRST = tl.constexpr(1)  # first local element (tiles) or first stratum
 STRATUM = tl.constexpr(2)  # first stratum of a tile
 PROGRAM = tl.constexpr(3)
 
-# Scalars of a kind (fp64): these, the rule's own numbers for its entry and its step, then a weight per direction.
+# Scalars of a kind (fp64): these, the rule's own numbers for its entry and its step, a weight per direction, then the
+# direction's own numbers.
 TAU = tl.constexpr(0)
 DECAY = tl.constexpr(1)
 LR = tl.constexpr(2)

@@ -22,6 +22,8 @@ class Direction:
     fate_of_lost: ClassVar[str] = "move by chance only"
     # Whether a step has one of it: it has a `length` of its own, or reads state.
     alone: ClassVar[bool] = False
+    # How many numbers of its own launches read in a step.
+    width: ClassVar[int] = 0
 
     def units(self, slots: Sequence[Slot]) -> Sequence[Hashable]:
         """The unit of each slot; slots of one unit take part in a step together, or none of them does."""
@@ -34,6 +36,10 @@ class Direction:
     def length(self, draw: Draw, slots: Sequence[Slot]) -> float:
         """What its values are multiplied by along these slots: in tau, and in what the direction contributes to g."""
         return 1.0
+
+    def numbers(self, step: int) -> tuple[float, ...]:
+        """Its own numbers of a step, from 0."""
+        return ()
 
     def fraction(self, total: int) -> float:
         """The probability that a coordinate of a matrix is perturbed, of `total` coordinates in the set."""

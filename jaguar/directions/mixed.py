@@ -43,6 +43,7 @@ class Mixed(Dense):
 
     name: ClassVar[str] = "mixed"
     alone: ClassVar[bool] = True
+    width: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta1", "beta2"):
@@ -68,8 +69,12 @@ class Mixed(Dense):
         """(y - m) / sqrt(1 - alpha) of these elements."""
         return rng.normals_of(draw.key(Purpose.DIRECTION_1), elements)
 
-    def numbers(self, step: int) -> tuple[float, float, float]:
-        """alpha, beta1 and beta2 of a step, from 0."""
+    def numbers(self, step: int) -> tuple[float, ...]:
+        """sqrt(alpha), sqrt(1 - alpha), beta1, 1 - beta1, beta2 and 1 - beta2 of a step, from 0."""
+        alpha, beta1, beta2 = self._schedule(step)
+        return alpha**0.5, (1.0 - alpha) ** 0.5, beta1, 1.0 - beta1, beta2, 1.0 - beta2
+
+    def _schedule(self, step: int) -> tuple[float, float, float]:
         late = _LATE * self.total
         if step < self.warmup:
             share = 1.0

@@ -3,7 +3,8 @@
 from jaguar.fused.coordinate import CoordinateLaunches
 from jaguar.fused.dense import DenseLaunches
 from jaguar.fused.matrix import MatrixLaunches
+from jaguar.fused.mixed import MixedLaunches
 from jaguar.fused.newton_schulz import TritonProducts
 from jaguar.fused.numbers import Numbers
 
-__all__ = ["CoordinateLaunches", "DenseLaunches", "MatrixLaunches", "Numbers", "TritonProducts"]
+__all__ = ["CoordinateLaunches", "DenseLaunches", "MatrixLaunches", "MixedLaunches", "Numbers", "TritonProducts"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class DenseLaunches(Family):
         numbers: of a step, for these and other launches.
     """
 
+    # The module of their `move` and `step`.
+    _kernels: ClassVar[Any] = kernels
+
     def __init__(self, method: Method, slots: Sequence[Slot], restore: str, numbers: Numbers) -> None:
         assert isinstance(method.direction, Dense)
         cuts = [Cut(0, slot.count) for slot in slots]
@@ -42,9 +45,7 @@ class DenseLaunches(Family):
         self._restore, self._distribution = restore, method.direction.drawn.name
         self.fuses_restore = restore != "module"
         self._several = method.estimator.n_directions > 1
-        self._common: dict[str, Any] = {"DISTRIBUTION": self._distribution, "BLOCK": BLOCK}
-        self._of_moves = {"TWO_SIDED": method.estimator.two_sided}
-        self._of_steps = {"SEVERAL": self._several, "STOCHASTIC": method.stochastic, **arithmetic(method.rule)}
+        self._of_moves, self._of_steps = self._constants()
         self._count = sum(slot.count for slot in slots)
         self._places: dict[Slot, tuple[Table, tuple[int, int]]] = {}
 
@@ -95,7 +96,7 @@ class DenseLaunches(Family):
         masked = inputs.active is not None
         for table in work.tables:
             launch(
-                kernels.step,
+                self._kernels.step,
                 table.programs.shape[0],
                 *self._arguments(table, 0),
                 table.geometry,
@@ -103,8 +104,8 @@ class DenseLaunches(Family):
                 factor,
                 JOB=job,
                 MASKED=masked,
+                BLOCK=BLOCK,
                 **table.options,
-                **self._common,
                 **self._of_steps,
             )
             self.wrote = True
@@ -113,8 +114,18 @@ class DenseLaunches(Family):
             held.forget()
         self._release()
 
+    def _constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Compile-time constants of moves and of steps that no tensor decides."""
+        method, drawn = self._method, {"DISTRIBUTION": self._distribution}
+        rule = {"SEVERAL": self._several, "STOCHASTIC": method.stochastic, **arithmetic(method.rule)}
+        return drawn | {"TWO_SIDED": method.estimator.two_sided}, drawn | rule
+
+    def _moving_tables(self, state: State) -> Launch:
+        """The tables of launches that move parameters."""
+        return self._plan.launch(BLOCK, [()] * len(self._slots), self._moved, tiles=True)
+
     def _tables(self, state: State) -> tuple[Launch, Launch | None]:
-        moving = self._plan.launch(BLOCK, [()] * len(self._slots), self._moved, tiles=True)
+        moving = self._moving_tables(state)
         self._places = {
             self._slots[i]: (table, part)
             for table in moving.tables
@@ -167,7 +178,7 @@ class DenseLaunches(Family):
     ) -> None:
         first, n_programs = part or (0, table.programs.shape[0])
         launch(
-            kernels.move,
+            self._kernels.move,
             n_programs,
             *self._arguments(table, k),
             table.geometry if saved is None else saved,
@@ -176,8 +187,8 @@ class DenseLaunches(Family):
             factor,
             JOB=job,
             MASKED=masked,
+            BLOCK=BLOCK,
             **table.options,
-            **self._common,
             **self._of_moves,
         )
 

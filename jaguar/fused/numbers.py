@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaguar.directions import Coordinates, Dense, ReleasedBlock
+from jaguar.directions import Coordinates, Dense, Mixed, ReleasedBlock
 from jaguar.launches import StepInputs
 from jaguar.method import Method
 from jaguar.params import Kind, Slot
@@ -62,7 +62,8 @@ class Numbers:
 
     def __init__(self, slots: Sequence[Slot], method: Method) -> None:
         self.n_directions = method.estimator.n_directions
-        self._width = int(T.OWN.value) + sum(method.rule.widths) + self.n_directions
+        self._direction = method.direction
+        self._width = int(T.OWN.value) + sum(method.rule.widths) + self.n_directions + method.direction.width
         self._kinds = list(dict.fromkeys(slot.kind for slot in slots))
         self._rows = {kind: i * self._width for i, kind in enumerate(self._kinds)}
         self._flags = {slot.stream: i for i, slot in enumerate(slots)}
@@ -92,7 +93,7 @@ class Numbers:
         return self._views[device][0][k]
 
     def scalars(self, device: torch.device) -> Tensor:
-        """tau, decay, lr, the rule's own numbers for its entry and its step, weights, per kind: fp64."""
+        """Per kind (fp64): tau, decay, lr, the rule's numbers for its entry and its step, weights, the direction's."""
         return self._views[device][1]
 
     def active(self, device: torch.device) -> Tensor:
@@ -114,9 +115,10 @@ class Numbers:
     def fill(self, inputs: StepInputs) -> None:
         """Puts a step's numbers where its launches read them; weights that are not known yet are 0."""
         scalars: list[float] = []
+        own = self._direction.numbers(inputs.draws[0].step)
         for kind in self._kinds:
             s = inputs.scalars[kind]
-            scalars += [s.tau, s.decay, s.lr, *s.entry, *s.step, *(s.weights or (0.0,) * self.n_directions)]
+            scalars += [s.tau, s.decay, s.lr, *s.entry, *s.step, *(s.weights or (0.0,) * self.n_directions), *own]
         scalars += [0.0] * (self._n_scalars - len(scalars))
         if self._keyed is inputs.draws:  # keys and flags are those of the step's first call
             self._write(self._n_keys, struct.pack(f"={self._n_scalars}d", *scalars))
@@ -149,12 +151,13 @@ class Numbers:
 def _purposes(method: Method) -> list[Purpose]:
     """Purposes that kernels draw random numbers for; listed coordinates are chosen by the host."""
     direction, found = method.direction, []
+    mixed = isinstance(direction, Mixed)
     if isinstance(direction, Dense):
-        found = [Purpose.DIRECTION]
+        found = [Purpose.DIRECTION, *([Purpose.DIRECTION_1] if mixed else [])]
     elif isinstance(direction, Coordinates) and direction.layout == "block":
         found = [Purpose.ROWS, Purpose.COLUMNS]
     elif not isinstance(direction, ReleasedBlock):
         found = [Purpose.COORDINATES]
     if method.stochastic:
-        found += [Purpose.ROUND, *STATE_PURPOSES[: n_buffers(method.rule)]]
+        found += [Purpose.ROUND, *STATE_PURPOSES[: 1 if mixed else n_buffers(method.rule)]]
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaguar import rules
-from jaguar.directions import DENSE, Coordinates, Dense, ReleasedBlock
+from jaguar.directions import DENSE, Coordinates, Dense, Mixed, ReleasedBlock
 from jaguar.method import Method
 from jaguar.rng import STATE_PURPOSES
 from jaguar.triton_kernels import rules as kernels
@@ -16,7 +16,7 @@ def unsupported(method: Method, groups: Sequence[Mapping[str, Any]]) -> str | No
     """The reason why a method has no kernels, as the end of a sentence; None: it has them."""
     direction, rule = method.direction, method.rule
     if isinstance(direction, Dense):
-        if direction.drawn not in DENSE.values():
+        if direction.drawn not in DENSE.values() and type(direction) is not Mixed:
             return f"{type(direction.drawn).__name__} is drawn by the reference only"
     elif type(direction) not in (Coordinates, ReleasedBlock):
         return f"{type(direction).__name__} is drawn by the reference only"

@@ -21,7 +21,6 @@ class ZOAdaMU(ZerothOrder):
     values given, which they have from step 0.8 total on. Two evaluations a step. State: m, 4 bytes per fp32 parameter.
     alpha and 1 - alpha are variances. The paper's annealing formula falls from 1 to 0.004 at the end of the warm-up,
     against its text and figure, which are followed here; the released trainer stops with a TypeError in its first step.
-    Runs on the reference backend.
 
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, weight_decay, or

@@ -77,9 +77,7 @@ class MixedLaunches(DenseLaunches):
         """z, y, and beta1, 1 - beta1, beta2, 1 - beta2."""
         direction = self.method.direction
         assert isinstance(direction, Mixed)
-        alpha, beta1, beta2 = direction.numbers(draw.step)
-        numbers = (alpha**0.5, (1.0 - alpha) ** 0.5, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
-        fresh, spread, *betas = (rounded(n, piece.kind.double) for n in numbers)
+        fresh, spread, *betas = (rounded(n, piece.kind.double) for n in direction.numbers(draw.step))
         wide, elements = compute_dtype(piece.dtype), piece.elements(part)
         z = direction.values_of(draw, elements).to(wide) * fresh
         y = m.to(wide) + direction.others_of(draw, elements).to(wide) * spread
