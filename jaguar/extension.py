@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from jaguar.schemes import ridge
-from jaguar.storage import uploaded
+from jaguar.uploads import for_replays, uploaded
 
 ABI = 2  # JAGUAR_ABI_VERSION of csrc/newton_schulz.h
 _NAME = "jaguar._cuda"
 _NOTE = Path(__file__).with_name("_cuda_build.txt")
 _FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Tables of addresses that stay on the device: those of a model's groups, with room for what captured launches read.
+# Tables of addresses that stay on the device, those that a CUDA graph reads apart: room for those of a model's groups.
 _KEPT = 256
 
 Item: TypeAlias = tuple[int, int, int, int, int, int]
@@ -213,13 +213,11 @@ class CudaProducts:
         """The table on the device: copied once for these addresses and this stream, which orders copy and reads."""
         key = (device, stream, items)
         if key not in self._tables:
-            if torch.cuda.is_current_stream_capturing():
-                # A replay would copy again, from host memory that is long somebody else's.
-                raise RuntimeError("these matrices must go through small_ on this stream once before a CUDA graph")
             self._tables[key] = _uploaded(items, device)
             if len(self._tables) > _KEPT:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
+        for_replays(self._tables[key], device)
         return self._tables[key]
 
 

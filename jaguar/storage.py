@@ -12,22 +12,6 @@ from torch import Tensor
 CHUNK = 1 << 16
 
 
-def uploaded(host: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor's copy on a device, queued on the current stream; itself where the device is the CPU.
-
-    Equivalent to: `host.to(device)`.
-    """
-    return staged(host, device).to(device, non_blocking=True)
-
-
-def staged(host: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor in memory from which the host's copy to `device` does not wait for what the device has to do yet.
-
-    Equivalent to: `host`.
-    """
-    return host.pin_memory() if device.type == "cuda" else host
-
-
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
     """The values at logical `index` (int64), as a copy in the tensor's dtype.
 

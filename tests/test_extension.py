@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import jaguar
-from jaguar import extension, iteration
+from jaguar import extension, iteration, uploads
 from jaguar.schemes import SCHEMES
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -526,8 +526,10 @@ def products(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> extension.CudaProdu
     @contextlib.contextmanager
     def device(wanted: torch.device) -> Iterator[None]:
         inside.append(wanted)
-        yield
-        inside.pop()
+        try:
+            yield
+        finally:
+            inside.pop()
 
     def current_stream(wanted: torch.device) -> SimpleNamespace:
         assert inside == [wanted]
@@ -564,10 +566,11 @@ def test_matrices_that_begin_anywhere_are_copied(
 def test_small_matrices_become_a_table_that_is_copied_once(
     stub: Stub, products: extension.CudaProducts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uploads: list[list[tuple[int, ...]]] = []
+    copied: list[list[tuple[int, ...]]] = []
+    real = extension._uploaded
 
     def uploaded(items: tuple[tuple[int, ...], ...], device: torch.device) -> Cuda:
-        uploads.append(list(items))
+        copied.append(list(items))
         return Cuda(torch.tensor(items), str(device))
 
     monkeypatch.setattr(extension, "_uploaded", uploaded)
@@ -579,20 +582,30 @@ def test_small_matrices_become_a_table_that_is_copied_once(
     sizes = [(8, 100, 100, 1), (16, 100, 1, 16), (1, 5, 5, 1), (1, 5, 5, 1), (1, 1, 2, 1), (12, 12, 12, 1)]
     sizes.append((9, 70, 1, 9))
     rows = [(g.data_ptr(), o.data_ptr(), *s) for g, o, s in zip(matrices, outs, sizes, strict=True)]
-    assert uploads == [[rows[i] for i in (1, 0, 6, 5, 2, 3, 4)]]  # the largest first
+    assert copied == [[rows[i] for i in (1, 0, 6, 5, 2, 3, 4)]]  # the largest first
     got = stub.small
     assert (got.count, got.largest, got.g_format, got.o_format, got.steps) == (7, 16, 1, 2, 1)
     products.small_(matrices, outs, [(2.0, 0.0, 0.0)] * 3, 1.0)
-    assert len(uploads) == 1 and stub.small.steps == 3 and stub.small.items == got.items
+    assert len(copied) == 1 and stub.small.steps == 3 and stub.small.items == got.items
     products.small_(matrices[:2], outs[:2], [(2.0, 0.0, 0.0)], 1.0)
-    assert len(uploads) == 2 and stub.small.count == 2
+    assert len(copied) == 2 and stub.small.count == 2
     monkeypatch.setattr(extension, "_KEPT", 8)
     for i in range(20):
         products.small_([Cuda(half(8, 8 + i))], [Cuda(half(8, 8 + i))], [(2.0, 0.0, 0.0)], 1.0)
     assert len(products._tables) == extension._KEPT
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="once before a CUDA graph"):
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"), monkeypatch.context() as patch:
+        patch.setattr(extension, "_uploaded", real)
         products.small_(matrices, outs, [(2.0, 0.0, 0.0)], 1.0)
+    monkeypatch.setattr(uploads, "_FOR_REPLAYS", {})
+    last = [Cuda(half(8, 27))], [Cuda(half(8, 27))]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    products.small_(*last, [(2.0, 0.0, 0.0)], 1.0)
+    assert not uploads._FOR_REPLAYS
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    products.small_(*last, [(2.0, 0.0, 0.0)], 1.0)
+    (kept,) = uploads._FOR_REPLAYS.values()
+    assert kept is next(reversed(products._tables.values()))
 
 
 class OnGpu:

@@ -27,7 +27,7 @@ def modules(root: Path, package: str = "jaguar") -> Modules:
 # Rooms (a file of jaguar/, or a folder), bottom to top: a file imports only from floors below its own room's, or from
 # its own folder.
 ENGINE_FLOORS = [
-    {"saved_values", "reached"},
+    {"saved_values", "reached", "uploads"},
     {"record", "journal", "interrupts", "module_state", "rng", "storage", "params", "schemes", "triton_kernels"},
     {"samples", "isolation", "rounding", "iteration", "extension"},
     {"directions"},

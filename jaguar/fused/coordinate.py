@@ -88,8 +88,9 @@ class CoordinateLaunches(Family):
 
     def update_(self, inputs: StepInputs) -> None:
         """Entries of every direction in order, then one step; restores what the probe left moved."""
-        held, work = inputs.probe, self._updating
-        assert work is not None and (held is None or isinstance(held, SavedProbe))
+        held = inputs.probe
+        assert self._updating is not None and (held is None or isinstance(held, SavedProbe))
+        work = self._launched(self._updating)
         self.wrote = False
         if held is not None and self._n > 1:
             held.finish()

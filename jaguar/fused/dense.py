@@ -68,6 +68,7 @@ class DenseLaunches(Family):
                 move = partial(self._move_, k, masked)
                 probes.append(SavedProbe(self._now, "save", move, self._release, k == last))
             else:  # lengths in units of tau, which the kernel knows
+                self._now()  # the tables whose parts modules launch
                 slots = self._active(inputs)
                 probes.append(ModuleProbe(slots, [1.0] * len(slots), partial(self._move_one_, k)))
         return probes
@@ -86,8 +87,9 @@ class DenseLaunches(Family):
 
         Takes back what the probe left moved in the same launch.
         """
-        job, factor, held, work = "plain", 0.0, inputs.probe, self._updating
-        assert work is not None
+        job, factor, held = "plain", 0.0, inputs.probe
+        assert self._updating is not None
+        work = self._launched(self._updating)
         if isinstance(held, SavedProbe) and held.moved:
             job = "saved"
         elif isinstance(held, WalkProbe):

@@ -11,6 +11,7 @@ from jaguar.fused.plan import Launch, Plan, Pool
 from jaguar.launches import State, StepInputs
 from jaguar.method import Method
 from jaguar.params import Slot
+from jaguar.uploads import for_replays
 
 
 class Family:
@@ -46,7 +47,14 @@ class Family:
         if self._moving is None:  # they could not be made, and the reason is told again
             self.check(self._state)
         assert self._moving is not None
-        return self._moving
+        return self._launched(self._moving)
+
+    def _launched(self, work: Launch) -> Launch:
+        """`work`; its tables and numbers are those of every replay, where a CUDA graph is captured."""
+        for table in work.tables:
+            for value in (table, self._numbers):
+                for_replays(value, table.device)
+        return work
 
     def _tables(self, state: State) -> tuple[Launch, Launch | None]:
         """Those of launches that move parameters, and of those that move state as well, where there is state."""

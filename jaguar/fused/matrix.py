@@ -17,6 +17,7 @@ from jaguar.params import Slot
 from jaguar.triton_kernels import matrix as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK, TILE, launch
+from jaguar.uploads import for_replays
 
 # The table's entries that matter to other launches only: strata, lanes, saved values.
 _COMMON = (0, 0, 0, 0)
@@ -44,6 +45,8 @@ class MatrixLaunches:
         for table in work.tables:
             keys, scalars = self._numbers.keys(table.device), self._numbers.scalars(table.device)
             options: dict[str, Any] = table.options | self._common
+            for value in (table, self._numbers):
+                for_replays(value, table.device)
             launch(kernels.along, table.programs.shape[0], table.tensors, table.programs, keys, scalars,
                    table.geometry, **options)  # fmt: skip
         work.written()

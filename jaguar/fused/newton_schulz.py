@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from jaguar.schemes import ridge
-from jaguar.storage import uploaded
 from jaguar.triton_kernels import newton_schulz as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import launch
+from jaguar.uploads import for_replays, uploaded
 
 # Elements per tile of `measure` (with 8 warps, so that 64 programs keep the memory busy), sides of a tile of `prepare`.
 MEASURED = 8192
@@ -26,7 +26,7 @@ ENOUGH = 100
 # Columns at a time of a matrix on chip, by the largest short side; with more stages, registers spill.
 BLOCKS = {16: 256, 32: 128}
 STAGES = 2
-# Tables kept in device memory: those of a model's groups, with room for what captured launches read.
+# Tables kept in device memory, those that a CUDA graph reads apart: room for those of a model's groups.
 TABLES = 256
 
 
@@ -34,7 +34,7 @@ class TritonProducts:
     """The products of Newton-Schulz in Triton kernels; the schedule and the memory are the caller's.
 
     Nothing here waits for the device. Addresses and coefficients reach it in small tables, which are kept: launches
-    that are captured in a graph must have run once before, with the same tensors.
+    that are captured in a graph must have run once before, with the same tensors, or RuntimeError says so.
     """
 
     small = max(BLOCKS)
@@ -167,6 +167,7 @@ class TritonProducts:
             if len(self._tables) == TABLES:
                 del self._tables[next(iter(self._tables))]
         self._tables[key] = table  # the last used is the last to go
+        for_replays(table, device)
         return table
 
 

@@ -17,9 +17,9 @@ from jaguar.method import Method
 from jaguar.params import Kind, Slot
 from jaguar.rng import STATE_PURPOSES, Draw, Purpose
 from jaguar.rule import Rule
-from jaguar.storage import staged
 from jaguar.triton_kernels import rules as kernels
 from jaguar.triton_kernels import tables as T
+from jaguar.uploads import staged
 
 
 def n_buffers(rule: Rule) -> int:

@@ -14,9 +14,9 @@ from jaguar.directions import matrix_shape
 from jaguar.fused.numbers import Numbers
 from jaguar.launches import State
 from jaguar.params import Slot
-from jaguar.storage import uploaded
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK
+from jaguar.uploads import uploaded
 
 # What a kernel is compiled for, as far as it depends on a tensor and its state.
 Options: TypeAlias = dict[str, Any]

@@ -18,6 +18,7 @@ from jaguar.params import Kind, Slot
 from jaguar.record import Record
 from jaguar.rng import Draw
 from jaguar.rule import Scalars
+from jaguar.uploads import refuse_capture
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -85,7 +86,8 @@ class Trained:
             groups, state: the optimizer's.
 
         Raises:
-            RuntimeError: a tensor is not where it should be.
+            RuntimeError: a tensor is not where it should be, or a CUDA graph is being captured, for which the numbers
+                of this one step would be those of every replay.
         """
         if self._bound is None:
             self.slots = self._method.in_roles(self.slots, groups)
@@ -96,6 +98,8 @@ class Trained:
             self.roster = self._roster(taking_part, groups, state)
         elif self.roster.entries is not state:
             self.roster = self._roster(self.roster.slots, groups, state)
+        for device in self.roster.devices:
+            refuse_capture(device)
         if self.roster.moved():
             self._bound.check(self.roster.state)
         return self._bound
