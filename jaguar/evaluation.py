@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,13 +28,11 @@ def make_scorer(loaded: Loaded, task: Task, examples: Sequence[Example]) -> Scor
     return scorer
 
 
-def evaluate_model(
-    model: str, data: Data, console: Console, *, dtype: str, use_cpu: bool, in_4bit: bool, batch_size: int
-) -> dict[str, float]:
-    """Scores a model on a task, prints the figures and returns them."""
+def evaluate_model(model: str, data: Data, console: Console, *, batch_size: int, **loading: Any) -> dict[str, float]:
+    """Scores a model on a task, prints the figures and returns them; `loading` are options of `models.load`."""
     rows = data.test_rows(model)
     with console.status(f"loading {model}"):
-        loaded = load(model, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+        loaded = load(model, **loading)
     task = data.make_task(model, loaded, rows)
     examples = data.examples(task, rows, loaded)
     scorer = make_scorer(loaded, task, examples)

@@ -56,11 +56,17 @@ class Finetuning:
         state = run.state(args) if run.resume_from_checkpoint else None
         self.settings = run.settings_of(args)
         if run.adapter.kind == "prefix" and not is_adapter(run.model):
-            run.adapter.check(configuration(run.model))
+            run.adapter.check(configuration(run.model, run.trust_remote_code))
         with console.status("reading rows"):
             rows = run.data.splits(run.model)
         with console.status(f"loading {run.model}"):
-            self.loaded = load(run.model, dtype=run.dtype, use_cpu=args.use_cpu, in_4bit=run.in_4bit)
+            self.loaded = load(
+                run.model,
+                dtype=run.dtype,
+                use_cpu=args.use_cpu,
+                in_4bit=run.in_4bit,
+                trust_remote_code=run.trust_remote_code,
+            )
         self.task = run.data.make_task(run.model, self.loaded, rows.train)
         self._set_trainable(rows.train[0])
         if self.loaded.kind == "classifier":

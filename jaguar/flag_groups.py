@@ -73,6 +73,12 @@ def _method(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     return _flag("--method", "--optim_zo", choices=tuple(METHODS), dest="optim_zo", help=text)
 
 
+_TRUST = _switch(
+    "--trust_remote_code",
+    "run Python files that come with the model, which its config.json names under auto_map; read them first (default: "
+    "such a model is refused, and nothing of it runs)",
+)
+
 _MODEL = (
     "model",
     None,
@@ -91,6 +97,7 @@ _MODEL = (
         ),
         _switch("--load_in_4bit", "hold the frozen weights in 4 bits (NF4, bitsandbytes); with an adapter"),
         _switch("--use_cpu", "stay on the CPU even if there is a GPU"),
+        _TRUST,
     ],
 )
 
@@ -376,7 +383,10 @@ INFO = (
     (
         "model",
         None,
-        [_flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub")],
+        [
+            _flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub"),
+            _TRUST,
+        ],
     ),
     (
         "method",

@@ -18,6 +18,7 @@ from jaguar.adapters import virtual_tokens
 from jaguar.choices import TRAINABLE
 from jaguar.errors import said
 from jaguar.tasks import Task
+from jaguar.untrusted import check_weight_files, code_of, unasked, wants_code
 
 _TASK_FILE = "jaguar_task.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -43,7 +44,9 @@ class Loaded:
     cut: int | None = None  # tokens at which texts were cut when it was tuned
 
 
-def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool = False) -> Loaded:
+def load(
+    name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool = False, trust_remote_code: bool = False
+) -> Loaded:
     """A causal LM, masked LM or sequence classifier with its tokenizer, or an adapter on one of these.
 
     Args:
@@ -51,22 +54,30 @@ def load(name: str, *, dtype: str = "auto", use_cpu: bool = False, in_4bit: bool
         dtype: of the weights: "float32", "bfloat16", "float16", or "auto" for the one they were saved in.
         use_cpu: stay on the CPU even if there is a GPU.
         in_4bit: hold the weights of linear layers in 4 bits (NF4, bitsandbytes); adapters train beside them.
+        trust_remote_code: run Python files that come with the model, if it needs any.
 
     Raises:
-        ValueError: the folder is missing or incomplete, or the model is of another kind; the message says which.
+        ValueError: the folder is missing or incomplete, the model is of another kind, or needs code of its own; the
+            message says which.
     """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "use_cpu": use_cpu,
+        "in_4bit": in_4bit,
+        "trust_remote_code": trust_remote_code,
+    }
     _check_folder(name)
     adapter = Path(name) / _ADAPTER_FILE
     if not is_adapter(name):
-        loaded = _load_base(name, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+        loaded = _load_base(name, **options)
         return replace(loaded, cut=(_saved(name) or {}).get("max_length"))
     base, tried = _base_of(adapter)
     try:
-        loaded = _load_base(base, dtype=dtype, use_cpu=use_cpu, in_4bit=in_4bit)
+        loaded = _load_base(base, **options)
     except ValueError as error:
         places = f" (no folder {_few(tried)})" if tried else ""
         raise ValueError(f"{adapter} names the model {base!r}{places}: {error}") from error
-    with _errors_of_loading(f"the adapter {name!r}", is_folder=True):
+    with _errors_of_loading(f"the adapter {name!r}", name):
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
         held = [entry.name for entry in Path(name).glob("adapter_model.*")]
@@ -119,17 +130,17 @@ def _check_folder(name: str) -> None:
         raise ValueError(f"the model folder {name!r} does not exist")
 
 
-def configuration(name: str) -> Any:
+def configuration(name: str, trust_remote_code: bool = False) -> Any:
     """What is known of a model before its weights are read.
 
     Raises:
-        ValueError: the folder is missing or incomplete.
+        ValueError: the folder is missing or incomplete, or the model needs code of its own.
     """
     import transformers
 
     _check_folder(name)
-    with _errors_of_loading(f"the model {name!r}", Path(name).is_dir()):
-        return transformers.AutoConfig.from_pretrained(name)
+    with _errors_of_loading(f"the model {name!r}", name, trust_remote_code):
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def is_adapter(name: str) -> bool:
@@ -137,12 +148,11 @@ def is_adapter(name: str) -> bool:
     return (Path(name) / _ADAPTER_FILE).is_file()
 
 
-def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded:
+def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool, trust_remote_code: bool) -> Loaded:
     import transformers
 
-    is_folder = Path(name).is_dir()
     what = f"the model {name!r}"
-    config = configuration(name)
+    config = configuration(name, trust_remote_code)
     architecture = (getattr(config, "architectures", None) or ["(none named)"])[0]
     kind = next((kind for end, kind in _KINDS.items() if architecture.endswith(end)), None)
     if kind is None:
@@ -158,10 +168,12 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool) -> Loaded
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if in_4bit:
         options["quantization_config"] = _four_bits(options["dtype"])
-    with _errors_of_loading(f"the tokenizer of {what}", is_folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    with _errors_of_loading(what, is_folder):
-        model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    with _errors_of_loading(f"the tokenizer of {what}", name, trust_remote_code):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with _errors_of_loading(what, name, trust_remote_code):
+        check_weight_files(Path(name), getattr(config, "transformers_weights", None))
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     # transformers would go on with random values, or refer to a report that it has logged.
     if other := sorted(report["mismatched_keys"]):
         shapes = [f"{key} ({tuple(found)} in the file, {tuple(wanted)} in the model)" for key, found, wanted in other]
@@ -215,14 +227,20 @@ def _four_bits(dtype: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _errors_of_loading(what: str, is_folder: bool) -> Iterator[None]:
-    """The libraries' long messages as one line that says what is wrong and what to do."""
+def _errors_of_loading(what: str, name: str, trust_remote_code: bool = False) -> Iterator[None]:
+    """The libraries' long messages as one line that says what is wrong and what to do; nothing is asked."""
     try:
-        yield
+        with unasked():
+            yield
     except Exception as error:  # the libraries below raise nearly everything, plain Exception included
+        if not trust_remote_code and wants_code(error):
+            files = f" ({', '.join(code_of(name))})"
+            raise ValueError(
+                f"{what} has code of its own{files}, which was not run: read it, and give --trust_remote_code to run it"
+            ) from error
         advice = (
             "the folder is incomplete or damaged"
-            if is_folder
+            if Path(name).is_dir()
             else "give a local folder, or check the name and the network"
         )
         raise ValueError(f"could not load {what}: {said(error)} ({advice})") from error

@@ -42,6 +42,7 @@ class Run:
     train: str = "all"
     dtype: str = "auto"
     in_4bit: bool = False
+    trust_remote_code: bool = False
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
     settings: str = ""

@@ -286,7 +286,7 @@ def lost(model: Any, folder: Path) -> list[str]:
     They read with `from_pretrained`, or with PEFT's `load_peft_weights`.
     """
     if not has_adapter(model):
-        read_back = type(model).from_pretrained(folder, dtype="auto")
+        read_back = type(model).from_pretrained(folder, dtype="auto", trust_remote_code=False)
         return _unlike(kept(model), kept(read_back))
     from peft import get_peft_model_state_dict, load_peft_weights
 

@@ -43,7 +43,13 @@ ENGINE_FLOORS = [
     {"optimizers"},
 ]
 # Language models and their tasks; they know nothing of the engine.
-TASK_FLOORS = [{"choices", "errors", "literals", "tolerance"}, {"adapters", "tasks"}, {"scoring"}, {"models"}, {"data"}]
+TASK_FLOORS = [
+    {"choices", "errors", "literals", "tolerance", "untrusted"},
+    {"adapters", "tasks"},
+    {"scoring"},
+    {"models"},
+    {"data"},
+]
 TRAINER_FLOORS = [
     {"attempts", "micro_batches", "saving", "training_args", "weights"},
     {"checkpoints", "model_card", "scored_trainer"},

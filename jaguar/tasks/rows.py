@@ -71,7 +71,7 @@ def hub_rows(dataset: str, config: str | None, splits: Sequence[str], columns: M
         ) from None
     local = Path(dataset).is_dir()
     try:
-        loaded = load_dataset(dataset, None if local else config)
+        loaded = load_dataset(dataset, None if local else config, trust_remote_code=False)
     except Exception as error:  # the hub client and the builders raise nearly everything
         raise ValueError(
             f"could not load the data set {dataset!r}: {said(error)} (give a folder or files of your own with "
