@@ -161,6 +161,11 @@ class Bound:
         self._update_(replace(inputs, probe=probe.probe) if isinstance(probe, KeptProbe) else inputs)
         rows.put_back()
 
+    def forget(self) -> None:
+        """Lets go of what was drawn and saved for a step."""
+        for _, launches in self.parts:
+            launches.forget()
+
     def _update_(self, inputs: StepInputs) -> None:
         for launches, part in self._each(inputs):
             launches.update_(part)

@@ -95,6 +95,9 @@ class Launches(Protocol):
     def update_(self, inputs: StepInputs) -> None:
         """Moves state and parameters by one step, in place."""
 
+    def forget(self) -> None:
+        """Lets go of what was drawn and saved for a step, whatever became of it; what is needed again is made again."""
+
 
 class Moves(Protocol):
     """x <- (1 - lr wd) x - lr O."""

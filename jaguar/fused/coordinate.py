@@ -110,6 +110,12 @@ class CoordinateLaunches(Family):
         self._release()
         self._scratch.clear()
 
+    def forget(self) -> None:
+        """The buffers, and a list of coordinates."""
+        super().forget()
+        self._scratch.clear()
+        self._listed, self._listed_of = {}, None
+
     def _tables(self, state: State) -> tuple[Launch, Launch | None]:
         moving = self._plan.launch(STRATA, [()] * len(self._slots), _moved)
         if not all(len(own) == 1 for own in state):

@@ -42,6 +42,10 @@ class Family:
             self.check(inputs.state)
         self._allocate(inputs, known)
 
+    def forget(self) -> None:
+        """The buffers."""
+        self._release()
+
     def _now(self) -> Launch:
         """The tables of launches that move parameters, for tensors as they are."""
         if self._moving is None:  # they could not be made, and the reason is told again

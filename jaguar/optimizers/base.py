@@ -108,9 +108,10 @@ class ZerothOrder(Measuring):
             RuntimeError: the optimizer is broken by an earlier failure.
             TypeError, ValueError: the closure returned something that is no scalar.
         """
-        inputs, lrs = self._begin(closure)
-        with HeldInterrupts() as interrupts:
-            self._measured = self._evaluate(closure, inputs, lrs, interrupts, hold=self.method.walk)
+        with self._trained.forgets_failures():
+            inputs, lrs = self._begin(closure)
+            with HeldInterrupts() as interrupts:
+                self._measured = self._evaluate(closure, inputs, lrs, interrupts, hold=self.method.walk)
         return self._measured.record
 
     def apply_(self, record: Record) -> None:
@@ -141,7 +142,7 @@ class ZerothOrder(Measuring):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
             )
-        with HeldInterrupts():
+        with self._trained.forgets_failures(), HeldInterrupts():
             self._move(record, inputs, inputs.scalars)
 
     _hooked_apply = with_step_hooks(_apply)
@@ -177,6 +178,7 @@ class ZerothOrder(Measuring):
                 self._launches()
             with HeldInterrupts(), torch.no_grad():
                 measured.probe.abort()
+        self._trained.forget()
 
     def watch_dtype(self, dtype: torch.dtype) -> None:
         """Says once what a loss loses that was computed in `dtype`; for closures that widen it before they return."""
@@ -200,18 +202,19 @@ class ZerothOrder(Measuring):
     # -- its parts -------------------------------------------------------------------------------------------------
 
     def _measure_and_move(self, closure: Closure) -> Record:
-        inputs, lrs = self._begin(closure)
-        with HeldInterrupts() as interrupts:
-            try:
-                # Copies of parameters that are missing must be made where the step begins.
-                fused = self._trained.bound.fuses_restore and not self._roster.lacks_copies
-                hold = self.method.walk or fused
-                self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
-                self._move(measured.record, inputs, measured.scalars)
-            except BaseException:
-                if not self._broken:  # nothing was written: the parameters go back to where the step began
-                    self.discard_()
-                raise
+        with self._trained.forgets_failures():
+            inputs, lrs = self._begin(closure)
+            with HeldInterrupts() as interrupts:
+                try:
+                    # Copies of parameters that are missing must be made where the step begins.
+                    fused = self._trained.bound.fuses_restore and not self._roster.lacks_copies
+                    hold = self.method.walk or fused
+                    self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
+                    self._move(measured.record, inputs, measured.scalars)
+                except BaseException:
+                    if not self._broken:  # nothing was written: the parameters go back to where the step began
+                        self.discard_()
+                    raise
         return measured.record
 
     def _move(self, record: Record, inputs: StepInputs, scalars: Mapping[Kind, Scalars]) -> None:
@@ -240,6 +243,7 @@ class ZerothOrder(Measuring):
                 self._broken = bound.wrote or replays or led
                 raise
             self._measured, self._last_record = None, record
+            self._trained.forget()
             self._trained.drop_state()
             self._finish(record)
             torch.clear_autocast_cache()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,20 @@ class Trained:
 
     def _roster(self, slots: Sequence[Slot], groups: Groups, state: dict[Tensor, dict[str, Any]]) -> Roster:
         return Roster(slots, state, buffers_of(self._method, slots, groups), copies_of(self._method, slots, groups))
+
+    def forget(self) -> None:
+        """A step is over: nothing that was drawn or saved for it lasts."""
+        if self._bound is not None:
+            self._bound.forget()
+
+    @contextmanager
+    def forgets_failures(self) -> Iterator[None]:
+        """`forget` where what is inside fails: a step that is tried again begins anew."""
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
 
     def make_state(self) -> None:
         """Makes the state buffers that are missing."""

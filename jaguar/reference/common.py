@@ -62,6 +62,9 @@ class Common:
     def prepare(self, inputs: StepInputs) -> None:
         """Nothing: torch allocates as it goes."""
 
+    def forget(self) -> None:
+        """Nothing: nothing is kept."""
+
     def endpoints(self, x: Tensor, e: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         """The two stored points whose losses are compared: x + tau e, and x - tau e or x itself."""
         return moved(x, e, tau), moved(x, e, -tau) if self.method.estimator.two_sided else x

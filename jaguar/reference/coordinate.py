@@ -30,7 +30,7 @@ class CoordinateLaunches(Common):
     _samples: dict[Draw, list[Chosen]] = field(default_factory=dict, init=False, repr=False)
 
     def samples(self, draw: Draw) -> list[Chosen]:
-        """The sample of every piece; kept from `measure` to the end of `apply_`, which needs the same ones."""
+        """The sample of every piece; kept from `measure` to the end of the step, which needs the same ones."""
         if draw not in self._samples:
             for other in [d for d in self._samples if d.step != draw.step]:
                 del self._samples[other]
@@ -83,6 +83,10 @@ class CoordinateLaunches(Common):
                     self._update_(piece, s, x, state, inputs.draws, chosen)
                 else:
                     self._step_along_g_(piece, s, x, inputs.draws, chosen)
+        self.forget()
+
+    def forget(self) -> None:
+        """The samples."""
         self._samples.clear()
 
     def _update_(

@@ -114,6 +114,10 @@ class DenseLaunches(Common):
                     along = self.enter_(piece, s, state, g, draw, part, read, write) if state else [g]
                     if piece.slots[0].signed:
                         x[part] = self.stepped(piece, s, x[part], along, draw, part)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was drawn."""
         self._drawn.clear()
 
     def _whole(self, direction: Orthonormal, piece: Piece, draw: Draw) -> Tensor:

@@ -58,6 +58,11 @@ class MixedLaunches(DenseLaunches):
                     x[part] = self.stored(value, x.dtype, draw, piece, part, Purpose.ROUND)
         self._drawn.clear()
 
+    def forget(self) -> None:
+        """What was drawn, and the momenta, which are the optimizer's."""
+        super().forget()
+        self._momenta.clear()
+
     def _look(self, state: State) -> None:
         """Where there is no state yet m is 0."""
         (buffer,) = self.method.rule.state({})
