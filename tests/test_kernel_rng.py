@@ -29,6 +29,7 @@ pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 # These tests run on a GPU too: test_kernel_gpu imports them.
 DEVICE, BLOCK = ("cpu", 1 << 16) if ops.interpreted() else ("cuda", 1024)
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e5m2]
+MILLION = 10**6
 STARTS = [0, 8192, 2**31 - 8192, 2**31, 2**32 + 8192, 2**35, 2**40 + 8192]
 
 
@@ -261,6 +262,33 @@ def test_stochastic(dtype: torch.dtype, noise: int | str) -> None:
     assert bool(same(got, rounding.store(x, dtype, w)).all())
     finite = x.isfinite()
     assert bool(got.float()[finite].isfinite().all()) and bool(got.float()[x.isnan()].isnan().all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", NARROW, ids=dtype_id)
+def test_stochastic_of_ten_million_values(dtype: torch.dtype) -> None:
+    """Patterns of any kind, many near the format's range, exact values, ties, and noise that decides or does not."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(bound: int) -> Tensor:
+        return torch.randint(0, bound, (MILLION,), generator=generator)
+
+    grid = near_every_value(dtype)
+    for kind in range(10):
+        if kind < 3:  # any pattern: subnormal, extreme, infinite, NaN
+            x = (random(1 << 32) - (1 << 31)).to(torch.int32).view(torch.float32)
+        elif kind < 6:  # exponents of what the format can hold, and a few to either side
+            u = (random(1 << 23) | (random(62) + 85 << 23)) - (random(2) << 31)
+            x = u.to(torch.int32).view(torch.float32)
+        else:  # at and around values and ties
+            x = grid[random(len(grid))]
+        w = random(1 << 16)
+        if kind % 3 == 0:  # as much as is missing to the neighbour, or one less
+            low = 13 if dtype == torch.float16 else 16 if dtype == torch.bfloat16 else 21
+            rest = -x.view(torch.int32).to(torch.int64) & ((1 << low) - 1)
+            w = ((rest << 16 >> low) - random(2)).clamp(0, 0xFFFF)
+        got, wanted = stored(x, dtype, w), rounding.store(x, dtype, w)
+        assert bool(same(got, wanted).all()), kind
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=dtype_id)

@@ -1,7 +1,8 @@
 """`jaguar.rounding` in registers: stored formats to fp32 and back, one rounding at the end.
 
-Formats are named "fp64", "fp32", "fp16", "bf16" and "e5m2". The last two are read and written as integers and rounded
-by integer arithmetic: Triton's interpreter has no bf16, and what it proves should be the code that the GPU runs.
+Formats are named "fp64", "fp32", "fp16", "bf16" and "e5m2". The last two are read and written as integers, and all that
+is stochastic is rounded by integer arithmetic: Triton's interpreter has no bf16, what it proves should be the code that
+the GPU runs, and fractions by division made every third instruction of `tiles` in fp16.
 """
 
 import triton
@@ -33,11 +34,6 @@ def widened(v, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _finite(v):
-    return tl.abs(v) < float("inf")
-
-
-@triton.jit
 def _bf16_nearest(v):
     u = v.to(tl.uint32, bitcast=True)
     u = tl.where(v != v, 0x7FC00000, u + (0x7FFF + ((u >> 16) & 1)))
@@ -55,36 +51,44 @@ def _bf16_stochastic(v, noise):
 
 
 @triton.jit
-def _split(v, MANTISSA: tl.constexpr):
-    """|v| in units of the spacing of a format whose smallest normal number is 2**-14: whole, fraction, spacing."""
-    power = tl.maximum((v.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 6.103515625e-05)
-    spacing = power * 2.0**-MANTISSA
-    scaled = tl.div_rn(tl.abs(v), spacing)
-    whole = tl.floor(scaled)
-    return whole, scaled - whole, spacing
+def _narrow(v, normal, subnormal, MANTISSA: tl.constexpr):
+    """The pattern of a format whose smallest normal number is 2**-14, as uint32.
+
+    Args:
+        v: what was rounded, fp32.
+        normal: its fp32 pattern rounded in its place: what is above the mantissa that stays, without the sign.
+        subnormal: |v| in units of the format's smallest number, rounded, where it is below 2**-14.
+    """
+    u = v.to(tl.uint32, bitcast=True)
+    size = u & 0x7FFFFFFF
+    infinity: tl.constexpr = 31 << MANTISSA
+    quiet: tl.constexpr = 1 << (MANTISSA - 1)
+    # A finite value stays below infinity, infinity stays, and NaN is more than either.
+    limit = tl.minimum(tl.maximum(size, 0x7F7FFFFF) - (0x7F800000 - infinity), infinity + quiet)
+    # Exponents begin 112 lower than those of fp32.
+    y = tl.where(size < 0x38800000, subnormal, tl.minimum(normal - (112 << MANTISSA), limit))
+    return y | ((u & 0x80000000) >> (26 - MANTISSA))
 
 
 @triton.jit
-def _joined(v, whole, spacing, LARGEST: tl.constexpr):
-    """whole * spacing with the sign of v, at most the largest finite number; fp32 and exact."""
-    size = tl.minimum(whole * spacing, LARGEST)
-    u = size.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & 0x80000000)
-    return u.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _narrow_stochastic(v, noise, MANTISSA: tl.constexpr, LARGEST: tl.constexpr):
-    whole, fraction, spacing = _split(v, MANTISSA)
-    up = tl.floor(fraction * 65536.0) + noise.to(tl.float32) >= 65536.0
-    return _joined(v, whole + up.to(tl.float32), spacing, LARGEST)
+def _narrow_stochastic(v, noise, MANTISSA: tl.constexpr):
+    """Adds the noise to what the format has no place for, and truncates."""
+    size = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    if MANTISSA > 7:  # of the 16 bits of noise, those that such a fraction can tell apart
+        moved = size + (noise >> (MANTISSA - 7))
+    else:
+        moved = size + (noise << (7 - MANTISSA))
+    small = tl.minimum(tl.abs(v), 2.0**-14) * 2.0 ** (30 + MANTISSA)
+    return _narrow(v, moved >> (23 - MANTISSA), (small.to(tl.uint32) + noise) >> 16, MANTISSA)
 
 
 @triton.jit
 def _e5m2_nearest(v):
-    whole, fraction, spacing = _split(v, 2)
-    odd = (whole.to(tl.int32) & 1) == 1
-    up = (fraction > 0.5) | ((fraction == 0.5) & odd)
-    return _joined(v, whole + up.to(tl.float32), spacing, 57344.0)
+    size = v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    moved = size + (0xFFFFF + ((size >> 21) & 1))
+    # A sum of fp32 numbers that rounds to multiples of 2**-16, the smallest number.
+    small = (tl.abs(v) + 128.0).to(tl.uint32, bitcast=True) - 0x43000000
+    return _narrow(v, moved >> 21, small, 2)
 
 
 @triton.jit
@@ -99,8 +103,7 @@ def nearest(v, FORMAT: tl.constexpr):
     elif FORMAT == "bf16":
         y = _bf16_nearest(v.to(tl.float32))
     else:
-        w = v.to(tl.float32)
-        y = _e5m2_bits(tl.where(_finite(w), _e5m2_nearest(w), w))
+        y = _e5m2_nearest(v.to(tl.float32)).to(tl.uint8)
     return y
 
 
@@ -111,14 +114,8 @@ def stochastic(v, noise, FORMAT: tl.constexpr):
     if FORMAT == "bf16":
         y = _bf16_stochastic(w, noise)
     elif FORMAT == "fp16":
-        y = tl.where(_finite(w), _narrow_stochastic(w, noise, 10, 65504.0), w).to(tl.float16)
+        y = _narrow_stochastic(w, noise, 10).to(tl.uint16).to(tl.float16, bitcast=True)
     else:
         tl.static_assert(FORMAT == "e5m2")
-        y = _e5m2_bits(tl.where(_finite(w), _narrow_stochastic(w, noise, 2, 57344.0), w))
+        y = _narrow_stochastic(w, noise, 2).to(tl.uint8)
     return y
-
-
-@triton.jit
-def _e5m2_bits(v):
-    """The byte of an fp32 value that float8_e5m2 holds exactly."""
-    return (v.to(tl.float16).to(tl.uint16, bitcast=True) >> 8).to(tl.uint8)
