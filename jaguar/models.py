@@ -18,7 +18,7 @@ from jaguar.adapters import virtual_tokens
 from jaguar.choices import TRAINABLE
 from jaguar.errors import said
 from jaguar.tasks import Task
-from jaguar.untrusted import check_weight_files, code_of, unasked, wants_code
+from jaguar.untrusted import check_kernels, check_weight_files, code_of, unasked, wants_code
 
 _TASK_FILE = "jaguar_task.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -153,7 +153,8 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool, trust_rem
 
     what = f"the model {name!r}"
     config = configuration(name, trust_remote_code)
-    architecture = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    named = getattr(config, "architectures", None)
+    architecture = str(named[0]) if isinstance(named, list) and named else "(none named)"
     kind = next((kind for end, kind in _KINDS.items() if architecture.endswith(end)), None)
     if kind is None:
         raise ValueError(
@@ -170,7 +171,10 @@ def _load_base(name: str, *, dtype: str, use_cpu: bool, in_4bit: bool, trust_rem
         options["quantization_config"] = _four_bits(options["dtype"])
     with _errors_of_loading(f"the tokenizer of {what}", name, trust_remote_code):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r}, no number")
     with _errors_of_loading(what, name, trust_remote_code):
+        check_kernels(config)
         check_weight_files(Path(name), getattr(config, "transformers_weights", None))
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
@@ -296,9 +300,13 @@ def _saved(name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise _damaged(name) from None
+    cut = saved.get("max_length")
+    if cut is not None and (type(cut) is not int or cut < 1):
+        raise _damaged(name)
+    return saved
 
 
 def _damaged(name: str) -> ValueError:

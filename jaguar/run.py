@@ -18,6 +18,7 @@ from jaguar import checkpoints, trainer_flags
 from jaguar.adapters import Adapter
 from jaguar.data import Data
 from jaguar.dry_run import check
+from jaguar.errors import said
 from jaguar.flag_groups import OF_THE_RUN, RELEASED_FIXES
 from jaguar.tasks import Example
 from jaguar.training_args import OPTIONS, ZOTrainingArguments
@@ -120,7 +121,7 @@ class Run:
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # torch.load has no exception of its own for a damaged file
-            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path} is damaged: {said(error)}") from None
         checkpoints.check_whole(folder, args.world_size)
         if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
             raise ValueError(f"{path} was not written by this version of jaguar finetune: it has no settings")

@@ -32,7 +32,9 @@ def read(path: str) -> dict[str, Setting]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         found = _read_json(text) or _read_yaml(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if found is None:
         raise ValueError("a file of settings has lines like 'learning_rate: 1e-4'")
@@ -58,11 +60,27 @@ def _read_json(text: str) -> dict[str, Setting] | None:
 
 
 def _read_yaml(text: str) -> dict[str, Setting] | None:
-    node = yaml.compose(text, Loader=yaml.BaseLoader)
+    node = yaml.compose(text, Loader=_Reader)
     return _of_yaml(node) if isinstance(node, yaml.MappingNode) else None
 
 
 # -- YAML ----------------------------------------------------------------------------------------------------------
+
+
+class _Reader(yaml.BaseLoader):  # type: ignore[misc]
+    """Nodes of text; of lists of aliases of lists, nine lines would be millions of them."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node.
+
+        Raises:
+            ValueError: it is an alias of a list or a mapping.
+        """
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            if isinstance(self.anchors.get(alias.anchor), yaml.CollectionNode):
+                raise ValueError(f"the alias *{alias.anchor} stands for more than a word{_place(alias)}")
+        return super().compose_node(parent, index)
 
 
 def _place(node: Any) -> str:

@@ -56,6 +56,16 @@ def _files(value: Any, mapped: bool = False) -> Iterator[str]:
         yield f"{reference.rpartition('.')[0]}.py" + f" of {repository}" * bool(repository)
 
 
+def check_kernels(config: Any) -> None:
+    """Raises ValueError if a configuration, or one inside, names an attention kernel of a repository, which is code."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for kernel in (str(getattr(part, "_attn_implementation", None)) for part in parts):
+        if "/" in kernel:
+            raise ValueError(
+                f"its attn_implementation is code of the repository {kernel}, which was not run: take it out"
+            )
+
+
 def inside(file: Any) -> bool:
     """Whether a name that was read from a file of a folder stays in that folder."""
     return isinstance(file, str) and not PurePath(file).is_absolute() and ".." not in PurePath(file).parts

@@ -4,15 +4,20 @@ import ast
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import payloads
 import pytest
 import tiny
 import transformers.dynamic_module_utils
+from payloads import changed, filled
 from tiny import refused
 
 from jaguar import cli
+from jaguar.adapters import Adapter
+from jaguar.models import load
 
 ROOT = Path(__file__).parents[1]
 TRUST = "--trust_remote_code"
@@ -20,8 +25,10 @@ TRUST = "--trust_remote_code"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Rows to train on and to test with."""
+    """Rows to train on and to test with, a model, and an adapter on it."""
     folder = tmp_path_factory.mktemp("security")
+    tiny.causal_lm(folder / "lm")
+    Adapter("lora").applied(load(str(folder / "lm"), use_cpu=True).model, "causal").save_pretrained(folder / "lora")
     for name, count, seed in (("train", 32, 1), ("test", 16, 2)):
         tiny.write_csv(folder / f"{name}.csv", tiny.sentences(count, seed))
     return folder
@@ -52,11 +59,6 @@ def own_code(folder, canary):
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     changed(folder / "config.json", model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
     return folder
-
-
-def changed(path, **values):
-    held = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(held | values))
 
 
 def evaluated(place, model, *more):
@@ -124,3 +126,145 @@ def test_trust_is_said_wherever_something_is_loaded(folder):
                 elif called.endswith((".from_pretrained", "load_dataset")) and "Peft" not in called:
                     unsaid += [] if "trust_remote_code" in said else [f"{path}:{node.lineno}"]
     assert not unsaid  # PEFT has no such argument
+
+
+# -- files that would be executed --------------------------------------------------------------------------------------
+
+
+def harmless(capsys, canary, line, message):
+    """The command line is refused in one line that has the message (None: it runs); nothing is executed or changed."""
+    canary.unlink(missing_ok=True)  # the pickle was made here
+    before = contents(canary.parent)
+    capsys.readouterr()
+    if message is None:
+        assert cli.main(line) == 0
+    else:
+        error = refused(capsys, *line)
+        assert re.search(message, error), error
+    assert not canary.exists() and contents(canary.parent) == before
+
+
+def contents(folder):
+    """Every file in a folder, but for the output of a run and what transformers keeps of code."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    kept = {path.relative_to(folder): path.read_bytes() for path in files}
+    return {path: held for path, held in kept.items() if path.parts[0] not in ("out", "modules")}
+
+
+@pytest.mark.filterwarnings("default")  # of PEFT and transformers, which would be errors of loading here
+@pytest.mark.parametrize("name", payloads.MODELS)
+def test_a_model(place, tmp_path, canary, capsys, name):
+    build, message = payloads.MODELS[name]
+    model = tmp_path / "model"
+    shutil.copytree(place / "lm", model)
+    build(model, canary)
+    harmless(capsys, canary, evaluated(place, model), message)
+
+
+@pytest.mark.filterwarnings("default")  # of PEFT and transformers, which would be errors of loading here
+@pytest.mark.parametrize("name", payloads.ADAPTERS)
+def test_an_adapter(place, tmp_path, canary, capsys, name):
+    build, message = payloads.ADAPTERS[name]
+    for folder in ("lm", "lora"):
+        shutil.copytree(place / folder, tmp_path / folder)
+    build(tmp_path / "lora", canary)
+    harmless(capsys, canary, evaluated(place, tmp_path / "lora"), message)
+
+
+BOMB = "lr_scheduler_kwargs:\n  a: &a {x: 1, y: 1, z: 1, u: 1, v: 1, w: 1, p: 1, q: 1}\n" + "".join(
+    f"  {b}: &{b} {{{', '.join(f'{key}: *{a}' for key in 'xyzuvwpq')}}}\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=False)
+)
+SETTINGS = {  # --config
+    "yaml: python/object/apply": ('seed: !!python/object/apply:os.system ["touch <canary>"]\n', "seed"),
+    "yaml: python/object/new": ("seed: !!python/object/new:os.system [touch <canary>]\n", "seed"),
+    "yaml: python/name": ("seed: !!python/name:os.system ''\n", "seed"),
+    "yaml: python/module": ("seed: !!python/module:own ''\n", "seed"),
+    "yaml: in a mapping": (
+        "lr_scheduler_kwargs: {a: !!python/object/apply:os.system ['touch <canary>']}\n",
+        "lr_scheduler_kwargs|lr_scheduler_type",
+    ),
+    "yaml: a key": ("? !!python/object/apply:os.system ['touch <canary>']\n: 1\n", "the name of a setting is a word"),
+    "yaml: a bomb of aliases": (BOMB, "alias"),
+    "yaml: an alias of itself": ("lr_scheduler_kwargs: &a {a: *a}\n", "alias"),
+    "yaml: merged": ("a: &a {seed: !!python/name:os.system ''}\n<<: *a\n", "alias"),
+    "yaml: deep": ("seed: " + "[" * 9000 + "]" * 9000, "nested too deeply"),
+    "yaml: options of the optimizer": (
+        "zo_options: {betas: \"__import__('os').system('touch <canary>')\"}\n",
+        "zo_options",
+    ),
+    "json: deep": ('{"seed": ' + "[" * 90000 + "]" * 90000 + "}", "nested too deeply"),
+    "json: a class": ('{"seed": {"py/object": "os.system", "__class__": "os.system"}}', "seed"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(place, tmp_path, canary, capsys, name):
+    content, message = SETTINGS[name]
+    (tmp_path / "run.yaml").write_text(filled(content, canary))
+    line = tuned(place, place / "lm", tmp_path / "out", "--config", str(tmp_path / "run.yaml"))
+    harmless(capsys, canary, line, message)
+
+
+FIELDS = "{text.__class__.__mro__} {text!r:>9} {0.__class__} {x.__init__.__globals__} {text}"
+TASKS = {  # jaguar_task.json
+    "task: template": ({"template": FIELDS}, None),
+    "task: labels": ({"labels": [{"__class__": "os.system"}, ["a"]]}, "jaguar_task.json is damaged"),
+    "task: labels of numbers": ({"labels": [0, 1]}, "jaguar_task.json is damaged"),
+    "task: name": ({"task": "__import__('os')"}, "jaguar_task.json is damaged"),
+    "task: field": ({"__class__": "os.system"}, "jaguar_task.json is damaged"),
+    "task: template of a number": ({"template": 5}, "jaguar_task.json is damaged"),
+    "task: max_length": ({"max_length": "<code>"}, "jaguar_task.json is damaged"),
+    "task: max_length below 0": ({"max_length": -5}, "jaguar_task.json is damaged"),
+    "task: verbalizers": ({"verbalizers": [None, {}]}, "jaguar_task.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task(place, tmp_path, canary, capsys, name):
+    values, message = TASKS[name]
+    model = tmp_path / "model"
+    shutil.copytree(place / "lm", model)
+    task = {"task": "text-classification", "template": "{text}:", "labels": ["negative", "positive"]}
+    task |= {"verbalizers": [" negative", " positive"], "max_length": None} | values
+    (model / "jaguar_task.json").write_text(filled(json.dumps(task), canary))
+    harmless(capsys, canary, evaluated(place, model), message)
+
+
+WORDS = {  # of the command line
+    "--template": (["--template", FIELDS], None),
+    "--template: jinja": (["--template", payloads.JINJA + "{text}"], None),
+    "--verbalizers": (["--verbalizers", "{text.__class__}", " good", "--template", "{text}"], None),
+    "--choice_columns": (["--task", "multiple-choice", "--choice_columns", "{text.__class__}", "__class__"], "column"),
+    "--text_column": (["--text_column", "__class__"], "no column '__class__'"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_of_the_command_line(place, tmp_path, canary, capsys, name):
+    words, message = WORDS[name]
+    harmless(capsys, canary, evaluated(place, place / "lm", *[filled(word, canary) for word in words]), message)
+
+
+ROWS = {
+    "rows: formulas": ("test.csv", "text,label\n\"=cmd|'/c touch <canary>'!A0\",negative\n+good,positive\n", None),
+    "rows: attributes": ("test.csv", "text,label\n{text.__class__},negative\n{{ 7*7 }},positive\n", None),
+    "rows: objects": (
+        "test.jsonl",
+        '{"text": "a", "label": "negative", "__class__": {"py/object": "os.system"}}\n'
+        '{"text": "b", "label": "positive"}\n',
+        None,
+    ),
+    "rows: an object as text": ("test.jsonl", '{"text": {"__reduce__": "os.system"}, "label": "negative"}\n', "a dict"),
+    "rows: deep": ("test.jsonl", '{"text": ' + "[" * 90000 + "]" * 90000 + "}\n", "not JSON"),
+    "rows: a pickle": ("test.pkl", "<code>", "must end in .csv or .jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(place, tmp_path, canary, capsys, name):
+    file, content, message = ROWS[name]
+    (tmp_path / file).write_text(filled(content, canary))
+    line = evaluated(place, place / "lm", "--verbalizers", " negative", " positive")
+    line[line.index("--test_file") + 1] = str(tmp_path / file)
+    harmless(capsys, canary, line, message)

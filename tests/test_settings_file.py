@@ -128,7 +128,7 @@ def test_mappings_reach_trainer(run_of, error_of):
         ("verbalizers: [[a], b]\n", "a list of settings has words (line 4)"),
         ("? [a, b]\n: c\n", "the name of a setting is a word (line 4)"),
         ("seed: 1\n\t tau: 2\n", "--config "),
-        ("a: &x [*x]\n", "a list of settings has words"),
+        ("a: &x [*x]\n", "the alias *x stands for more than a word"),
         ("---\nseed: 1\n", "--config "),
         ("seed: !!python/object/apply:os.system [x]\n", "argument --seed: 'x' is not a whole number"),
     ],

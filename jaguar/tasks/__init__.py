@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from jaguar.tasks.copa import COPA
@@ -42,6 +43,11 @@ def described(description: dict[str, Any]) -> Task:
     name = values.pop("task", None)
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; there is: {', '.join(TASKS)}")
+    for field in fields(TASKS[name]):
+        value = values.get(field.name, "" if field.type == "str" else ())
+        words = (value,) if field.type == "str" else value
+        if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"this is no description of {name}: {field.name} is {value!r}")
     try:
         return TASKS[name](**values)
     except TypeError as error:
