@@ -1,6 +1,7 @@
 """Nothing that comes with a model, a checkpoint, an adapter, settings or rows is executed unless the user says so."""
 
 import ast
+import contextlib
 import io
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import payloads
 import pytest
 import tiny
+import torch
 import transformers.dynamic_module_utils
 from payloads import changed, filled
 from tiny import refused
@@ -151,6 +153,15 @@ def contents(folder):
     return {path: held for path, held in kept.items() if path.parts[0] not in ("out", "modules")}
 
 
+@pytest.mark.parametrize("name", payloads.PICKLES)
+def test_the_pickles_are_not_blanks(canary, name):
+    payloads.pickled("x.pt", name)(canary.parent, canary)
+    canary.unlink(missing_ok=True)
+    with contextlib.suppress(RuntimeError):  # of what comes out, which is none of torch's
+        torch.load(canary.parent / "x.pt", weights_only=False)
+    assert canary.exists()
+
+
 @pytest.mark.filterwarnings("default")  # of PEFT and transformers, which would be errors of loading here
 @pytest.mark.parametrize("name", payloads.MODELS)
 def test_a_model(place, tmp_path, canary, capsys, name):
@@ -185,9 +196,9 @@ SETTINGS = {  # --config
         "lr_scheduler_kwargs|lr_scheduler_type",
     ),
     "yaml: a key": ("? !!python/object/apply:os.system ['touch <canary>']\n: 1\n", "the name of a setting is a word"),
-    "yaml: a bomb of aliases": (BOMB, "alias"),
-    "yaml: an alias of itself": ("lr_scheduler_kwargs: &a {a: *a}\n", "alias"),
-    "yaml: merged": ("a: &a {seed: !!python/name:os.system ''}\n<<: *a\n", "alias"),
+    "yaml: a bomb of aliases": (BOMB, "stands for more than a word"),
+    "yaml: an alias of itself": ("lr_scheduler_kwargs: &a {a: *a}\n", "stands for more than a word"),
+    "yaml: merged": ("a: &a {seed: !!python/name:os.system ''}\n<<: *a\n", "stands for more than a word"),
     "yaml: deep": ("seed: " + "[" * 9000 + "]" * 9000, "nested too deeply"),
     "yaml: options of the optimizer": (
         "zo_options: {betas: \"__import__('os').system('touch <canary>')\"}\n",
@@ -268,3 +279,31 @@ def test_rows(place, tmp_path, canary, capsys, name):
     line = evaluated(place, place / "lm", "--verbalizers", " negative", " positive")
     line[line.index("--test_file") + 1] = str(tmp_path / file)
     harmless(capsys, canary, line, message)
+
+
+SPLITS = {f"{name}.csv": "text,label\na,negative\nb,positive\n" for name in ("train", "validation")}
+DATA_SETS = {
+    "a script": ({"rows.py": "<code>"}, "scripts are no longer supported"),
+    "a script beside rows": ({"rows.py": "<code>"} | SPLITS, "scripts are no longer supported"),
+    "a card": (
+        {"README.md": "---\nconfigs: !!python/object/apply:os.system ['touch <canary>']\n---\n"} | SPLITS,
+        "tag",
+    ),
+    "features": (
+        {"README.md": "---\ndataset_info:\n  features:\n  - {name: text, dtype: os.system}\n---\n"} | SPLITS,
+        "Os",
+    ),
+    "a pickle": ({"validation.pkl": "<pickle>"}, "No .supported. data files"),
+}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_a_data_set(place, tmp_path, canary, capsys, name):
+    files, message = DATA_SETS[name]
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for file, content in files.items():
+        (rows / file).write_text(filled(content, canary))
+        if content == "<pickle>":
+            payloads.pickled(file, "exec")(rows, canary)
+    harmless(capsys, canary, ["eval", "--model", str(place / "lm"), "--dataset", str(rows), "--use_cpu"], message)

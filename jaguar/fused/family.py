@@ -37,9 +37,10 @@ class Family:
 
     def prepare(self, inputs: StepInputs) -> None:
         """Makes what is missing, tables and buffers: before a step's probes, and again when the weights are known."""
-        if self._moving is None or (inputs.known and self._updating is None):
+        known = any(s.weights for s in inputs.scalars.values())
+        if self._moving is None or (known and self._updating is None):
             self.check(inputs.state)
-        self._allocate(inputs, inputs.known)
+        self._allocate(inputs, known)
 
     def forget(self) -> None:
         """The buffers."""
