@@ -1,29 +1,26 @@
 """Checkpoints of a run: whole or refused, and which of them a run goes on from.
 
 `finish` writes down, last of all, what lies in a checkpoint and of which run it is; `check` compares that with what is
-there and with the run that wants to go on. Folders that a killed process left half are recognised by `recover`.
+there and with the run that wants to go on. `jaguar.staging` puts them where they belong.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from jaguar import weights
-from jaguar.saving import unsaved
+from jaguar import staging, weights
+from jaguar.errors import Damaged, reading, said
+from jaguar.staging import RECORD
 
-RECORD = "jaguar_checkpoint.json"
 # What else a run needs to go on as if it had never stopped.
 _STATE = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
 _COUNTED = {".safetensors", ".bin", ".pt", ".pth"}
@@ -31,32 +28,6 @@ _FREE_FILES = {"training_args.bin"}
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def saving(folder: Path) -> Iterator[None]:
-    """For writers that fill the folder of a checkpoint themselves: until they end well, the folder counts as half.
-
-    Raises:
-        OSError: writing failed (a full disk, say); an earlier checkpoint of that name is back in its place.
-    """
-    recover(folder)
-    old, mark = _old(folder), _mark(folder)
-    if folder.exists():
-        os.replace(folder, old)
-    try:  # the order of these steps is what `recover` goes by
-        mark.touch()
-        yield
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        mark.unlink(missing_ok=True)
-        if old.exists():
-            os.replace(old, folder)
-        if not isinstance(error, Exception):
-            raise
-        raise unsaved(folder, error) from error
-    mark.unlink()
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(folder: Path, model: nn.Module | None, run: dict[str, Any]) -> None:
@@ -115,8 +86,6 @@ def _lacking(folder: Path, processes: int) -> str:
     """What of a checkpoint is not there, in words; empty: nothing."""
     if not folder.is_dir():
         return "there is no such folder"
-    if _mark(folder).exists():
-        return "a process was killed while it wrote it, or is still writing"
     record = _record(folder)
     cut = [
         file
@@ -131,7 +100,8 @@ def _lacking(folder: Path, processes: int) -> str:
         needed += states
     missing = [file for file in needed if not (folder / file).is_file()]
     if not missing:
-        return "" if "global_step" in _progress(folder) else f"{TRAINER_STATE_NAME} is damaged"
+        progress(folder)
+        return ""
     why = " (save_only_model=True saves none)" if OPTIMIZER_NAME in missing else ""
     return f"it has no {', '.join(missing)}{why}; the optimizer and the order of the rows would begin anew"
 
@@ -143,8 +113,11 @@ def newest(parent: Path, processes: int) -> Path:
         ValueError: there is none.
     """
     passed: list[str] = []
-    for folder in sorted(_all(parent), key=_step, reverse=True):
-        lacking = _lacking(folder, processes)
+    for folder in reversed(staging.of(parent)):
+        try:
+            lacking = _lacking(folder, processes)
+        except Damaged as error:
+            lacking = str(error)
         if not lacking:
             if passed:
                 warnings.warn(f"going on from {folder.name}; {'; '.join(passed)}", stacklevel=3)
@@ -159,7 +132,7 @@ def find_best(state: TrainerState, folder: Path) -> None:
 
     Says so if there was one and it is gone.
     """
-    saved = _progress(folder).get("best_model_checkpoint")
+    saved = progress(folder).get("best_model_checkpoint")
     if saved is None or Path(saved).is_dir():
         return
     moved = folder.parent / Path(saved).name
@@ -194,70 +167,86 @@ def say_what_stays(folder: Path, given: Sequence[dict[str, Any]], groups: Sequen
         )
 
 
-def _progress(folder: Path) -> dict[str, Any]:
-    """How far the run was; empty if that cannot be read."""
-    try:
-        return dict(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return {}
+def check_states(folder: Path, scheduler: Mapping[str, Any]) -> None:
+    """Looks whether the files of optimizer and schedule hold what such files hold.
+
+    Args:
+        folder: the checkpoint.
+        scheduler: the state_dict of the schedule that goes on, as it begins.
+
+    Raises:
+        Damaged: one does not.
+    """
+    for file, like in ((OPTIMIZER_NAME, {"state": {}, "param_groups": []}), (SCHEDULER_NAME, scheduler)):
+        path = folder / file
+        with reading(path):
+            check_kind(path, torch.load(path, map_location="meta", weights_only=True, mmap=True), like)
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """How far the run of a checkpoint was: fields of TrainerState.
+
+    Raises:
+        Damaged: that cannot be read.
+    """
+    usual = vars(TrainerState()) | {"log_history": [], "stateful_callbacks": {}}
+    found = _json(folder / TRAINER_STATE_NAME, {key: usual[key] for key in ("global_step", "max_steps", "log_history")})
+    for key, value in usual.items():
+        if value is not None and key in found:
+            check_kind(folder / TRAINER_STATE_NAME, {key: found[key]}, {key: value})
+    return found
 
 
 def _record(folder: Path) -> dict[str, Any]:
+    """What `finish` wrote; empty for checkpoints of other programs.
+
+    Raises:
+        Damaged: it cannot be read.
+    """
     path = folder / RECORD
     if not path.is_file():
-        return {}  # of another program
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged") from None
+        return {}
+    found = _json(path, {"run": {"processes": 1}, "files": {}})
+    check_kind(path, found["files"], dict.fromkeys(found["files"], 0))
+    if not all(_inside(file) for file in found["files"]):
+        raise Damaged(f"{path} is damaged: it names files of another folder")
+    if found.get("weights") is not None:
+        check_kind(path, found["weights"], {"tensors": {}, "parts": {}, "beside": ""})
+    return found
 
 
-# -- what a killed process leaves --------------------------------------------------------------------------------------
+def _inside(file: str) -> bool:
+    return not Path(file).is_absolute() and ".." not in Path(file).parts
 
 
-def recover_all(parent: Path) -> list[str]:
-    """Puts every checkpoint in `parent` back to what it was before a process was killed while writing it.
+def _json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The object in a file, which has at least the keys of `like`, with values of their kinds.
 
-    Returns:
-        What was done, in words.
+    Raises:
+        Damaged: it has not.
     """
-    hidden = {path.name[1:].rpartition(".")[0] for path in parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*")}
-    return [text for name in sorted(hidden) if (text := recover(parent / name))]
+    with reading(path):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise Damaged(f"{path} is damaged: it holds no JSON") from None
+        check_kind(path, found, like)
+        return dict(found)
 
 
-def recover(folder: Path) -> str:
-    """Removes a checkpoint that was left half; an earlier one of that name comes back.
-
-    Returns:
-        What was done, in words; empty: nothing.
-    """
-    old, mark, text = _old(folder), _mark(folder), ""
-    if not old.exists() and not mark.exists():
-        return text
-    # Without the mark either nothing was written yet, or all of it.
-    if mark.exists() or (folder.exists() and not (folder / TRAINER_STATE_NAME).is_file()):
-        text = f"removed {folder}: a process was killed while it wrote it"
-        shutil.rmtree(folder, ignore_errors=True)
-        mark.unlink(missing_ok=True)
-    if old.exists() and not folder.exists():
-        text = f"{folder} is as it was before a process was killed while it wrote it anew"
-        os.replace(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return text
+def check_kind(path: Path, found: Any, like: Any, key: str = "") -> None:
+    """Raises Damaged unless a value is of the kind of `like`: a number, a list, a dict with such values, ..."""
+    kind = _kind(like)
+    if isinstance(like, Mapping) and isinstance(found, Mapping):
+        for name, value in like.items():
+            if name not in found:
+                raise Damaged(f"{path} is damaged: it has no {name}")
+            check_kind(path, found[name], value, f"{name} ")
+    elif kind and _kind(found) != kind:
+        raise Damaged(f"{path} is damaged: its {key or 'content '}is {said(ValueError(repr(found)))}, no {kind}")
 
 
-def _mark(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.saving")
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _all(parent: Path) -> list[Path]:
-    found = parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return [path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+def _kind(value: Any) -> str:
+    """A word for what a value is; empty for None, in whose place anything may be."""
+    kinds = ((bool, "bool"), ((int, float), "number"), (str, "string"), ((list, tuple), "list"), (Mapping, "dict"))
+    return next((word for kind, word in kinds if isinstance(value, kind)), "" if value is None else "object")

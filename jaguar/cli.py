@@ -10,7 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +19,8 @@ import jaguar
 from jaguar.choices import ADAPTERS
 from jaguar.flag_groups import EVAL_BATCH
 from jaguar.flags import parse
-from jaguar.report import say
+from jaguar.interrupts import handled, interrupt, number_of
+from jaguar.report import Outlet, say
 
 
 class Refused(Exception):
@@ -43,27 +44,54 @@ def _refusals() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    """Runs the command line and returns the exit code.
+
+    0: done. 1: a run that failed. 2: bad input. 130, 143, 129: ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A run is worth more than what it prints.
+    with _outlets() if words[:1] == ["finetune"] else contextlib.nullcontext():
+        return _main(words)
+
+
+def _main(words: Sequence[str]) -> int:
     name, console = "jaguar", Console()
     try:
-        args = parse(argv)
+        args = parse(words)
         name = f"jaguar {args.command}"
         command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        with warnings.catch_warnings():
+        with handled(interrupt), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: not to our users
             warnings.showwarning = lambda message, *_, **__: say(console, f"warning: {message}", "yellow")
             return command(args, console)
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        _complain(f"{name}: stopped")
+        return 128 + number_of(stop)
     except BrokenPipeError:  # whoever read the output has left: `jaguar info | head`
         with contextlib.suppress(OSError, ValueError):  # what is left to write goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Refused, Failed, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"{name}: error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, Refused) else 1
+
+
+@contextlib.contextmanager
+def _outlets() -> Iterator[None]:
+    """Whoever prints in here, no error comes of it that nobody reads."""
+    out, error = (cast(IO[str], Outlet(file)) for file in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            yield
+        finally:
+            out.flush()
+            error.flush()
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the exit code says it too
+        print(text, file=sys.stderr)
 
 
 def _quiet_transformers() -> None:
@@ -107,6 +135,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     import torch
 
     from jaguar.data import Data
+    from jaguar.errors import Damaged
     from jaguar.finetune import Finetuning, Interrupted
     from jaguar.optimizers.guards import NonFiniteLoss
     from jaguar.run import Run
@@ -130,17 +159,23 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         overwrite_output_dir="overwrite_output_dir" in args,
         settings=f"settings of {preset.source}. {preset.note}".strip() if preset else "",
     )
-    with _refusals():
-        job = Finetuning(run, console)
-    job.describe()
-    try:
-        job.train()
-        job.finish()
-    except Interrupted as stop:
-        say(console, str(stop))
-        return 130
-    except (NonFiniteLoss, torch.OutOfMemoryError) as error:
-        raise Failed(str(error)) from error
+    with contextlib.ExitStack() as alone:
+        with _refusals():
+            job = Finetuning(run, console, alone)
+        job.describe()
+        try:
+            job.train()
+            if job.leads:
+                job.finish()
+        except Interrupted as stop:
+            say(console, str(stop))
+            if getattr(sys.stdout, "lost", False):
+                _complain(str(stop))
+            return 128 + stop.number
+        except Damaged as error:
+            raise Refused(str(error)) from error
+        except (NonFiniteLoss, torch.OutOfMemoryError) as error:
+            raise Failed(str(error)) from error
     return 0
 
 

@@ -3,6 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Damaged(ValueError):
+    """A saved file that cannot be gone on with; the message names it."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong with a saved file into one line that names it: its content may be anything.
+
+    Raises:
+        Damaged: something went wrong; refusals that were put into words keep them.
+    """
+    try:
+        yield
+    except (Damaged, MemoryError):
+        raise
+    except ValueError as error:
+        raise Damaged(str(error) if str(path) in str(error) else f"{path}: {said(error)}") from error
+    except Exception as error:
+        raise Damaged(f"{path} is damaged: {said(error)}") from error
 
 
 def said(error: BaseException) -> str:

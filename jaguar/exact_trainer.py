@@ -6,15 +6,16 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from jaguar import checkpoints
+from jaguar import checkpoints, staging
+from jaguar.errors import Damaged, reading
+from jaguar.saving import only_run
 from jaguar.weights import plain_state
 
 
@@ -30,6 +31,7 @@ class ExactTrainer(Trainer):
 
     beside: Callable[[Path], None] | None = None
     _resumed: Path | None = None  # the checkpoint that the run goes on from
+    _staging: Path | None = None  # where a checkpoint is being written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
         """Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that is whole.
@@ -38,14 +40,17 @@ class ExactTrainer(Trainer):
             ValueError: the checkpoint lacks something, or does not fit the model.
         """
         parent = Path(str(self.args.output_dir))
-        if self.args.should_save:
-            for text in checkpoints.recover_all(parent):
-                warnings.warn(text, stacklevel=3)
-        self.accelerator.wait_for_everyone()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoints.newest(parent, self.args.world_size))
-        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **others)
+        with contextlib.ExitStack() as stack:
+            if self.args.should_save:
+                if self.args.save_strategy != SaveStrategy.NO:
+                    stack.enter_context(only_run(parent))
+                for text in staging.recover_all(parent):
+                    warnings.warn(text, stacklevel=3)
+            self.accelerator.wait_for_everyone()
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = str(checkpoints.newest(parent, self.args.world_size))
+            self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+            return super().train(resume_from_checkpoint, *args, **others)
 
     @property
     def _run_facts(self) -> dict[str, Any]:
@@ -71,7 +76,8 @@ class ExactTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.check(Path(resume_from_checkpoint), self._run_facts)
+        with reading(Path(resume_from_checkpoint)):
+            checkpoints.check(Path(resume_from_checkpoint), self._run_facts)
         if self._is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -92,19 +98,27 @@ class ExactTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._is_sharded:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer: Any = self.optimizer
+        folder, optimizer, scheduler = Path(checkpoint), cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         given = [dict(group) for group in optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        checkpoints.check_states(folder, scheduler.state_dict())
+        with reading(folder / OPTIMIZER_NAME):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if lacking := given[0].keys() - optimizer.param_groups[0].keys() - {"initial_lr", "param_names"}:
-            raise ValueError(
+            raise Damaged(
                 f"{checkpoint!r} is of a run with another optimizer: what it saved has no {', '.join(sorted(lacking))}"
             )
-        checkpoints.say_what_stays(Path(checkpoint), given, optimizer.param_groups)
+        checkpoints.say_what_stays(folder, given, optimizer.param_groups)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with reading(Path(checkpoint or "") / f"rng_state{rank}.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, *args: Any, **others: Any) -> Any:
-        start = super()._init_training_state(*args, **others)  # type: ignore[no-untyped-call]
         if self._resumed is None:
-            return start
+            return super()._init_training_state(*args, **others)  # type: ignore[no-untyped-call]
+        with reading(self._resumed / TRAINER_STATE_NAME):
+            start = super()._init_training_state(*args, **others)  # type: ignore[no-untyped-call]
         checkpoints.find_best(self.state, self._resumed)
         if self.state.global_step < self.state.max_steps:
             return start
@@ -115,25 +129,50 @@ class ExactTrainer(Trainer):
         )
         return self.state.num_train_epochs, 0  # Trainer would take one more
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        parent, args = Path(self._get_output_dir(trial)), self.args
-        folder = parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # Half a checkpoint would be taken for a whole one.
-        with checkpoints.saving(folder) if args.should_save else contextlib.nullcontext():
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        made, saves = staging.staged(folder), self.args.should_save
+        with staging.saving(folder) if saves else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
-            limit, args.save_total_limit = args.save_total_limit, None  # nothing is deleted before this one is whole
+            self._staging = made.parent
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                args.save_total_limit = limit
+                self._staging = None
+            if self.state.best_model_checkpoint == str(made):
+                self.state.best_model_checkpoint = str(folder)
             self.accelerator.wait_for_everyone()
-            if args.should_save:
-                torch.save(args, folder / TRAINING_ARGS_NAME)  # with the limit
+            if saves:
+                self.state.save_to_json(str(made / TRAINER_STATE_NAME))
                 if self.beside is not None:
-                    self.beside(folder)
-                checkpoints.finish(folder, None if self._is_sharded else self._bare_model, self._run_facts)
-        if args.should_save:
-            rotate_checkpoints(str(parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+                    self.beside(made)
+                checkpoints.finish(made, None if self._is_sharded else self._bare_model, self._run_facts)
+        if saves:
+            staging.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: it is pushed from where it will be."""
+
+    def _finalize_training(self, *args: Any, **others: Any) -> Any:
+        limit = self.args.save_total_limit
+        # Trainer removes the others from where they stand: killed there, it would leave half of one.
+        self.args.save_total_limit = None
+        try:
+            output = super()._finalize_training(*args, **others)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.save_total_limit = limit
+        best, last = self.state.best_model_checkpoint, Path(self._get_output_dir(None))
+        last /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
+            kept = Path(best) if limit == 1 and best is not None else last
+            if kept.is_dir():  # also what a run that was killed before it came to it would have removed
+                staging.rotate(kept, limit, best)
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is None and not hasattr(self._bare_model, "save_pretrained"):

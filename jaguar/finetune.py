@@ -8,6 +8,8 @@ import math
 import shlex
 import shutil
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +17,57 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from jaguar.checkpoints import check_weights, recover_all
+from jaguar.checkpoints import check_weights
 from jaguar.directions import Sparse
 from jaguar.evaluation import make_scorer, peak_memory, versions
 from jaguar.flag_groups import underscored
-from jaguar.interrupts import HeldInterrupts
+from jaguar.interrupts import HeldInterrupts, interrupt, number_of
 from jaguar.models import adapted, configuration, is_adapter, load, save_task, select_trainable
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.progress import Bar, Losses, Stop
 from jaguar.report import Points, draw_curves, row_bar, say, score_table
 from jaguar.run import STATE, Run, compare, digest, model_settings, optimizer_settings
-from jaguar.saving import check_space, prepare_folder, remove_leftovers, save_files, write_model
+from jaguar.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.scoring import Scores, evaluate, paired_se
+from jaguar.staging import recover_all
 from jaguar.tasks.rows import Row
 from jaguar.trainer import ZOTrainer, bare
 from jaguar.training_args import ZOTrainingArguments
 from jaguar.weights import lost, some
 
+_FIGURES = "metrics.json"  # the last file that a run writes
+
 
 class Interrupted(Exception):
-    """Ctrl-C; carries what to tell the user."""
+    """A run that a signal has ended; carries what to tell the user.
+
+    Attributes:
+        number: the signal's.
+    """
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class Finetuning:
-    """One run: set up (every refusal comes here), then `train`, then `finish`."""
+    """One run: set up (every refusal comes here), then `train`, then `finish`.
 
-    def __init__(self, run: Run, console: Console) -> None:
-        self.run, self.console = run, console
+    Args:
+        alone: holds the output folder for this run, as long as it is open.
+    """
+
+    def __init__(self, run: Run, console: Console, alone: ExitStack) -> None:
+        self.run, self.console, self.alone = run, console, alone
         self.folder = Path(run.output_dir)
         args = self.args = run.trainer_arguments()
-        prepare_folder(self.folder)
-        held = [name for name in ("config.json", "adapter_config.json") if (self.folder / name).exists()]
-        if held and not run.overwrite_output_dir:
-            raise ValueError(
-                f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
-                "--overwrite_output_dir"
-            )
-        for text in [*remove_leftovers(self.folder), *recover_all(self.folder)]:
-            self._say(text, "yellow")
+        # Of several processes one prints, scores and writes.
+        self.leads = args.process_index == 0
+        if self.leads:
+            self._take_folder()
+        else:
+            console.quiet = True
+        args.distributed_state.wait_for_everyone()
         state = run.state(args) if run.resume_from_checkpoint else None
         self.settings = run.settings_of(args)
         if run.adapter.kind == "prefix" and not is_adapter(run.model):
@@ -83,11 +98,30 @@ class Finetuning:
         self.scorer = make_scorer(self.loaded, self.task, self.train_set)
         self.losses = Losses()
         self.before: Scores | None = None
+        self.seconds = 0.0  # of training, before this process went on with it
         self.trainer = self._make_trainer(args)
-        check_space(self.folder, self.model)
+        if self.leads:
+            check_space(self.folder, self.model)
         self.facts = self._decisive()
         if state is not None:
             self._restore(state)
+
+    def _take_folder(self) -> None:
+        """Makes the output folder this run's, and puts right what a killed one has left there."""
+        run, folder = self.run, self.folder
+        prepare_folder(folder)
+        self.alone.enter_context(only_run(folder))
+        for text in [*remove_leftovers(folder), *recover_all(folder)]:
+            self._say(text, "yellow")
+        own = run.resume_from_checkpoint and Path(run.resume_from_checkpoint).resolve().parent == folder.resolve()
+        if own and not (folder / _FIGURES).exists():
+            return  # what it holds is of this run, which was killed while it ended
+        held = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+        if held and not run.overwrite_output_dir:
+            raise ValueError(
+                f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
+                "--overwrite_output_dir"
+            )
 
     @property
     def cut(self) -> int | None:
@@ -167,26 +201,29 @@ class Finetuning:
         """The steps that are left.
 
         Raises:
-            Interrupted: Ctrl-C; what is saved where is said.
+            Interrupted: Ctrl-C or another ending signal; what is saved where is said.
         """
         trainer = self.trainer
         try:
-            if self.before is None:
+            if self.before is None and self.leads:
                 self.before = self.test("zero-shot")
-        except KeyboardInterrupt:
-            raise Interrupted("stopped before the first step; there is nothing to save") from None
+        except KeyboardInterrupt as stop:
+            raise Interrupted("stopped before the first step; there is nothing to save", number_of(stop)) from None
         try:
+            self.began = time.monotonic()
             with self.stop:
                 self.result = trainer.train(resume_from_checkpoint=self.run.resume_from_checkpoint)
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped at once after step {trainer.state.global_step}; {self._last_saved()}") from None
+        except KeyboardInterrupt as stop:
+            text = f"stopped at once after step {trainer.state.global_step}; {self._last_saved()}"
+            raise Interrupted(text, number_of(stop)) from None
         finally:
             self.bar.close()
         if self.stop.asked and trainer.state.global_step < trainer.state.max_steps:
             step, folder = trainer.state.global_step, self._checkpoint()
-            raise Interrupted(
-                f"stopped after step {step} of {trainer.state.max_steps}; saved in {folder}\n{self._go_on(folder)}"
-            )
+            text = f"stopped after step {step} of {trainer.state.max_steps}; saved in {folder}\n{self._go_on(folder)}"
+            raise Interrupted(text, self.stop.asked)
+        if self.stop.asked and not self.leads:
+            raise Interrupted("stopped after the last step", self.stop.asked)
 
     def _checkpoint(self) -> Path:
         return self.folder / f"checkpoint-{self.trainer.state.global_step}"
@@ -197,6 +234,12 @@ class Finetuning:
             return "nothing was saved"
         last = max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
         return f"the last checkpoint is {last}\n{self._go_on(last)}"
+
+    def _end_with(self) -> str:
+        """How to come to the end of a run whose last step is done."""
+        if (self._checkpoint() / STATE).is_file():
+            return f"\n{self._go_on(self._checkpoint())}"
+        return f"\nscore it with: {_program()} eval --model {self.folder}"
 
     def _go_on(self, folder: Path) -> str:
         words, flag = [], "--resume_from_checkpoint"
@@ -222,7 +265,7 @@ class Finetuning:
         """Saves the model, scores it, draws the picture, prints the table, and returns the figures.
 
         Raises:
-            Interrupted: Ctrl-C while scoring; the model is saved by then.
+            Interrupted: an ending signal while scoring; the model is saved by then.
             OSError: what was saved is not what is read.
         """
 
@@ -233,23 +276,27 @@ class Finetuning:
         try:
             with HeldInterrupts():
                 save_files(self.folder, write)
+            if self.stop.asked:  # in the last step
+                interrupt(self.stop.asked)
             after = self.test("tuned")
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped before it was scored; the tuned model is in {self.folder}") from None
+        except KeyboardInterrupt as stop:
+            text = f"stopped before it was scored; the tuned model is in {self.folder}{self._end_with()}"
+            raise Interrupted(text, number_of(stop)) from None
         assert self.before is not None
         metrics = self._metrics(self.before, after)
 
         def write_figures(folder: Path) -> None:
             self._draw(folder / "training_curves.png", metrics)
             text = json.dumps(_finite(metrics), indent=2, allow_nan=False)
-            (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+            (folder / _FIGURES).write_text(text + "\n", encoding="utf-8")
 
         with HeldInterrupts():
             save_files(self.folder, write_figures)
         try:  # last of all, because it takes the memory of a second model
             bad = lost(self.model, self.folder)
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped before {self.folder} was read back to see that it holds the model") from None
+        except KeyboardInterrupt as stop:
+            text = f"stopped before {self.folder} was read back to see that it holds the model"
+            raise Interrupted(text, number_of(stop)) from None
         if bad:
             raise OSError(f"the model in {self.folder} is not the tuned one: {some(bad)} does not come back from there")
         self._print(metrics)
@@ -285,7 +332,7 @@ class Finetuning:
             "best_metric": str(args.metric_for_best_model).removeprefix("eval_") if best is not None else None,
             "best_value": best,
             "best_step": trainer.state.best_global_step if best is not None else None,
-            "training_seconds": self.result.metrics["train_runtime"],
+            "training_seconds": self.seconds + self.result.metrics["train_runtime"],
             "training_forward_passes": trainer.forward_passes,
             "peak_memory_bytes": peak_memory(args.device),
             "command": shlex.join(["jaguar", *sys.argv[1:]]),
@@ -350,6 +397,7 @@ class Finetuning:
         assert self.before is not None
         before = {"logits": self.before.logits, "labels": self.before.labels, "losses": self.before.losses}
         so_far = {"losses": self.losses.values, "passes": self.trainer.forward_passes, "before": before}
+        so_far["seconds"] = self.seconds + time.monotonic() - self.began
         torch.save({"settings": self.settings, "facts": self.facts, **so_far}, folder / STATE)
         save_task(self.task, folder, self.cut)
 
@@ -375,6 +423,7 @@ class Finetuning:
         check_weights(self.model, Path(str(self.run.resume_from_checkpoint)))
         self.before = Scores(**state["before"])
         self.losses.values, self.trainer.forward_passes = list(state["losses"]), state["passes"]
+        self.seconds = state.get("seconds", 0.0)
 
 
 def _finite(value: Any) -> Any:

@@ -1,14 +1,16 @@
-"""What happens around Trainer's steps: a bar or lines, the losses, and Ctrl-C."""
+"""What happens around Trainer's steps: a bar or lines, the losses, and signals."""
 
 from __future__ import annotations
 
-import signal
-import threading
+from contextlib import ExitStack
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from jaguar.interrupts import handled, interrupt
 from jaguar.report import StepBar, say
 from jaguar.trainer import bare
 
@@ -64,30 +66,39 @@ class Bar(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C: ends the run after the current step, with a checkpoint; a second one interrupts at once."""
+    """An ending signal ends the run after the current step, with a checkpoint; a second one interrupts at once.
+
+    Of several processes all end at the step that one of them was in. There, what started them may send the signal
+    again, which changes nothing.
+
+    Attributes:
+        asked: number of the signal; 0: none came.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
+        self._handled = ExitStack()
 
     def __enter__(self) -> Stop:
-        self._here = threading.current_thread() is threading.main_thread()
-        if self._here:
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        self._handled.enter_context(handled(self._ask))
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._here:
-            signal.signal(signal.SIGINT, self._before)
+        self._handled.close()
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        if self.asked and not dist.is_torchelastic_launched():
+            interrupt(number)
+        self.asked = self.asked or number
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Saves and stops; a step whose evaluation is due lets it come first, else the continued run would lack it."""
-        if not self.asked or state.global_step >= state.max_steps:
-            return  # after the last step there is nothing to go on with
+        if args.world_size > 1:
+            asked = torch.tensor(self.asked, device=args.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.asked = int(asked)
+        if not self.asked:
+            return
         if not (control.should_evaluate and args.eval_steps != 1):
             args.save_total_limit = 2  # at 1, Trainer ends by removing what is not the best checkpoint
             control.should_save = control.should_training_stop = True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 _WINDOW = 25  # steps in the running means
+
+
+class Outlet:
+    """A text file that may be written to when nobody reads it any more: a pipe into `head`, a terminal that was closed.
+
+    Attributes:
+        lost: nobody does; what is written goes nowhere.
+    """
+
+    def __init__(self, file: Any) -> None:
+        # Python has none where it was closed from the beginning.
+        self._file, self.lost = io.StringIO() if file is None else file, file is None
+
+    def write(self, text: str) -> int:
+        """Writes, or does nothing."""
+        self._try(lambda: self._file.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, or does nothing."""
+        self._try(self._file.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            if not self.lost:
+                work()
+        except OSError:
+            self.lost = True
+            with contextlib.suppress(OSError, ValueError):  # what Python still holds goes nowhere, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from jaguar import checkpoints, trainer_flags
 from jaguar.adapters import Adapter
 from jaguar.data import Data
 from jaguar.dry_run import check
-from jaguar.errors import said
+from jaguar.errors import Damaged, reading
 from jaguar.flag_groups import OF_THE_RUN, RELEASED_FIXES
 from jaguar.tasks import Example
 from jaguar.training_args import OPTIONS, ZOTrainingArguments
@@ -28,6 +27,14 @@ STATE = "jaguar_run.pt"
 _FREE = {"output_dir", "run_name", "use_cpu", "report_to", "disable_tqdm", "backend", "save_steps", "save_strategy"}
 _FREE |= {"save_total_limit", "save_only_model", "dataloader_num_workers", "dataloader_pin_memory", "log_level"}
 _FREE |= {"dataloader_prefetch_factor", "dataloader_persistent_workers", "torch_empty_cache_steps", "debug"}
+# Kinds of what a checkpoint holds beside Trainer's files.
+_KEPT = {
+    "settings": {"given": [], "values": {}, "data": {}},
+    "facts": {"rows": dict.fromkeys(("training", "dev", "held-out"), ""), "optimizer": {}, "model": {}},
+    "losses": [],
+    "passes": 0,
+    "before": dict.fromkeys(("logits", "labels", "losses"), torch.empty(0)),
+}
 _FREE_PREFIXES = ("logging_", "hub_", "push_to_hub")
 
 
@@ -111,26 +118,18 @@ class Run:
         """What `jaguar finetune` put into the checkpoint that this run goes on from.
 
         Raises:
-            ValueError: it is no such checkpoint, not whole, of other settings, or of the last step; the message says
-                which.
+            ValueError: it is no such checkpoint, not whole, or of other settings; the message says which.
         """
         folder = Path(self.resume_from_checkpoint or "")
         path = folder / STATE
         if not path.is_file():
             raise ValueError(f"{str(folder)!r} is not a checkpoint of jaguar finetune: it has no {STATE}")
-        try:
+        with reading(path):
             state: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:  # torch.load has no exception of its own for a damaged file
-            raise ValueError(f"{path} is damaged: {said(error)}") from None
+            if isinstance(state, dict) and state and not isinstance(state.get("settings"), dict):
+                raise Damaged(f"{path} was not written by this version of jaguar finetune: it has no settings")
+            checkpoints.check_kind(path, state, _KEPT)
         checkpoints.check_whole(folder, args.world_size)
-        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-            raise ValueError(f"{path} was not written by this version of jaguar finetune: it has no settings")
-        progress = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        if progress["global_step"] >= progress["max_steps"]:
-            raise ValueError(
-                f"{str(folder)!r} is of the last step, so nothing is left to train; score it with jaguar eval --model "
-                f"{folder}"
-            )
         saved, own = state["settings"], self.settings_of(args)
         always = own["values"].keys() - {f.name for f in fields(args)}
         compared = always | {name for name in {*saved["given"], *own["given"]} if name in own["values"]}

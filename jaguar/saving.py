@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -11,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from jaguar.errors import said
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Room for what is saved beside the weights: tokenizer, state, pictures.
 _EXTRA_BYTES = 64 << 20
@@ -61,12 +70,7 @@ def save_files(folder: Path, write: Callable[[Path], None]) -> None:
             raise IsADirectoryError(f"{blocked[0]} is a folder there")
         for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".json"):  # config.json after its weights
             os.replace(path, folder / path.name)
-
-
-def unsaved(place: Path, error: Exception) -> OSError:
-    """What to raise when writing to `place` failed, and what was there before was put back."""
-    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    return OSError(f"could not save to {str(place)!r}: {reason}; what was there before is untouched")
+        sync(folder)
 
 
 @contextmanager
@@ -76,20 +80,108 @@ def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
     staging.chmod(0o755)
     try:
         write(staging)
-        for path in [*staging.iterdir(), staging]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync_all(staging)
         yield staging
     except Exception as error:  # a full disk is an OSError, a SafetensorError, a RuntimeError or a plain Exception
-        raise unsaved(parent, error) from error
+        raise unsaved(parent, reason(error, staging), "what was there before is untouched") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def unsaved(place: Path, why: str, still: str) -> OSError:
+    """What to raise when writing to `place` failed; `still` says what there is nevertheless."""
+    return OSError(f"could not save to {str(place)!r}: {why}; {still}")
+
+
+def reason(error: BaseException, place: Path) -> str:
+    """Why writing in `place` failed; asked before what was written is removed.
+
+    Of a full disk libraries say such things as "unexpected pos 64 vs 0": another attempt to write tells.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        failed: OSError | None = error
+    else:
+        failed = _failure(place)
+    if failed is None:
+        return said(error)
+    if failed.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the disk"
+    return failed.strerror or said(error)
+
+
+def _failure(place: Path) -> OSError | None:
+    """The error of writing a megabyte there, if it is one."""
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Puts a folder and all that is in it on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """The model as safetensors and the tokenizer, in Hugging Face form."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+_locks: dict[tuple[int, int], int] = {}  # device and inode of a folder -> an open handle of it
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """While it is open no other process opens it for the same folder; it ends with the process, however that ends.
+
+    Raises:
+        ValueError: another process has it open.
+    """
+    if fcntl is None:  # on systems without such locks
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    at = os.fstat(handle)
+    key = at.st_dev, at.st_ino
+    if key in _locks:  # of this very run
+        os.close(handle)
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another run is writing to {str(folder)!r}: wait for its end, or choose another folder"
+                ) from None
+        _locks[key] = handle
+        yield
+    finally:
+        _locks.pop(key, None)
+        os.close(handle)
+
+
+def _let_go() -> None:
+    """Closes the handles in a child, which would keep the locks of a parent that is killed."""
+    while _locks:
+        os.close(_locks.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_let_go)

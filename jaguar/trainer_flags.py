@@ -39,6 +39,7 @@ WITHOUT_EFFECT = {
     "label_smoothing_factor": _SCORER,
     "average_tokens_across_devices": _SCORER,
     "use_cache": _SCORER,
+    "enable_jit_checkpoint": "SIGTERM always ends a run after its step, with a checkpoint",
     "bf16_full_eval": "rows are scored in the precision of the weights, see --dtype",
     "fp16_full_eval": "rows are scored in the precision of the weights, see --dtype",
     "remove_unused_columns": _ROWS,

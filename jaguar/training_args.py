@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -112,7 +113,15 @@ class ZOTrainingArguments(TrainingArguments):
         self._say_what_does_nothing()
         if self.max_grad_norm is None:  # unlike a default of 1.0, it tells whether the user gave one
             self.max_grad_norm = TrainingArguments.max_grad_norm
+        started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+        if started > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else each process is a run of its own
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if started > 1 and self.world_size == 1:
+            raise ValueError(
+                f"{started} processes were started, and on {self.device} each would be a run of its own, in one "
+                "folder: start one, or give use_cpu=True"
+            )
 
     def _say_what_does_nothing(self) -> None:
         for name, reason in (_WITHOUT_EFFECT_ANYWHERE if self.first_order else WITHOUT_EFFECT).items():

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from jaguar.errors import Damaged, reading
+
 # Tensors, by their names in memory, that do not come back from the files beside it.
 EXACT_FILE = "jaguar_weights.safetensors"
 # Entries of a frozen tensor that its fingerprint looks at.
@@ -80,12 +82,16 @@ class _Files:
         self.keys: dict[str, dict[str, str]] = defaultdict(dict)  # folder -> name of a tensor -> file
         for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
             file = path.relative_to(folder).as_posix()
-            if path.suffix == ".safetensors":
-                opened: Any = stack.enter_context(safe_open(path, framework="pt"))
-            elif path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")):
-                opened = torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                continue
+            opened: Any
+            with reading(path):
+                if path.suffix == ".safetensors":
+                    opened = stack.enter_context(safe_open(path, framework="pt"))
+                elif path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")):
+                    opened = torch.load(path, map_location="cpu", weights_only=True)
+                    if not isinstance(opened, dict) or not all(isinstance(t, Tensor) for t in opened.values()):
+                        raise Damaged(f"{path} is damaged: it holds something else than tensors by name")
+                else:
+                    continue
             self._tensors[file] = opened
             place = "" if path.parent == folder else path.parent.name
             self.keys[file if file == EXACT_FILE else place] |= dict.fromkeys(opened.keys(), file)

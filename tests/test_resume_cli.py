@@ -216,11 +216,12 @@ def test_what_a_killed_process_left_is_put_back_and_said(place, tmp_path, capsys
     out = tmp_path / "out"
     shutil.copytree(place / "out", out)
     (out / "checkpoint-4").rename(out / ".checkpoint-4.old")
-    (out / "checkpoint-4").mkdir()
-    (out / ".checkpoint-4.saving").touch()
+    shutil.copytree(out / ".checkpoint-4.old", out / ".checkpoint-4.saving" / "checkpoint-4")
+    (out / ".checkpoint-3.removed").mkdir()
     (out / ".saving-abc").mkdir()
     assert cli.main([*words(place, out, "--overwrite_output_dir"), *resume(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "checkpoint-4 is as it was before a process was killed" in printed
     assert ".saving-abc: a process was killed while it saved there" in printed
+    assert ".checkpoint-3.removed: a process was killed while it removed checkpoint-3" in printed
     assert not list(out.glob(".*")) and same(place / "out", out)
