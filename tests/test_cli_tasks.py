@@ -70,6 +70,7 @@ def test_a_task_runs_end_to_end_and_resumes_to_the_same_bits(folder, tmp_path, c
     assert f"{figures[0]['after']['accuracy']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*no step is taken")
 @pytest.mark.parametrize("moment", ["step 3", "evaluation", "last step"])
 def test_ctrl_c_with_dev_rows_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch, capsys, moment):
     """Trainer ends by removing checkpoints that are not the best one; the one to go on from is not."""
@@ -97,16 +98,12 @@ def test_ctrl_c_with_dev_rows_goes_on_to_the_same_bits(folder, tmp_path, monkeyp
         code = cli.main(line)
     printed = capsys.readouterr().out
     assert code == 130
-    if moment == "last step":  # the evaluation is due, and it is not the best step: no checkpoint is written after it
-        assert "stopped before it was scored; the tuned model is in" in printed and "jaguar eval --model" in printed
-    else:
-        step = 3
-        assert f"stopped after step {step} of 6" in printed
-        assert cli.main([*line, "--resume_from_checkpoint", str(parts / f"checkpoint-{step}")]) == 0
+    step = 6 if moment == "last step" else 3
+    how = "before it was scored; the tuned model is in" if step == 6 else "after step 3 of 6"
+    assert f"stopped {how}" in printed
+    assert cli.main([*line, "--resume_from_checkpoint", str(parts / f"checkpoint-{step}")]) == 0
     one, other = (load_file(out / "model.safetensors") for out in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    if moment == "last step":
-        return
     figures = [json.loads((out / "metrics.json").read_text()) for out in (whole, parts)]
     for key in ("before", "after", "evaluations", "best_step", "training_forward_passes"):
         assert figures[0][key] == figures[1][key]
