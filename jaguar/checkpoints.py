@@ -190,9 +190,10 @@ def progress(folder: Path) -> dict[str, Any]:
         Damaged: that cannot be read.
     """
     usual = vars(TrainerState()) | {"log_history": [], "stateful_callbacks": {}}
+    best = {"best_metric": 0.0, "best_global_step": 0, "best_model_checkpoint": ""}  # None where there is none
     found = _json(folder / TRAINER_STATE_NAME, {key: usual[key] for key in ("global_step", "max_steps", "log_history")})
-    for key, value in usual.items():
-        if value is not None and key in found:
+    for key, value in (usual | best).items():
+        if value is not None and key in found and not (key in best and found[key] is None):
             check_kind(folder / TRAINER_STATE_NAME, {key: found[key]}, {key: value})
     return found
 

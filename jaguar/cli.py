@@ -135,7 +135,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     import torch
 
     from jaguar.data import Data
-    from jaguar.errors import Damaged
+    from jaguar.errors import Damaged, said
     from jaguar.finetune import Finetuning, Interrupted
     from jaguar.optimizers.guards import NonFiniteLoss
     from jaguar.run import Run
@@ -176,6 +176,10 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
             raise Refused(str(error)) from error
         except (NonFiniteLoss, torch.OutOfMemoryError) as error:
             raise Failed(str(error)) from error
+        except RuntimeError as error:
+            if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            raise Failed(f"another process of this run has ended, or cannot be reached ({said(error)})") from error
     return 0
 
 

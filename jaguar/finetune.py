@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -318,6 +319,7 @@ class Finetuning:
             "steps": steps,
             "skipped_steps": getattr(optimizer, "n_skipped", 0),
             "batch_size": args.per_device_train_batch_size,
+            "processes": args.world_size,
             "train_rows": len(self.train_set),
             "dev_rows": len(self.dev_set),
             "test_rows": len(self.test_set),
@@ -437,4 +439,6 @@ def _finite(value: Any) -> Any:
 
 def _program() -> str:
     """How this program is called from a shell here."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} -m jaguar"
     return "jaguar" if shutil.which("jaguar") else f"{shlex.quote(sys.executable)} -m jaguar"

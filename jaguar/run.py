@@ -33,6 +33,7 @@ _KEPT = {
     "facts": {"rows": dict.fromkeys(("training", "dev", "held-out"), ""), "optimizer": {}, "model": {}},
     "losses": [],
     "passes": 0,
+    "seconds": 0.0,
     "before": dict.fromkeys(("logits", "labels", "losses"), torch.empty(0)),
 }
 _FREE_PREFIXES = ("logging_", "hub_", "push_to_hub")
@@ -128,7 +129,7 @@ class Run:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             if isinstance(state, dict) and state and not isinstance(state.get("settings"), dict):
                 raise Damaged(f"{path} was not written by this version of jaguar finetune: it has no settings")
-            checkpoints.check_kind(path, state, _KEPT)
+            checkpoints.check_kind(path, {"seconds": 0.0} | state, _KEPT)  # which those of 0.4.0 do not have
         checkpoints.check_whole(folder, args.world_size)
         saved, own = state["settings"], self.settings_of(args)
         always = own["values"].keys() - {f.name for f in fields(args)}

@@ -1,0 +1,112 @@
+"""`torchrun -m jaguar finetune`: one run, whatever happens to one of its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_ending import words
+
+from jaguar import checkpoints, cli, training_args
+from jaguar.staging import of
+
+# Within which a run has ended, all of its processes: what torchrun leaves them, and what starting Python takes.
+SECONDS = 90
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    tiny.causal_lm(folder / "lm")
+    for name, count, seed in (("train", 32, 1), ("test", 16, 2)):
+        tiny.write_csv(folder / f"{name}.csv", tiny.sentences(count, seed))
+    return folder
+
+
+def line(place: Path, out: Path, *more: str) -> list[str]:
+    """Without --use_cpu: where there is no GPU two processes share the CPU."""
+    given = [word for word in words(place, out, *more) if word != "--use_cpu"]
+    given[given.index("--per_device_train_batch_size") + 1] = "4"
+    return given
+
+
+def started(given: list[str]) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jaguar"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*program, *given], env=env, text=True, start_new_session=True, **pipes)
+
+
+def test_two_processes_are_one_run(place: Path, tmp_path: Path) -> None:
+    process = started(line(place, tmp_path / "two"))
+    said, _ = process.communicate(timeout=SECONDS * 3)
+    assert process.returncode == 0, said
+    assert said.count("tuned: accuracy") == said.count("zero-shot: accuracy") == 1
+    one = line(place, tmp_path / "one", "--gradient_accumulation_steps", "2", "--use_cpu")
+    assert cli.main(one) == 0
+    pair = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])  # the losses are summed in the same order
+    assert [path.name for path in of(tmp_path / "two")] == ["checkpoint-4"]
+    checkpoints.check_whole(tmp_path / "two" / "checkpoint-4", 2)
+
+
+def test_processes_that_would_each_be_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator on which accelerate starts no group."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(training_args.TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(training_args.ZOTrainingArguments, "world_size", 1)
+    monkeypatch.setattr(training_args.ZOTrainingArguments, "device", "mps")
+    with pytest.raises(ValueError, match="2 processes were started, and on mps each would be a run of its own"):
+        training_args.ZOTrainingArguments(str(tmp_path))
+
+
+def sent(process: subprocess.Popen[str], how: str) -> None:
+    """A signal to all processes, to what started them, or to one of them."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    child = int(found.stdout.split()[-1])
+    {
+        "Ctrl-C": lambda: os.killpg(process.pid, signal.SIGINT),
+        "closed terminal": lambda: os.killpg(process.pid, signal.SIGHUP),
+        "SIGTERM": lambda: process.send_signal(signal.SIGTERM),
+        "SIGINT to one": lambda: os.kill(child, signal.SIGINT),
+        "SIGKILL of one": lambda: os.kill(child, signal.SIGKILL),
+    }[how]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instant", range(1, 11))
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed terminal", "SIGTERM", "SIGINT to one", "SIGKILL of one"])
+def test_all_processes_end(place: Path, tmp_path: Path, how: str, instant: int) -> None:
+    """At one step, with a checkpoint that is whole; a process that was killed ends the others."""
+    given = line(place, tmp_path / "out", "--logging_steps", "1")
+    given[given.index("--max_steps") + 1] = "100000"
+    given[given.index("--save_steps") + 1] = "6"
+    process = started(given)
+    assert process.stdout is not None
+    said = []
+    for text in process.stdout:
+        said.append(text)
+        if text.startswith(f"step {instant}/"):
+            sent(process, how)
+            break
+    rest, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0 and "jaguar/cli.py" not in rest  # torchrun has a traceback of its own
+    assert subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode == 1, "one is still there"
+    found = of(tmp_path / "out")
+    if how == "SIGKILL of one":
+        assert bool(found) == (instant > 6) or instant == 6
+    else:
+        assert rest.count("stopped after step") == 1 and "go on with: torchrun --nproc_per_node 2 -m jaguar" in rest
+        assert f"checkpoint-{rest.split('stopped after step ')[1].split()[0]}" == found[-1].name
+    for folder in found:
+        checkpoints.check_whole(folder, 2)
