@@ -52,6 +52,7 @@ TASK_FLOORS = [
 ]
 TRAINER_FLOORS = [
     {"attempts", "micro_batches", "saving", "training_args", "weights"},
+    {"staging"},
     {"checkpoints", "model_card", "scored_trainer"},
     {"exact_trainer"},
     {"trainer"},
