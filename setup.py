@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 USUAL = Path("/usr/local/cuda")
 NOTE = "_cuda_build.txt"  # jaguar.extension reads it
+OLDEST = (12, 5)  # CUDA whose headers have cudaGetDriverEntryPointByVersion
 MODES = ("auto", "0", "1")
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
@@ -150,6 +151,8 @@ def build(target: Path, temporary: Path) -> str:
     if not kernels:
         raise CompileError(f"there are no kernels in {CSRC}")
     version = nvcc_version(nvcc)
+    if version != "unknown" and tuple(map(int, version.split("."))) < OLDEST:
+        raise CompileError(f"{nvcc} is of CUDA {version}, and the kernels need {OLDEST[0]}.{OLDEST[1]} or later")
     for folder in (target.parent, temporary):
         folder.mkdir(parents=True, exist_ok=True)
     processors = os.cpu_count() or 1

@@ -33,8 +33,13 @@ inline int capability() {
 template <typename... P>
 int launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, uint64_t stream, const P&... arguments) {
     if (shared > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        const void* function = reinterpret_cast<const void*>(kernel);
+        cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        // Kernels that use this much count on as many blocks on an SM as fit into all of its memory, not into a share
+        // that the driver would pick.
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
         if (error != cudaSuccess) return int(error);
     }
     cudaLaunchConfig_t config = {};

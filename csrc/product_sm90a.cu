@@ -24,6 +24,8 @@ struct Plan {
     static constexpr int BLOCKS = STAGES * STAGE_BYTES;  // offset of the two staging blocks
     static constexpr int BARRIERS = BLOCKS + 2 * BLOCK_BYTES;
     static constexpr int SHARED_BYTES = BARRIERS + STAGES * 16;
+    // An SM has 228 KB, given out in pieces of 128 bytes, and keeps 1 KB for itself with every block.
+    static_assert(BLOCKS_PER_SM * ((SHARED_BYTES + 127) / 128 * 128 + 1024) <= 228 * 1024, "the blocks of an SM");
 };
 
 // wgmma descriptor of a tile with the 128-byte swizzle. `leading` counts only where n is contiguous: from one 64

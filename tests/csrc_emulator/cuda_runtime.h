@@ -69,7 +69,8 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMinor,
     cudaDevAttrMultiProcessorCount
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = struct Stream*;
 
 struct cudaLaunchConfig_t {
@@ -82,10 +83,17 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+namespace emulator {
+// Whether the kernel was given this much shared memory, and with more than 48 KB all of what an SM has of it.
+bool may_use(const void* kernel, size_t shared);
+}  // namespace emulator
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (!emulator::may_use(function, config->dynamicSmemBytes)) return cudaErrorInvalidValue;
     return cudaError_t(emulator::launch(config->gridDim.x, config->gridDim.y, int(config->blockDim.x),
                                         config->dynamicSmemBytes, [&] { kernel(arguments...); }));
 }

@@ -4,8 +4,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <ucontext.h>
+#include <utility>
 
 #include "cuda_runtime.h"
 
@@ -193,7 +195,20 @@ struct Device {
 constexpr Device DEVICES[] = {{8, 0, 108}, {9, 0, 132}, {9, 0, 1}, {7, 5, 40}};
 int device = 0;
 
+std::map<std::pair<const void*, int>, int> attributes;
+
 }  // namespace
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+    attributes[{kernel, attribute}] = value;
+    return cudaSuccess;
+}
+
+bool emulator::may_use(const void* kernel, size_t shared) {
+    if (shared <= 48 * 1024) return true;
+    return attributes[{kernel, cudaFuncAttributeMaxDynamicSharedMemorySize}] >= int(shared) &&
+           attributes[{kernel, cudaFuncAttributePreferredSharedMemoryCarveout}] == cudaSharedmemCarveoutMaxShared;
+}
 
 cudaError_t cudaGetDevice(int* value) {
     *value = device;
