@@ -20,6 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from jaguar import staging, weights
 from jaguar.errors import Damaged, reading, said
 from jaguar.staging import RECORD
+from jaguar.untrusted import inside
 
 # What else a run needs to go on as if it had never stopped.
 _STATE = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
@@ -192,6 +193,8 @@ def progress(folder: Path) -> dict[str, Any]:
     usual = vars(TrainerState()) | {"log_history": [], "stateful_callbacks": {}}
     best = {"best_metric": 0.0, "best_global_step": 0, "best_model_checkpoint": ""}  # None where there is none
     found = _json(folder / TRAINER_STATE_NAME, {key: usual[key] for key in ("global_step", "max_steps", "log_history")})
+    if unknown := found.keys() - usual.keys():
+        raise Damaged(f"{folder / TRAINER_STATE_NAME} is damaged, or of another transformers: it has {min(unknown)}")
     for key, value in (usual | best).items():
         if value is not None and key in found and not (key in best and found[key] is None):
             check_kind(folder / TRAINER_STATE_NAME, {key: found[key]}, {key: value})
@@ -209,15 +212,11 @@ def _record(folder: Path) -> dict[str, Any]:
         return {}
     found = _json(path, {"run": {"processes": 1}, "files": {}})
     check_kind(path, found["files"], dict.fromkeys(found["files"], 0))
-    if not all(_inside(file) for file in found["files"]):
+    if not all(map(inside, found["files"])):
         raise Damaged(f"{path} is damaged: it names files of another folder")
     if found.get("weights") is not None:
         check_kind(path, found["weights"], {"tensors": {}, "parts": {}, "beside": ""})
     return found
-
-
-def _inside(file: str) -> bool:
-    return not Path(file).is_absolute() and ".." not in Path(file).parts
 
 
 def _json(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class _Files:
             opened = self._tensors.get(part.file)
             if opened is None or part.key not in opened.keys():  # noqa: SIM118
                 return False
-            if _kind(opened, part.key) != (like.dtype, part.shape):
+            if _kind(opened, part.key) != (like.dtype, part.shape) or not _lies_in(part, like.numel()):
                 return False
         return sum(math.prod(part.shape) for part in parts) == like.numel()
 
@@ -110,12 +110,22 @@ class _Files:
         """The tensor that the parts make up, in main memory; None: they do not make up one like `like`."""
         if not self.has(parts, like):
             return None
-        made = torch.empty(like.shape, dtype=like.dtype)
+        made = torch.zeros(like.shape, dtype=like.dtype)  # parts may overlap, and what was in memory is nobody's
         for part in parts:
             opened = self._tensors[part.file]
             stored = opened[part.key] if isinstance(opened, dict) else opened.get_tensor(part.key)
             made.as_strided(part.shape, part.stride, part.offset).copy_(stored)
         return made
+
+
+def _lies_in(part: Part, count: int) -> bool:
+    """Whether a part fills elements of a tensor of `count` only, each once; a record may say anything."""
+    _, _, offset, shape, stride = part
+    if len(stride) != len(shape) or not all(isinstance(number, int) for number in (offset, *stride)):
+        return False
+    steps = [(size - 1, step) for size, step in zip(shape, stride, strict=True)]
+    inside = offset >= 0 and all(step > 0 for size, step in steps if size > 0)
+    return 0 in shape or (inside and offset + sum(size * step for size, step in steps) < count)
 
 
 def _kind(opened: Any, key: str) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -182,6 +182,23 @@ def test_an_adapter(place, tmp_path, canary, capsys, name):
     harmless(capsys, canary, evaluated(place, tmp_path / "lora"), message)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(place):
+    """The first of two of a run."""
+    assert cli.main(tuned(place, place / "lm", place / "run", "--save_steps", "1", "--save_total_limit", "2")) == 0
+    return place / "run" / "checkpoint-1"
+
+
+@pytest.mark.parametrize("name", payloads.CHECKPOINTS)
+def test_a_checkpoint(place, checkpoint, tmp_path, canary, capsys, name):
+    build, message = payloads.CHECKPOINTS[name]
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoint, folder)
+    build(folder, canary)
+    line = tuned(place, place / "lm", tmp_path / "out", "--resume_from_checkpoint", str(folder))
+    harmless(capsys, canary, line, message)
+
+
 BOMB = "lr_scheduler_kwargs:\n  a: &a {x: 1, y: 1, z: 1, u: 1, v: 1, w: 1, p: 1, q: 1}\n" + "".join(
     f"  {b}: &{b} {{{', '.join(f'{key}: *{a}' for key in 'xyzuvwpq')}}}\n"
     for a, b in zip("abcdefgh", "bcdefghi", strict=False)
