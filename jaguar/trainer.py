@@ -6,6 +6,7 @@ record; so schedules, callbacks, evaluation, checkpoints, resuming and logging a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from jaguar.attempts import Attempt
 from jaguar.exact_trainer import ExactTrainer
@@ -229,7 +230,21 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         assert self.model is not None
         self._micro_batches = MicroBatches.of(self.model, share, autocast, self.args.torch_compile)
         self._grain = Grain()
-        return super()._inner_training_loop(*args, **others)
+        try:
+            return super()._inner_training_loop(*args, **others)
+        finally:
+            # Something may have stopped a step between its losses and its update.
+            if isinstance(optimizer := bare(self.optimizer), ZerothOrder):
+                with contextlib.suppress(RuntimeError):  # of one that is broken nothing can be taken back
+                    optimizer.discard_()
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody may look at the model between the losses of a step and its update."""
+        if type(self).training_step is not ZOTrainer.training_step or self.zeroth_order._optimizer_step_pre_hooks:
+            return True
+        usual = TrainerCallback.on_pre_optimizer_step
+        return any(type(callback).on_pre_optimizer_step is not usual for callback in self.callback_handler.callbacks)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -248,14 +263,17 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         # What a stream left over at its end is no part of the next window.
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
         model.eval()  # unequal dropout masks would drown the difference of the losses
-        record = self.zeroth_order.measure(lambda: self._loss_of(window, model, num_items_in_batch))
+        optimizer = self.zeroth_order
+        measure = optimizer.measure if self._is_watched else optimizer.measure_
+        record = measure(lambda: self._loss_of(window, model, num_items_in_batch))
         self._logged.append(record)
         self._measured, self._skipped = self._measured + 1, self._skipped + record.skipped
         self.forward_passes += len(window) * self.zeroth_order.method.estimator.evaluations(record.losses)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        return torch.tensor(self.zeroth_order.loss(record), device=self.args.device)
+        # Not torch.tensor, whose copy to a GPU waits for what runs there.
+        return torch.full((), self.zeroth_order.loss(record), device=self.args.device)
 
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
         """The loss over the micro-batches of a step, and over all processes, as of one large batch."""
@@ -271,10 +289,15 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
                 processes=self.args.world_size,
                 spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
             )
-        total, weight = total.to(self.args.device), weight.to(self.args.device)
+        total, weight = (self._there(value) for value in (total, weight))
         if self.args.world_size > 1:
             total, weight = summed(torch.stack([total.reshape(()), weight]))
         return total / weight
+
+    def _there(self, value: Tensor) -> Tensor:
+        """A number on the device of the run, by a launch that waits for nothing."""
+        device = self.args.device
+        return value if value.device == device else torch.full((), float(value), dtype=value.dtype, device=device)
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
         """What `compute_loss` says of a micro-batch."""

@@ -108,11 +108,15 @@ class ZerothOrder(Measuring):
             RuntimeError: the optimizer is broken by an earlier failure.
             TypeError, ValueError: the closure returned something that is no scalar.
         """
-        with self._trained.forgets_failures():
-            inputs, lrs = self._begin(closure)
-            with HeldInterrupts() as interrupts:
-                self._measured = self._evaluate(closure, inputs, lrs, interrupts, hold=self.method.walk)
-        return self._measured.record
+        return self._measure(closure, held=False)
+
+    def measure_(self, closure: Closure) -> Record:
+        """As `measure`, but the parameters may stay where the last evaluation was, so that `apply_` can be fused.
+
+        Where a kernel restores and updates in one launch, `apply_(record)` is that launch. Until then, or `discard_`,
+        the parameters are not those of the model.
+        """
+        return self._measure(closure, held=True)
 
     def apply_(self, record: Record) -> None:
         """Moves parameters and state by a measured step; needs no model, no data and no closure.
@@ -201,15 +205,26 @@ class ZerothOrder(Measuring):
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
+    def _measure(self, closure: Closure, held: bool) -> Record:
+        with self._trained.forgets_failures():
+            inputs, lrs = self._begin(closure)
+            with HeldInterrupts() as interrupts:
+                hold = self._holds if held else self.method.walk
+                self._measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
+        return self._measured.record
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the last probe of a step can stay where it is until the update."""
+        # Copies of parameters that are missing must be made where the step begins.
+        return self.method.walk or (self._trained.bound.fuses_restore and not self._roster.lacks_copies)
+
     def _measure_and_move(self, closure: Closure) -> Record:
         with self._trained.forgets_failures():
             inputs, lrs = self._begin(closure)
             with HeldInterrupts() as interrupts:
                 try:
-                    # Copies of parameters that are missing must be made where the step begins.
-                    fused = self._trained.bound.fuses_restore and not self._roster.lacks_copies
-                    hold = self.method.walk or fused
-                    self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
+                    self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, self._holds)
                     self._move(measured.record, inputs, measured.scalars)
                 except BaseException:
                     if not self._broken:  # nothing was written: the parameters go back to where the step began
@@ -315,7 +330,7 @@ class ZerothOrder(Measuring):
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_usable()
         if self._measured is not None and self._measured.probe is not None:
-            raise RuntimeError("the parameters are moved by a walk: call apply_(record) or discard_() before saving")
+            raise RuntimeError("the parameters are moved: call apply_(record) or discard_() before saving")
         return packed(state, tuple(self.method.keys), self._saved())
 
     def _saved(self) -> Saved:

@@ -80,7 +80,7 @@ class Measuring(Contract):
         self._check_usable()
         if self._measured is not None and self._measured.probe is not None:
             raise RuntimeError(
-                "the parameters are still moved by the last walk: call apply_(record) or discard_() first"
+                "the parameters are still where the last step was measured: call apply_(record) or discard_() first"
             )
         if not callable(closure):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")

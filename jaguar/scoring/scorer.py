@@ -194,7 +194,7 @@ class Scorer:
         scores, lengths = self._outcome(batch, model)
         losses = row_losses(scores, batch["labels"], self.objective)
         if self.objective == "classification":
-            return losses.sum(), torch.tensor(float(len(losses)), device=losses.device)
+            return losses.sum(), losses.new_full((), len(losses))
         tokens = lengths.gather(1, batch["labels"][:, None])[:, 0].to(losses.dtype)
         return (losses * tokens).sum(), tokens.sum()
 
