@@ -217,7 +217,7 @@ class CudaProducts:
             if len(self._tables) > _KEPT:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
-        for_replays(self._tables[key], device)
+        for_replays(device, self._tables[key])
         return self._tables[key]
 
 

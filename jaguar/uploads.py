@@ -30,10 +30,10 @@ def refuse_capture(device: torch.device) -> None:
         )
 
 
-def for_replays(value: object, device: torch.device) -> None:
-    """Keeps a value for good if a CUDA graph is captured on a device: its replays read what its launches were given."""
+def for_replays(device: torch.device, *read: object) -> None:
+    """Keeps what launches on a device read for good if a CUDA graph is captured there: its replays read it too."""
     if capturing(device):
-        _FOR_REPLAYS[id(value)] = value
+        _FOR_REPLAYS.update((id(one), one) for one in read)
 
 
 def uploaded(host: Tensor, device: torch.device) -> Tensor:

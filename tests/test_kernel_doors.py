@@ -275,7 +275,7 @@ def test_all_flags_set_are_no_mask() -> None:
 
 @pytest.mark.parametrize("kind", ["fraction", "several", "copy"])
 def test_launches_of_a_step_allocate_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prepare` does: what follows can be captured in a graph."""
+    """`prepare` does, so that none of them can fail for want of memory."""
     forms = [Form((300,), torch.float32), Form((40,), torch.bfloat16)]
     n = 3 if kind == "several" else 1
     twins = dense_twins(forms, "rademacher") if kind == "copy" else coordinate_twins(forms, DIRECTIONS["fraction"], n=n)

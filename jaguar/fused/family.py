@@ -36,7 +36,10 @@ class Family:
         self._moving, self._updating = self._tables(state)
 
     def prepare(self, inputs: StepInputs) -> None:
-        """Makes what is missing, tables and buffers: before a step's probes, and again when the weights are known."""
+        """Makes what is missing, tables and buffers: before a step's probes, and again when the weights are known.
+
+        Who captures launches in a CUDA graph captures this too: buffers that were made outside are gone after a step.
+        """
         known = any(s.weights for s in inputs.scalars.values())
         if self._moving is None or (known and self._updating is None):
             self.check(inputs.state)
@@ -56,8 +59,7 @@ class Family:
     def _launched(self, work: Launch) -> Launch:
         """`work`; its tables and numbers are those of every replay, where a CUDA graph is captured."""
         for table in work.tables:
-            for value in (table, self._numbers):
-                for_replays(value, table.device)
+            for_replays(table.device, table, self._numbers)
         return work
 
     def _tables(self, state: State) -> tuple[Launch, Launch | None]:

@@ -45,8 +45,7 @@ class MatrixLaunches:
         for table in work.tables:
             keys, scalars = self._numbers.keys(table.device), self._numbers.scalars(table.device)
             options: dict[str, Any] = table.options | self._common
-            for value in (table, self._numbers):
-                for_replays(value, table.device)
+            for_replays(table.device, table, self._numbers)
             launch(kernels.along, table.programs.shape[0], table.tensors, table.programs, keys, scalars,
                    table.geometry, **options)  # fmt: skip
         work.written()

@@ -167,7 +167,7 @@ class TritonProducts:
             if len(self._tables) == TABLES:
                 del self._tables[next(iter(self._tables))]
         self._tables[key] = table  # the last used is the last to go
-        for_replays(table, device)
+        for_replays(device, table)
         return table
 
 
