@@ -1,7 +1,8 @@
 """Every Triton kernel compiled ahead of time for GPUs that need not be there: registers, spills, access widths.
 
 Reads what ptxas and the disassembler in Triton's wheel say of each specialisation, and checks it: nothing spills, full
-tiles use 16-byte accesses, products tensor cores, and the barrier between the phases of `tiles` stands where it must.
+tiles use 16-byte accesses, products tensor cores and, on Hopper, at most half of an SM's registers, and the barrier
+between the phases of `tiles` stands where it must.
 
     python bench/aot.py [--only TEXT ...] [--sm 80 90] [--json FILE]        (make aot: everything, and the tables)
 """
@@ -31,6 +32,7 @@ from jaguar.fused import newton_schulz as products
 from jaguar.triton_kernels import coordinate, dense, launch, matrix, mixed, newton_schulz, rules
 
 TARGETS = (80, 90)
+REGISTERS = 65536  # of an SM
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"tensors": "*i64", "programs": "*i64", "keys": "*i64", "scalars": "*fp64", "geometry": "*i64",
             "active": "*i64", "listed": "*i64", "lost": "*i64", "factor": "fp32",
@@ -321,6 +323,9 @@ def faults(case: Case, found: dict[str, Any], operations: list[str]) -> list[str
         wrong.append(f"{found['loads16']} + {found['stores16']} 16-byte accesses instead of {case.wide}")
     if case.kernel is newton_schulz.product and not count(operations, "HGMMA" if found["sm"] >= 90 else "HMMA"):
         wrong.append("no tensor cores")
+    warps = (launch.OPTIONS | case.options)["num_warps"]
+    if case.kernel is newton_schulz.product and found["sm"] >= 90 and 2 * 32 * warps * found["registers"] > REGISTERS:
+        wrong.append(f"{found['registers']} registers: two programs do not fit on an SM")
     if case.constants.get("JOB") == "several" and found["barriers"] < 2:
         wrong.append("no barriers between the directions' entries and steps")
     if case.kernel is coordinate.tiles:

@@ -25,6 +25,7 @@ CASES = [
     "step walked gaussian sgd x=bf16 m=none",
     "step plain rademacher sign x=bf16 m=bf16",
     "step saved rademacher sgd x=bf16 m=none",
+    "product 128 d=fp16 B_TRANSPOSED TRIANGLE",
 ]
 
 
@@ -66,7 +67,7 @@ def test_the_committed_table_is_of_these_kernels(table) -> None:
 
 
 def test_the_check_notices() -> None:
-    """A missing barrier, narrow accesses and spills are faults."""
+    """A missing barrier, narrow accesses, spills and, of products, many registers are faults."""
     code = """
 import sys
 sys.path.insert(0, "bench")
@@ -80,6 +81,10 @@ assert aot.faults(case, good, ["BAR.SYNC", *right])
 assert aot.faults(case, good, ["STG.E.U16", "LDG.E.128", *right[1:]])
 for key in good:
     assert aot.faults(case, good | {key: {"stack": 8, "local": 1, "loads16": 3, "stores16": 1}[key]}, right), key
+case = next(c for c in aot.cases() if c.name == "product 128 d=fp16")
+good = {"stack": 0, "local": 0, "loads16": 99, "stores16": 99, "sm": 90, "registers": 128}
+assert aot.faults(case, good, ["HGMMA"]) == [] == aot.faults(case, good | {"sm": 80, "registers": 170}, ["HMMA"])
+assert aot.faults(case, good | {"registers": 129}, ["HGMMA"])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=600
