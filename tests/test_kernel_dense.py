@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,9 @@ from kernels import (
     same,
     step_law,
 )
+from torch import Tensor, nn
 
+from jaguar import ZOSGD
 from jaguar.fused.plan import Plan, Table
 from jaguar.triton_kernels import dense
 from jaguar.triton_kernels import tables as T
@@ -186,3 +189,39 @@ def test_the_law_notices_a_broken_store(what: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dense, "store", type(dense.store)(unmasked if what == "tail" else halved))
     with pytest.raises(AssertionError, match="outside of all tensors" if what == "tail" else "plus 0: .* p00"):
         step_law(twins)
+
+
+class Looked(list[Any]):
+    """A list that counts how often it was looked through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        type(self).times += 1
+        return super().__iter__()
+
+    index = __contains__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_modules_that_are_moved_one_by_one_share_the_numbers(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host copies two times a step, before and after the losses, and looks through all tensors a few times,
+    however many there are: their parts of the tables are found by name."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(n)))
+    opt = ZOSGD(model.named_parameters(), lr=1e-3, restore="module", distribution="rademacher", backend="triton")
+
+    def closure() -> Tensor:
+        return model(torch.ones(3)).sum()
+
+    with counted(run=False):
+        opt.step(closure)
+    ((_, launches),) = opt._trained.bound.parts
+    copies: list[Tensor] = []
+    monkeypatch.setattr("jaguar.fused.numbers.staged", lambda host, device: copies.append(host) or host)
+    monkeypatch.setattr(Plan, "launch", None)  # tables are those of the first step
+    monkeypatch.setattr(launches, "_slots", Looked(launches._slots))
+    monkeypatch.setattr(Looked, "times", 0)
+    with counted(run=False) as seen:
+        opt.step(closure)
+    assert jobs(seen) == ["walk"] * (2 * 2 * n) + ["plain"], "there for each evaluation; torch copies back"
+    assert len(copies) == 2 and Looked.times <= 3
