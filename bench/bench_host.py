@@ -118,7 +118,7 @@ def without_newton_schulz() -> Iterator[list[int]]:
     asked: list[int] = []
     real = iteration.orthogonalise
 
-    def orthogonalise(kernels: Any, matrices: Sequence[Tensor], task: Any) -> Iterator[tuple[list[int], list[Tensor]]]:
+    def orthogonalise(kernels: Any, matrices: Sequence[Tensor], *_: Any) -> Iterator[tuple[list[int], list[Tensor]]]:
         asked.append(len(matrices))
         for members in iteration.batches(matrices, kernels.small):
             key = tuple(matrices[i].data_ptr() for i in members)

@@ -132,6 +132,8 @@ class Bound:
             self._numbers.fill(inputs)
         for launches, own in self._each(inputs):
             launches.prepare(own)
+        if self._stage is not None and inputs.known:
+            self._stage.prepare(inputs)
 
     def n_perturbed(self, inputs: StepInputs) -> int:
         """Number of coordinates that a direction moves; those of kept rows are among them."""
@@ -165,6 +167,8 @@ class Bound:
         """Lets go of what was drawn and saved for a step."""
         for _, launches in self.parts:
             launches.forget()
+        if self._stage is not None:
+            self._stage.forget()
 
     def _update_(self, inputs: StepInputs) -> None:
         for launches, part in self._each(inputs):

@@ -17,9 +17,10 @@ then enlarge.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,8 +33,13 @@ _PITCH = 8
 _BATCH, _BATCH_ELEMENTS = 8, 2**27
 # The Gram form is taken where it needs less than this share of the operations: its products are more and smaller.
 _GRAM_GAIN = 0.85
+# Bytes that a tensor begins at a multiple of, in memory that several share.
+_ALIGNED = 256
 # Rows and columns of a tile, and the parts that the reductions of `prepare` cut a matrix into.
 _TILE, _PARTS = 128, 64
+
+# Shape and dtype of a tensor.
+_Wanted: TypeAlias = tuple[Sequence[int], torch.dtype]
 
 
 class Products(Protocol):
@@ -105,32 +111,106 @@ def _on_chip(matrix: Tensor, small: int) -> bool:
     return min(matrix.shape) <= small and matrix.numel() < 2**31
 
 
+class Space:
+    """Memory on a device for the tensors of one batch, and then of the next.
+
+    Args:
+        size: bytes that are taken now, so that none are missing later; None: every tensor has memory of its own.
+    """
+
+    def __init__(self, device: torch.device, size: int | None = None) -> None:
+        self._device, self._end = device, 0
+        self._memory = None if size is None else torch.empty(size, dtype=torch.uint8, device=device)
+
+    def tensors(self, wanted: Sequence[_Wanted]) -> list[Tensor]:
+        """Those of a batch; what the last one had is theirs."""
+        self._end = 0
+        return [self._tensor(*one) for one in wanted]
+
+    def _tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self._memory is None:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        begin, self._end = self._end, self._end + _bytes(shape, dtype)
+        cells = self._memory[begin : begin + math.prod(shape) * dtype.itemsize]
+        return cells.view(dtype).view(torch.Size(shape))
+
+
+def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED
+
+
+def spaces(kernels: Products, matrices: Sequence[Tensor], task: Task) -> dict[torch.device, Space]:
+    """The memory that `orthogonalise` needs, taken now: that of its largest batch on each device."""
+    sizes: dict[torch.device, int] = {}
+    for members in batches(matrices, kernels.small):
+        chosen = [matrices[i] for i in members]
+        size = sum(_bytes(*one) for one in _wanted(kernels, chosen, task))
+        sizes[chosen[0].device] = max(size, sizes.get(chosen[0].device, 0))
+    return {device: Space(device, size) for device, size in sizes.items()}
+
+
 def orthogonalise(
-    kernels: Products, matrices: Sequence[Tensor], task: Task
+    kernels: Products, matrices: Sequence[Tensor], task: Task, taken: Mapping[torch.device, Space] | None = None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Positions and polar factors (bf16, contiguous), batch by batch: only one batch is in memory at a time.
 
-    `matrices` are 2-D, floating, not empty, on one kind of device.
+    Args:
+        matrices: 2-D, floating, not empty, on one kind of device.
+        taken: `spaces` of these matrices, where nothing may be missing half-way; the factors of a batch are then
+            overwritten by the next one's.
     """
     for members in batches(matrices, kernels.small):
-        chosen = [operand(matrices[i]) for i in members]  # copies, if any, of one batch only
-        if _on_chip(chosen[0], kernels.small):
-            outs = [torch.empty(G.shape, dtype=torch.bfloat16, device=G.device) for G in chosen]
-            kernels.small_(chosen, outs, task.coefficients, 1.0 / task.scheme.margin)
-        else:
-            outs = list(_large(kernels, chosen, task).contiguous().unbind())
-        yield members, outs
-        del chosen, outs
+        chosen = [matrices[i] for i in members]
+        device = chosen[0].device
+        yield members, _factors(kernels, chosen, task, Space(device) if taken is None else taken[device])
 
 
-def operand(matrix: Tensor) -> Tensor:
-    """What kernels read: contiguous fp32, bf16 or fp16."""
-    if matrix.dtype == torch.float64:  # of any magnitude: only ratios count
-        largest = matrix.abs().amax()
-        matrix = (matrix / torch.where((largest > 0) & largest.isfinite(), largest, 1.0)).to(torch.float32)
-    elif matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        matrix = matrix.to(torch.bfloat16)  # float8 fits without rounding
-    return matrix.contiguous()
+def _factors(kernels: Products, matrices: Sequence[Tensor], task: Task, space: Space) -> list[Tensor]:
+    """The polar factors of one batch."""
+    tensors = iter(space.tensors(_wanted(kernels, matrices, task)))
+    chosen = [copied(matrix, next(tensors)) if _is_copied(matrix) else matrix for matrix in matrices]
+    if _on_chip(chosen[0], kernels.small):
+        outs = list(tensors)
+        kernels.small_(chosen, outs, task.coefficients, 1.0 / task.scheme.margin)
+        return outs
+    between, statistics, padded, *compact = tensors
+    found = padded[..., : chosen[0].shape[1]]
+    _large(kernels, chosen, task, between, statistics, found)
+    for out in compact:
+        found = out.copy_(found)
+    return list(found.unbind())
+
+
+def _wanted(kernels: Products, matrices: Sequence[Tensor], task: Task) -> list[_Wanted]:
+    """What `_factors` needs memory for: copies of operands, results and, for large matrices, what is between."""
+    copies: list[_Wanted] = [(matrix.shape, _operand_dtype(matrix)) for matrix in matrices if _is_copied(matrix)]
+    if _on_chip(matrices[0], kernels.small):
+        return [*copies, *((matrix.shape, torch.bfloat16) for matrix in matrices)]
+    batch, (rows, columns) = len(matrices), matrices[0].shape
+    n, m, pitch = min(rows, columns), max(rows, columns), _pitch(columns)
+    between = [((batch * n * sum(_pitches(n, m, task).values()),), torch.float16), ((batch, 2, _PARTS), torch.float32)]
+    results = [((batch, rows, width), torch.bfloat16) for width in dict.fromkeys((pitch, columns))]
+    return [*copies, *between, *results]
+
+
+def _operand_dtype(matrix: Tensor) -> torch.dtype:
+    """What kernels read of a matrix: fp32, bf16 or fp16."""
+    if matrix.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return matrix.dtype
+    return torch.float32 if matrix.dtype == torch.float64 else torch.bfloat16  # float8 fits without rounding
+
+
+def _is_copied(matrix: Tensor) -> bool:
+    """Whether kernels cannot read a matrix as it is."""
+    return _operand_dtype(matrix) != matrix.dtype or not matrix.is_contiguous()
+
+
+def copied(matrix: Tensor, out: Tensor) -> Tensor:
+    """`out`, into which a matrix was copied; one of fp64 over its largest entry, because only ratios count."""
+    if matrix.dtype != torch.float64:
+        return out.copy_(matrix)
+    largest = torch.linalg.vector_norm(matrix, math.inf)
+    return torch.div(matrix, torch.where((largest > 0) & largest.isfinite(), largest, 1.0), out=out)
 
 
 def gram_segments(n: int, m: int, task: Task) -> list[list[Coefficients]]:
@@ -153,46 +233,40 @@ def half_pays(batch: int, n: int, n_sms: int) -> bool:
     return math.ceil(batch * tiles * (tiles + 1) / 2 / n_sms) < math.ceil(batch * tiles * tiles / n_sms)
 
 
-class _Workspace:
-    """Every buffer of one batch, in one allocation."""
-
-    def __init__(self, batch: int, n: int, m: int, names: Sequence[str], device: torch.device) -> None:
-        widths = {name: m if name in "XY" else n for name in names}
-        pitches = {name: -(-width // _PITCH) * _PITCH for name, width in widths.items()}
-        memory = torch.empty(batch * n * sum(pitches.values()), dtype=torch.float16, device=device)
-        self.statistics = torch.empty((batch, 2, _PARTS), dtype=torch.float32, device=device)
-        self.of: dict[str, Tensor] = {}
-        begin = 0
-        for name, pitch in pitches.items():
-            size = batch * n * pitch
-            self.of[name] = memory[begin : begin + size].view(batch, n, pitch)[..., : widths[name]]
-            begin += size
+def _pitch(width: int) -> int:
+    return -(-width // _PITCH) * _PITCH
 
 
-def _large(kernels: Products, matrices: Sequence[Tensor], task: Task) -> Tensor:
-    """(b, rows, columns), bf16: matrices of one shape."""
-    rows, columns = matrices[0].shape
-    n, m = min(rows, columns), max(rows, columns)
-    device, batch = matrices[0].device, len(matrices)
+@cache
+def _pitches(n: int, m: int, task: Task) -> dict[str, int]:
+    """The fp16 workspaces of n x m and n x n that a matrix needs, n <= m, and how far apart their rows are."""
     segments = gram_segments(n, m, task)
-    quintic = any(c for _, _, c in task.coefficients)
-    if segments:
-        names = ["X", *("Y" if len(segments) > 1 else ""), *"RSTPQ", *("Z" if quintic else "")]
-    else:
-        names = [*"XYR", *("Z" if quintic else "")]
-    space = _Workspace(batch, n, m, names, device)
-    pitch = -(-columns // _PITCH) * _PITCH
-    O = torch.empty((batch, rows, pitch), dtype=torch.bfloat16, device=device)[..., :columns]  # noqa: E741
-    out = O.mT if rows > columns else O
+    quintic = "Z" if any(c for _, _, c in task.coefficients) else ""
+    names = ["X", *("Y" if len(segments) > 1 else ""), *"RSTPQ", *quintic] if segments else [*"XYR", *quintic]
+    return {name: _pitch(m if name in "XY" else n) for name in names}
+
+
+def _large(
+    kernels: Products, matrices: Sequence[Tensor], task: Task, between: Tensor, statistics: Tensor, out: Tensor
+) -> None:
+    """`out`, (b, rows, columns) in bf16: polar factors of matrices of one shape; `between` is for `_pitches`."""
+    rows, columns = matrices[0].shape
+    n, m, batch = min(rows, columns), max(rows, columns), len(matrices)
+    of: dict[str, Tensor] = {}
+    begin = 0
+    for name, pitch in _pitches(n, m, task).items():
+        size = batch * n * pitch
+        of[name] = between[begin : begin + size].view(batch, n, pitch)[..., : m if name in "XY" else n]
+        begin += size
+    out = out.mT if rows > columns else out
     # The largest powers of two under which no entry can leave fp16's range.
     s_x = 2.0 ** min(12, math.floor(math.log2(math.sqrt(n * m))))
     s_r = 2.0 ** min(12, math.floor(math.log2(n)))
-    kernels.prepare(matrices, space.of["X"], space.statistics, s_x / task.scheme.margin)
-    if segments:
-        _gram(kernels, space.of, segments, s_x, s_r, out)
+    kernels.prepare(matrices, of["X"], statistics, s_x / task.scheme.margin)
+    if segments := gram_segments(n, m, task):
+        _gram(kernels, of, segments, s_x, s_r, out)
     else:
-        _standard(kernels, space.of, task.coefficients, s_x, s_r, half_pays(batch, n, task.n_sms), out)
-    return O
+        _standard(kernels, of, task.coefficients, s_x, s_r, half_pays(batch, n, task.n_sms), out)
 
 
 def _standard(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -15,9 +15,6 @@ from jaguar.rule import Scalars
 
 # State buffers of every slot, in the order that the rule declares them; () where it has none.
 State: TypeAlias = Sequence[tuple[Tensor, ...]]
-
-# Matrices -> positions and polar factors, batch by batch.
-Orthogonaliser: TypeAlias = Callable[[Sequence[Tensor]], Iterator[tuple[Sequence[int], Sequence[Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,11 @@ class StepInputs:
     state: State
     active: Sequence[bool] | None = None
     probe: Probe | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether weights are known: of the launches it is the update that comes next."""
+        return any(s.weights for s in self.scalars.values())
 
     def of(self, where: Sequence[int], probe: Probe | None = None) -> StepInputs:
         """The inputs of the slots at these positions."""
@@ -97,6 +99,19 @@ class Launches(Protocol):
 
     def forget(self) -> None:
         """Lets go of what was drawn and saved for a step, whatever became of it; what is needed again is made again."""
+
+
+class Orthogonaliser(Protocol):
+    """Newton-Schulz."""
+
+    def prepare(self, matrices: Sequence[Tensor]) -> None:
+        """Takes the memory that a call for these matrices needs."""
+
+    def __call__(self, matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
+        """Positions and polar factors, batch by batch; after `prepare` a batch is overwritten by the next."""
+
+    def forget(self) -> None:
+        """Lets go of that memory."""
 
 
 class Moves(Protocol):

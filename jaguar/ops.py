@@ -156,24 +156,52 @@ class NewtonSchulz:
         self._steps, self._scheme = checked(steps, coefficients, dtype), SCHEMES[coefficients]
         self._backend, self._dtype = backend, dtype
         self._known: dict[torch.device, str] = {}  # looking for a backend takes longer than a launch
+        self._taken: dict[torch.device, iteration.Space] | None = None
+
+    def prepare(self, matrices: Sequence[Tensor]) -> None:
+        """Takes the memory of a call for these matrices.
+
+        Torch, which the reference leaves to itself, is asked whether there is enough.
+        """
+        self._taken = {}
+        for name, where in self._parts(matrices):
+            chosen = [matrices[i] for i in where]
+            if name == "reference":
+                for members in iteration.batches(chosen, small=0):
+                    batch = [chosen[i] for i in members]
+                    count = sum(matrix.numel() for matrix in batch)
+                    iteration.Space(batch[0].device, reference.most_bytes(count, batch[0].dtype, self._dtype))
+            else:
+                self._taken |= iteration.spaces(_products(name), chosen, self._task(chosen))
+
+    def forget(self) -> None:
+        """Lets go of that memory."""
+        self._taken = None
 
     def __call__(self, matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
-        """Positions and polar factors, batch by batch."""
-        for matrix in matrices:
-            if matrix.device not in self._known:
-                self._known[matrix.device] = assigned(self._backend, matrix, self._steps, self._dtype)
-        names = [self._known[matrix.device] for matrix in matrices]
-        for name in dict.fromkeys(names):
-            where = [i for i, other in enumerate(names) if other == name]
+        """Positions and polar factors, batch by batch; after `prepare` a batch is overwritten by the next."""
+        for name, where in self._parts(matrices):
             chosen = [matrices[i] for i in where]
             if name == "reference":
                 found = self._by_reference(chosen)
             else:
-                task = iteration.Task(self._scheme, self._steps, _n_sms(chosen[0].device))
-                found = iteration.orthogonalise(_products(name), chosen, task)
+                found = iteration.orthogonalise(_products(name), chosen, self._task(chosen), self._taken)
             for members, factors in found:
                 yield [where[i] for i in members], factors
                 del factors  # or two batches would be in memory at a time
+
+    def _parts(self, matrices: Sequence[Tensor]) -> list[tuple[str, list[int]]]:
+        """Backends, and the positions of the matrices that each one gets."""
+        for matrix in matrices:
+            if matrix.device not in self._known:
+                self._known[matrix.device] = assigned(self._backend, matrix, self._steps, self._dtype)
+        parts: dict[str, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            parts.setdefault(self._known[matrix.device], []).append(i)
+        return list(parts.items())
+
+    def _task(self, matrices: Sequence[Tensor]) -> iteration.Task:
+        return iteration.Task(self._scheme, self._steps, _n_sms(matrices[0].device))
 
     def _by_reference(self, matrices: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
         coefficients = self._scheme.coefficients(self._steps)

@@ -270,17 +270,27 @@ class MatrixStage:
         """Positions of the slots that have their turn: every `period`-th matrix in canonical order."""
         return self._matrices[step % self.period :: self.period]
 
+    def prepare(self, inputs: StepInputs) -> None:
+        """Takes all memory of `update_`: it comes after momenta were written, and then none may be missing."""
+        self.orthogonalise.prepare([matrix for _, matrix in self._turn(inputs)])
+
     def update_(self, inputs: StepInputs) -> None:
         """x <- (1 - lr wd) x - lr NS(m), m the momentum with this step's entries."""
-        slots, matrices = [], []
+        turn = list(self._turn(inputs))
+        for where, factors in self.orthogonalise([matrix for _, matrix in turn]):
+            self.moves.move_([turn[i][0] for i in where], factors, inputs)
+            del factors  # before the next batch is made
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of the memory that `prepare` took."""
+        self.orthogonalise.forget()
+
+    def _turn(self, inputs: StepInputs) -> Iterator[tuple[Slot, Tensor]]:
+        """The matrices that are moved in a step, as slots, and their momenta."""
         for i in self.due(inputs.draws[0].step):
             if self.slots[i].count and (inputs.active is None or inputs.active[i]):
-                for slot, matrix in self._pieces(self.slots[i], inputs.state[i][0]):
-                    slots.append(slot)
-                    matrices.append(matrix)
-        for where, factors in self.orthogonalise(matrices):
-            self.moves.move_([slots[i] for i in where], factors, inputs)
-            del factors  # before the next batch is made
+                yield from self._pieces(self.slots[i], inputs.state[i][0])
 
     def _pieces(self, slot: Slot, m: Tensor) -> Iterator[tuple[Slot, Tensor]]:
         """The matrices of a slot: its (first, rest), or each of a batch with its place in the whole."""

@@ -50,16 +50,26 @@ FACTORS: dict[str, list[Any]] = {
 }
 
 
+class Given:
+    """Matrices themselves in the place of their polar factors, in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(self, matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
+        yield range(0, len(matrices), 2), [m.to(self._dtype, copy=True) for m in matrices[::2]]
+        if len(matrices) > 1:
+            yield range(1, len(matrices), 2), [m.to(self._dtype, copy=True) for m in matrices[1::2]]
+
+    def forget(self) -> None:
+        pass
+
+
 def muon_twins(
     forms: Sequence[Form], direction: Any, *, factor: torch.dtype, update: str = "sampled", stochastic: bool = True,
     momentum: str = "own", n: int = 1, period: int = 1, stacked: Sequence[int] = (),
 ) -> Twins:  # fmt: skip
     """Both backends follow the same matrices: the momentum itself, in another dtype."""
-
-    def given(matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
-        yield range(0, len(matrices), 2), [m.to(factor, copy=True) for m in matrices[::2]]
-        if len(matrices) > 1:
-            yield range(1, len(matrices), 2), [m.to(factor, copy=True) for m in matrices[1::2]]
 
     method = method_of(direction, AveragedSign(update), stochastic=stochastic, n=n)
 
@@ -69,7 +79,7 @@ def muon_twins(
         made = steps_of(backend, method, roles)
         numbers = made.numbers
         moves = reference.MatrixLaunches(method) if numbers is None else fused.MatrixLaunches(method, numbers)
-        stage = MatrixStage(roles, frozenset(slots[i].stream for i in stacked), given, moves, period)
+        stage = MatrixStage(roles, frozenset(slots[i].stream for i in stacked), Given(factor), moves, period)
         return replace(made, stage=stage)
 
     return Twins(forms, method, momentum, make=make)

@@ -40,10 +40,9 @@ class Family:
 
         Who captures launches in a CUDA graph captures this too: buffers that were made outside are gone after a step.
         """
-        known = any(s.weights for s in inputs.scalars.values())
-        if self._moving is None or (known and self._updating is None):
+        if self._moving is None or (inputs.known and self._updating is None):
             self.check(inputs.state)
-        self._allocate(inputs, known)
+        self._allocate(inputs, inputs.known)
 
     def forget(self) -> None:
         """The buffers."""

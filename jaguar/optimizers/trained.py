@@ -115,11 +115,12 @@ class Trained:
 
     @contextmanager
     def forgets_failures(self) -> Iterator[None]:
-        """`forget` where what is inside fails: a step that is tried again begins anew."""
+        """Nothing lasts where what is inside fails: a step that is tried again begins anew."""
         try:
             yield
         except BaseException:
             self.forget()
+            self.drop_state()
             raise
 
     def make_state(self) -> None:

@@ -41,6 +41,18 @@ def newton_schulz(G: Tensor, coefficients: list[Coefficients], margin: float, dt
     return (X.mT if tall else X).contiguous()
 
 
+def most_bytes(count: int, held: torch.dtype, dtype: torch.dtype) -> int:
+    """A bound on the memory that `newton_schulz` needs at a time, with its argument.
+
+    Args:
+        count: number of elements of the matrices.
+        held: their dtype.
+        dtype: of the iteration.
+    """
+    double = torch.float64 in (held, dtype)
+    return count * (held.itemsize + 6 * (8 if double else 4))
+
+
 @cache
 def multiplies_bf16() -> bool:
     """Whether torch has fast products in bf16 on this CPU; its others take 30 times as long as those in fp32."""
