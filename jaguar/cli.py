@@ -17,6 +17,7 @@ from rich.table import Table
 
 import jaguar
 from jaguar.choices import ADAPTERS
+from jaguar.errors import printable
 from jaguar.flag_groups import EVAL_BATCH
 from jaguar.flags import parse
 from jaguar.interrupts import handled, interrupt, number_of
@@ -91,7 +92,7 @@ def _outlets() -> Iterator[None]:
 
 def _complain(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the exit code says it too
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def _quiet_transformers() -> None:

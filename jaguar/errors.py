@@ -38,3 +38,8 @@ def said(error: BaseException) -> str:
     if not text or isinstance(error, (KeyError, AssertionError)):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: a name or a label that was read from a file may be anything."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)

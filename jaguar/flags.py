@@ -17,6 +17,7 @@ import jaguar
 from jaguar import flag_groups as groups
 from jaguar import values
 from jaguar.choices import ADAPTERS
+from jaguar.errors import printable
 from jaguar.optimizers.names import METHOD
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(' '.join(message.split()))} (see {self.prog} --help)\n")
 
     def _parse_optional(self, arg_string: str) -> Any:
         return (

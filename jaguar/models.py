@@ -237,11 +237,14 @@ def _errors_of_loading(what: str, name: str, trust_remote_code: bool = False) ->
         with unasked():
             yield
     except Exception as error:  # the libraries below raise nearly everything, plain Exception included
-        if not trust_remote_code and wants_code(error):
-            files = f" ({', '.join(code_of(name))})"
-            raise ValueError(
-                f"{what} has code of its own{files}, which was not run: read it, and give --trust_remote_code to run it"
-            ) from error
+        if wants_code(error):
+            files = ", ".join(code_of(name))
+            advice = (
+                "transformers runs none of a model inside another"
+                if trust_remote_code
+                else "read it, and give --trust_remote_code to run it"
+            )
+            raise ValueError(f"{what} has code of its own ({files}), which was not run: {advice}") from error
         advice = (
             "the folder is incomplete or damaged"
             if Path(name).is_dir()

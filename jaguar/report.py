@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaguar.errors import printable
+
 _WINDOW = 25  # steps in the running means
 
 
@@ -53,7 +55,7 @@ class Outlet:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Prints a line as it is: paths are not markup, and a command stays one line that can be copied."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:

@@ -133,6 +133,9 @@ def test_trust_is_said_wherever_something_is_loaded(folder):
 # -- files that would be executed --------------------------------------------------------------------------------------
 
 
+TERMINAL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
+
+
 def harmless(capsys, canary, line, message):
     """The command line is refused in one line that has the message (None: it runs); nothing is executed or changed."""
     canary.unlink(missing_ok=True)  # the pickle was made here
@@ -142,7 +145,8 @@ def harmless(capsys, canary, line, message):
         assert cli.main(line) == 0
     else:
         error = refused(capsys, *line)
-        assert re.search(message, error), error
+        assert re.search(message, error) and not TERMINAL.search(error), error
+    assert not TERMINAL.search("".join(capsys.readouterr()))
     assert not canary.exists() and contents(canary.parent) == before
 
 
@@ -215,6 +219,7 @@ SETTINGS = {  # --config
     "yaml: a key": ("? !!python/object/apply:os.system ['touch <canary>']\n: 1\n", "the name of a setting is a word"),
     "yaml: a bomb of aliases": (BOMB, "stands for more than a word"),
     "yaml: an alias of itself": ("lr_scheduler_kwargs: &a {a: *a}\n", "stands for more than a word"),
+    "yaml: a terminal's": ('"\\x1b]52;c;eA==\\a": 1\n', "unrecognized arguments"),
     "yaml: merged": ("a: &a {seed: !!python/name:os.system ''}\n<<: *a\n", "stands for more than a word"),
     "yaml: deep": ("seed: " + "[" * 9000 + "]" * 9000, "nested too deeply"),
     "yaml: options of the optimizer": (
@@ -284,6 +289,7 @@ ROWS = {
         None,
     ),
     "rows: an object as text": ("test.jsonl", '{"text": {"__reduce__": "os.system"}, "label": "negative"}\n', "a dict"),
+    "rows: a terminal's": ("test.csv", "text,label\na,\x1b]52;c;eA==\x07\n", "the data has one label only"),
     "rows: deep": ("test.jsonl", '{"text": ' + "[" * 90000 + "]" * 90000 + "}\n", "not JSON"),
     "rows: a pickle": ("test.pkl", "<code>", "must end in .csv or .jsonl"),
 }
@@ -296,6 +302,17 @@ def test_rows(place, tmp_path, canary, capsys, name):
     line = evaluated(place, place / "lm", "--verbalizers", " negative", " positive")
     line[line.index("--test_file") + 1] = str(tmp_path / file)
     harmless(capsys, canary, line, message)
+
+
+def test_labels_do_nothing_to_a_terminal(place, tmp_path, capsys):
+    rows = [(text, {"negative": "\x1b[2J", "positive": "\x9b2J"}[label]) for text, label in tiny.sentences(16, seed=1)]
+    tiny.write_csv(tmp_path / "rows.csv", rows)
+    line = tuned(place, place / "lm", tmp_path / "out")
+    for flag in ("--train_file", "--test_file"):
+        line[line.index(flag) + 1] = str(tmp_path / "rows.csv")
+    assert cli.main([*line, "--verbalizers", " negative", " positive"]) == 0
+    printed = capsys.readouterr().out
+    assert "labels \ufffd[2J, \ufffd2J" in printed and not TERMINAL.search(printed)
 
 
 SPLITS = {f"{name}.csv": "text,label\na,negative\nb,positive\n" for name in ("train", "validation")}
