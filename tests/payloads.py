@@ -435,7 +435,6 @@ CHECKPOINTS = {
         for name in names
     },
     "rng_state.pth: numpy array": (replaced("rng_state.pth", "numpy array"), "rng_state.pth.*holds no tensors"),
-    "training_args.bin": (replaced("training_args.bin", "exec"), None),
     "weights: pytorch_model.bin": (pickled("pytorch_model.bin", "exec"), rf"pytorch_model.bin.*{PICKLED}"),
     "weights: a folder": (both(text("a/b", ""), pickled("a/adapter_model.bin", "exec")), rf"adapter_model.*{PICKLED}"),
     "record: ..": (elsewhere("../outside/model.safetensors"), "names files of another folder"),
@@ -447,16 +446,19 @@ CHECKPOINTS = {
     "record: far": (part(10**12, 48, 1), "the weights in .* lack model.layers.0.mlp.down_proj.weight"),
     "record: before": (part(0, -48, 1), "the weights in .* lack model.layers.0.mlp.down_proj.weight"),
     "record: on itself": (part(0, 0, 1), "the weights in .* lack model.layers.0.mlp.down_proj.weight"),
-    "state: callbacks": (
-        entries(PROGRESS, stateful_callbacks={"os.system": {"args": {"command": "<code>"}, "attributes": {}}}),
-        None,
-    ),
     "state: an object": (entries(PROGRESS, **{"py/object": "os.system"}), f"{PROGRESS}.*py/object"),
-    "state: the best elsewhere": (
-        both(outside(text("model.safetensors", "")), entries(PROGRESS, best_model_checkpoint="<outside>")),
+    "what is not read, or read as text": (
+        both(
+            replaced("training_args.bin", "exec"),
+            entries(PROGRESS, stateful_callbacks={"os.system": {"args": {"command": "<code>"}, "attributes": {}}}),
+            outside(text("model.safetensors", "")),
+            entries(PROGRESS, best_model_checkpoint="<outside>"),
+            entries("jaguar_task.json", template="{text.__class__} {text}"),
+            both(WITH_CODE, entries("config.json", auto_map=OWN, model_type="own")),
+            text("metrics.json", '{"command": "<code>", "py/object": "os.system"}'),
+        ),
         None,
     ),
-    "task: template": (entries("jaguar_task.json", template="{text.__class__} {text}"), None),
-    "code of a model": (both(WITH_CODE, entries("config.json", auto_map=OWN, model_type="own")), None),
-    "figures": (text("metrics.json", '{"command": "<code>", "py/object": "os.system"}'), None),
 }
+# Others of their kind are tried each time.
+SLOW = {"optimizer.pt: exec", "optimizer.pt: torch.hub", "scheduler.pt: compile", "rng_state.pth: exec"}

@@ -105,7 +105,8 @@ def test_code_of_a_model_runs_where_the_user_says_so(place, tmp_path, canary, ca
     assert cli.main(tuned(place, own, tmp_path / "again", *more)) == 0  # how the flag is given decides nothing
     weights = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "again")]
     assert weights[0] == weights[1]
-    assert cli.main(tuned(place, own, adapter, TRUST, "--lora", "--lora_target_modules", "q_proj")) == 0
+    model = load(str(own), use_cpu=True, trust_remote_code=True).model
+    Adapter("lora", target_modules=("q_proj",)).applied(model, "causal").save_pretrained(adapter)
     for folder in (out, adapter):  # the code is copied beside the weights; an adapter's base has it
         capsys.readouterr()
         canary.unlink()
@@ -193,7 +194,9 @@ def checkpoint(place):
     return place / "run" / "checkpoint-1"
 
 
-@pytest.mark.parametrize("name", payloads.CHECKPOINTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in payloads.SLOW else []) for n in payloads.CHECKPOINTS]
+)
 def test_a_checkpoint(place, checkpoint, tmp_path, canary, capsys, name):
     build, message = payloads.CHECKPOINTS[name]
     folder = tmp_path / "checkpoint-1"
