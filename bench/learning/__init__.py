@@ -1,0 +1,1 @@
+"""What every method reaches on the same work with as many forward passes: the search of settings, and its table."""
