@@ -1,10 +1,10 @@
-# make demo | compare | test | test-full | check | bench | aot | ptxas | gpu    (make help tells more)
+# make demo | compare | test | test-full | check | bench | learning | aot | ptxas | gpu    (make help tells more)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: help demo compare test test-full check bench aot ptxas gpu clean
+.PHONY: help demo compare test test-full check bench learning aot ptxas gpu clean
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-full         all tests that need no GPU"
 	@echo "make check             ruff, mypy on jaguar/, import layering"
 	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
+	@echo "make learning          every method on a small language model with as many forward passes, settings searched (1 hour)"
 	@echo "make aot               compile every Triton kernel for sm_80 and sm_90, check and tabulate them (3 minutes)"
 	@echo "make ptxas             compile every CUDA kernel with nvcc, tabulate registers and spills; needs no GPU"
 	@echo "make gpu               GPU tests, compute-sanitizer and benchmarks with this machine's own torch and triton (9 minutes)"
@@ -62,6 +63,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python bench/bench_step.py
+
+learning: $(VENV)/.demo
+	$(BIN)/python bench/bench_learning.py
 
 aot: $(VENV)/.dev
 	$(BIN)/python bench/aot.py

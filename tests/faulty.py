@@ -109,8 +109,10 @@ def fault(folder: Path, what: str, n: int) -> dict[str, Any]:
 def main() -> None:
     folder, *cases = sys.argv[1:]
     import torch
+    import tqdm
 
     torch.set_num_threads(1)
+    tqdm.tqdm.monitor_interval = 0  # no thread that may hold a lock when a child is made
     warnings.simplefilter("ignore")
     quiet = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
