@@ -118,9 +118,10 @@ def without_newton_schulz() -> Iterator[list[int]]:
     asked: list[int] = []
     real = iteration.orthogonalise
 
-    def orthogonalise(kernels: Any, matrices: Sequence[Tensor], *_: Any) -> Iterator[tuple[list[int], list[Tensor]]]:
+    def orthogonalise(kernels: Any, matrices: Sequence[Tensor], *more: Any) -> Iterator[tuple[list[int], list[Tensor]]]:
         asked.append(len(matrices))
-        for members in iteration.batches(matrices, kernels.small):
+        scheduled = getattr(more[-1], "batches", None)  # by later versions, before the step writes anything
+        for members in iteration.batches(matrices, kernels.small) if scheduled is None else [b[0] for b in scheduled]:
             key = tuple(matrices[i].data_ptr() for i in members)
             if key not in places:
                 places[key] = [torch.zeros(matrices[i].shape, dtype=torch.bfloat16) for i in members]

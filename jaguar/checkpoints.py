@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ def newest(parent: Path, processes: int) -> Path:
     for folder in reversed(staging.of(parent)):
         try:
             lacking = _lacking(folder, processes)
+            if not lacking:
+                check_states(folder, {})
+                weights.check_readable(folder)
         except Damaged as error:
             lacking = str(error)
         if not lacking:
@@ -134,11 +138,11 @@ def find_best(state: TrainerState, folder: Path) -> None:
     Says so if there was one and it is gone.
     """
     saved = progress(folder).get("best_model_checkpoint")
-    if saved is None or Path(saved).is_dir():
+    if saved is None:
         return
-    moved = folder.parent / Path(saved).name
-    if moved.is_dir():
-        state.best_model_checkpoint = str(moved)
+    beside = folder.parent / Path(saved).name  # of a run that was copied it is the copy
+    if beside.is_dir() or Path(saved).is_dir():
+        state.best_model_checkpoint = str(beside) if beside.is_dir() else saved
         return
     warnings.warn(f"the best checkpoint so far, {saved}, is gone: the best of what comes will be kept", stacklevel=4)
     state.best_model_checkpoint = state.best_metric = state.best_global_step = None
@@ -178,10 +182,17 @@ def check_states(folder: Path, scheduler: Mapping[str, Any]) -> None:
     Raises:
         Damaged: one does not.
     """
-    for file, like in ((OPTIMIZER_NAME, {"state": {}, "param_groups": []}), (SCHEDULER_NAME, scheduler)):
+    # Versions of torch differ in what they note for themselves.
+    public = {name: value for name, value in scheduler.items() if not name.startswith("_")}
+    for file, like in ((OPTIMIZER_NAME, {"state": {}, "param_groups": []}), (SCHEDULER_NAME, public)):
         path = folder / file
         with reading(path):
-            check_kind(path, torch.load(path, map_location="meta", weights_only=True, mmap=True), like)
+            check_kind(path, _loaded(path), like)
+
+
+def _loaded(path: Path) -> Any:
+    """What a file of torch holds; of tensors in the format of today only their shapes, without reading them."""
+    return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def progress(folder: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def _main(words: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Refused, Failed, OSError) as error:
-        _complain(f"{name}: error: {' '.join(str(error).split())}")
+        if str(error):  # else another process of the run has said it
+            _complain(f"{name}: error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, Refused) else 1
 
 

@@ -23,6 +23,10 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (Damaged, MemoryError):
         raise
+    except RuntimeError as error:
+        if "out of memory" in str(error):  # torch's is one
+            raise
+        raise Damaged(f"{path} is damaged: {said(error)}") from error
     except ValueError as error:
         raise Damaged(str(error) if str(path) in str(error) else f"{path}: {said(error)}") from error
     except Exception as error:
@@ -32,7 +36,7 @@ def reading(path: Path) -> Iterator[None]:
 def said(error: BaseException) -> str:
     """What an error says, in one line: libraries put the reason behind a heading and a line break."""
     text = " ".join(str(error).split())
-    if text.startswith("Weights only load failed"):  # torch goes on with how to run what it has just refused to run
+    if "weights_only" in text:  # torch goes on with how to run what it has just refused to run
         called = re.search(r"GLOBAL (\S+)", text)
         text = f"it would call {called[1]}, which was not run" if called else "it holds no tensors and plain values"
     if not text or isinstance(error, (KeyError, AssertionError)):

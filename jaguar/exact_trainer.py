@@ -32,6 +32,7 @@ class ExactTrainer(Trainer):
     beside: Callable[[Path], None] | None = None
     _resumed: Path | None = None  # the checkpoint that the run goes on from
     _staging: Path | None = None  # where a checkpoint is being written
+    _began = False  # the checkpoints in its folder are its own
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
         """Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that is whole.
@@ -39,13 +40,21 @@ class ExactTrainer(Trainer):
         Raises:
             ValueError: the checkpoint lacks something, or does not fit the model.
         """
-        parent = Path(str(self.args.output_dir))
+        trial = args[0] if args else others.get("trial")
+        parent = Path(self._get_output_dir(trial))
         with contextlib.ExitStack() as stack:
-            if self.args.should_save:
-                if self.args.save_strategy != SaveStrategy.NO:
-                    stack.enter_context(only_run(parent))
+            if self._saves:
+                stack.enter_context(only_run(parent))
                 for text in staging.recover_all(parent):
                     warnings.warn(text, stacklevel=3)
+                there = [] if resume_from_checkpoint or self._began else staging.of(parent)
+                if there:
+                    warnings.warn(
+                        f"{parent} holds checkpoints of another run, the last one {there[-1].name}: they count among "
+                        "save_total_limit, and resume_from_checkpoint=True would go on from the newest of all",
+                        stacklevel=3,
+                    )
+            self._began = True
             self.accelerator.wait_for_everyone()
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = str(checkpoints.newest(parent, self.args.world_size))
@@ -65,6 +74,11 @@ class ExactTrainer(Trainer):
             "data_seed": args.data_seed,
             "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         }
+
+    @property
+    def _saves(self) -> bool:
+        """Whether this process writes checkpoints."""
+        return bool(self.args.should_save) and self.args.save_strategy != SaveStrategy.NO
 
     @property
     def _bare_model(self) -> nn.Module:
@@ -137,13 +151,15 @@ class ExactTrainer(Trainer):
         made, saves = staging.staged(folder), self.args.should_save
         with staging.saving(folder) if saves else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
-            self._staging = made.parent
+            self._staging, kept = made.parent, self.state.best_model_checkpoint
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self._staging = None
-            if self.state.best_model_checkpoint == str(made):
-                self.state.best_model_checkpoint = str(folder)
+                self._staging, self.state.best_model_checkpoint = None, kept
+            if self.state.best_global_step:  # of what Trainer looks for it where it writes
+                best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+                if best == folder or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()
             if saves:
                 self.state.save_to_json(str(made / TRAINER_STATE_NAME))
@@ -158,21 +174,16 @@ class ExactTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: it is pushed from where it will be."""
 
-    def _finalize_training(self, *args: Any, **others: Any) -> Any:
-        limit = self.args.save_total_limit
-        # Trainer removes the others from where they stand: killed there, it would leave half of one.
-        self.args.save_total_limit = None
-        try:
-            output = super()._finalize_training(*args, **others)  # type: ignore[no-untyped-call]
-        finally:
-            self.args.save_total_limit = limit
-        best, last = self.state.best_model_checkpoint, Path(self._get_output_dir(None))
-        last /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
-            kept = Path(best) if limit == 1 and best is not None else last
+    def _finalize_training(self, trial: Any, *args: Any, **others: Any) -> Any:
+        if self._saves:
+            # Trainer removes all but the best from where they stand: killed there, it would leave half of one.
+            parent, best = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
+            limit, kept = self.args.save_total_limit, parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if limit == 1 and best is not None and Path(best).parent.resolve() == parent.resolve():
+                kept = Path(best)
             if kept.is_dir():  # also what a run that was killed before it came to it would have removed
                 staging.rotate(kept, limit, best)
-        return output
+        return super()._finalize_training(trial, *args, **others)  # type: ignore[no-untyped-call]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is None and not hasattr(self._bare_model, "save_pretrained"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
@@ -30,7 +31,8 @@ from jaguar.report import Points, draw_curves, row_bar, say, score_table
 from jaguar.run import STATE, Run, compare, digest, model_settings, optimizer_settings
 from jaguar.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.scoring import Scores, evaluate, paired_se
-from jaguar.staging import recover_all
+from jaguar.staging import of as checkpoints_of
+from jaguar.staging import recover_all, step_of
 from jaguar.tasks.rows import Row
 from jaguar.trainer import ZOTrainer, bare
 from jaguar.training_args import ZOTrainingArguments
@@ -64,11 +66,18 @@ class Finetuning:
         args = self.args = run.trainer_arguments()
         # Of several processes one prints, scores and writes.
         self.leads = args.process_index == 0
+        refusal = [""]
         if self.leads:
-            self._take_folder()
+            try:
+                self._take_folder()
+            except ValueError as error:
+                refusal = [str(error)]
         else:
             console.quiet = True
-        args.distributed_state.wait_for_everyone()
+        if args.world_size > 1:
+            dist.broadcast_object_list(refusal)
+        if refusal[0]:
+            raise ValueError(refusal[0] if self.leads else "")
         state = run.state(args) if run.resume_from_checkpoint else None
         self.settings = run.settings_of(args)
         if run.adapter.kind == "prefix" and not is_adapter(run.model):
@@ -117,11 +126,17 @@ class Finetuning:
         own = run.resume_from_checkpoint and Path(run.resume_from_checkpoint).resolve().parent == folder.resolve()
         if own and not (folder / _FIGURES).exists():
             return  # what it holds is of this run, which was killed while it ended
-        held = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-        if held and not run.overwrite_output_dir:
+        if run.overwrite_output_dir:
+            return
+        if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ValueError(
                 f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
                 "--overwrite_output_dir"
+            )
+        if not own and (there := checkpoints_of(folder)):
+            raise ValueError(
+                f"the output folder {run.output_dir!r} holds checkpoints of a run: go on with "
+                f"--resume_from_checkpoint {there[-1]}, choose another folder, or pass --overwrite_output_dir"
             )
 
     @property
@@ -214,6 +229,8 @@ class Finetuning:
             self.began = time.monotonic()
             with self.stop:
                 self.result = trainer.train(resume_from_checkpoint=self.run.resume_from_checkpoint)
+        except OSError as error:  # of a checkpoint
+            raise OSError(f"{error}; {self._last_saved()}") from error
         except KeyboardInterrupt as stop:
             text = f"stopped at once after step {trainer.state.global_step}; {self._last_saved()}"
             raise Interrupted(text, number_of(stop)) from None
@@ -230,17 +247,18 @@ class Finetuning:
         return self.folder / f"checkpoint-{self.trainer.state.global_step}"
 
     def _last_saved(self) -> str:
-        found = [path.parent for path in self.folder.glob(f"checkpoint-*/{STATE}")]
+        step = self.trainer.state.global_step  # those of later ones are of a run before this one
+        found = [path for path in checkpoints_of(self.folder) if (path / STATE).is_file() and step_of(path) <= step]
         if not found:
             return "nothing was saved"
-        last = max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        last = found[-1]
         return f"the last checkpoint is {last}\n{self._go_on(last)}"
 
     def _end_with(self) -> str:
         """How to come to the end of a run whose last step is done."""
         if (self._checkpoint() / STATE).is_file():
             return f"\n{self._go_on(self._checkpoint())}"
-        return f"\nscore it with: {_program()} eval --model {self.folder}"
+        return f"; score it with jaguar eval (--model {self.folder}, and the held-out rows)"
 
     def _go_on(self, folder: Path) -> str:
         words, flag = [], "--resume_from_checkpoint"

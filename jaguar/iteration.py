@@ -139,35 +139,53 @@ def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED
 
 
-def spaces(kernels: Products, matrices: Sequence[Tensor], task: Task) -> dict[torch.device, Space]:
-    """The memory that `orthogonalise` needs, taken now: that of its largest batch on each device."""
+@dataclass(frozen=True)
+class Taken:
+    """What `orthogonalise` needs for some matrices, known and taken before it begins.
+
+    Attributes:
+        batches: positions of the matrices of each batch, and what it needs memory for.
+        spaces: the memory of the largest batch on each device.
+    """
+
+    batches: Sequence[tuple[list[int], list[_Wanted]]]
+    spaces: Mapping[torch.device, Space]
+
+
+def take(kernels: Products, matrices: Sequence[Tensor], task: Task) -> Taken:
+    """Takes the memory that `orthogonalise` needs."""
+    found = _scheduled(kernels, matrices, task)
     sizes: dict[torch.device, int] = {}
-    for members in batches(matrices, kernels.small):
-        chosen = [matrices[i] for i in members]
-        size = sum(_bytes(*one) for one in _wanted(kernels, chosen, task))
-        sizes[chosen[0].device] = max(size, sizes.get(chosen[0].device, 0))
-    return {device: Space(device, size) for device, size in sizes.items()}
+    for members, wanted in found:
+        device = matrices[members[0]].device
+        sizes[device] = max(sum(_bytes(*one) for one in wanted), sizes.get(device, 0))
+    return Taken(found, {device: Space(device, size) for device, size in sizes.items()})
+
+
+def _scheduled(kernels: Products, matrices: Sequence[Tensor], task: Task) -> list[tuple[list[int], list[_Wanted]]]:
+    chosen = batches(matrices, kernels.small)
+    return [(members, _wanted(kernels, [matrices[i] for i in members], task)) for members in chosen]
 
 
 def orthogonalise(
-    kernels: Products, matrices: Sequence[Tensor], task: Task, taken: Mapping[torch.device, Space] | None = None
+    kernels: Products, matrices: Sequence[Tensor], task: Task, taken: Taken | None = None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Positions and polar factors (bf16, contiguous), batch by batch: only one batch is in memory at a time.
 
     Args:
         matrices: 2-D, floating, not empty, on one kind of device.
-        taken: `spaces` of these matrices, where nothing may be missing half-way; the factors of a batch are then
-            overwritten by the next one's.
+        taken: for these matrices, where nothing may be missing half-way; the factors of a batch are then overwritten
+            by the next one's.
     """
-    for members in batches(matrices, kernels.small):
+    for members, wanted in _scheduled(kernels, matrices, task) if taken is None else taken.batches:
         chosen = [matrices[i] for i in members]
         device = chosen[0].device
-        yield members, _factors(kernels, chosen, task, Space(device) if taken is None else taken[device])
+        space = Space(device) if taken is None else taken.spaces[device]
+        yield members, _factors(kernels, chosen, task, iter(space.tensors(wanted)))
 
 
-def _factors(kernels: Products, matrices: Sequence[Tensor], task: Task, space: Space) -> list[Tensor]:
-    """The polar factors of one batch."""
-    tensors = iter(space.tensors(_wanted(kernels, matrices, task)))
+def _factors(kernels: Products, matrices: Sequence[Tensor], task: Task, tensors: Iterator[Tensor]) -> list[Tensor]:
+    """The polar factors of one batch; `tensors` are what `_wanted` asks for."""
     chosen = [copied(matrix, next(tensors)) if _is_copied(matrix) else matrix for matrix in matrices]
     if _on_chip(chosen[0], kernels.small):
         outs = list(tensors)

@@ -156,7 +156,7 @@ class NewtonSchulz:
         self._steps, self._scheme = checked(steps, coefficients, dtype), SCHEMES[coefficients]
         self._backend, self._dtype = backend, dtype
         self._known: dict[torch.device, str] = {}  # looking for a backend takes longer than a launch
-        self._taken: dict[torch.device, iteration.Space] | None = None
+        self._taken: dict[str, iteration.Taken] = {}  # by backend
 
     def prepare(self, matrices: Sequence[Tensor]) -> None:
         """Takes the memory of a call for these matrices.
@@ -172,11 +172,11 @@ class NewtonSchulz:
                     count = sum(matrix.numel() for matrix in batch)
                     iteration.Space(batch[0].device, reference.most_bytes(count, batch[0].dtype, self._dtype))
             else:
-                self._taken |= iteration.spaces(_products(name), chosen, self._task(chosen))
+                self._taken[name] = iteration.take(_products(name), chosen, self._task(chosen))
 
     def forget(self) -> None:
         """Lets go of that memory."""
-        self._taken = None
+        self._taken = {}
 
     def __call__(self, matrices: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
         """Positions and polar factors, batch by batch; after `prepare` a batch is overwritten by the next."""
@@ -185,7 +185,7 @@ class NewtonSchulz:
             if name == "reference":
                 found = self._by_reference(chosen)
             else:
-                found = iteration.orthogonalise(_products(name), chosen, self._task(chosen), self._taken)
+                found = iteration.orthogonalise(_products(name), chosen, self._task(chosen), self._taken.get(name))
             for members, factors in found:
                 yield [where[i] for i in members], factors
                 del factors  # or two batches would be in memory at a time

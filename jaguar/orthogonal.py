@@ -265,6 +265,7 @@ class MatrixStage:
 
     def __post_init__(self) -> None:
         self._matrices = [i for i, slot in enumerate(self.slots) if not slot.signed and slot.total]
+        self._prepared: list[tuple[Slot, Tensor]] = []  # whose turn it is in the step that is being made
 
     def due(self, step: int) -> list[int]:
         """Positions of the slots that have their turn: every `period`-th matrix in canonical order."""
@@ -272,11 +273,12 @@ class MatrixStage:
 
     def prepare(self, inputs: StepInputs) -> None:
         """Takes all memory of `update_`: it comes after momenta were written, and then none may be missing."""
-        self.orthogonalise.prepare([matrix for _, matrix in self._turn(inputs)])
+        self._prepared = list(self._turn(inputs))
+        self.orthogonalise.prepare([matrix for _, matrix in self._prepared])
 
     def update_(self, inputs: StepInputs) -> None:
         """x <- (1 - lr wd) x - lr NS(m), m the momentum with this step's entries."""
-        turn = list(self._turn(inputs))
+        turn = self._prepared or list(self._turn(inputs))
         for where, factors in self.orthogonalise([matrix for _, matrix in turn]):
             self.moves.move_([turn[i][0] for i in where], factors, inputs)
             del factors  # before the next batch is made
@@ -284,6 +286,7 @@ class MatrixStage:
 
     def forget(self) -> None:
         """Lets go of the memory that `prepare` took."""
+        self._prepared = []
         self.orthogonalise.forget()
 
     def _turn(self, inputs: StepInputs) -> Iterator[tuple[Slot, Tensor]]:

@@ -100,6 +100,7 @@ class Stop(TrainerCallback):
         if not self.asked:
             return
         if not (control.should_evaluate and args.eval_steps != 1):
-            args.save_total_limit = 2  # at 1, Trainer ends by removing what is not the best checkpoint
+            if args.save_total_limit == 1:  # at which a run ends by removing what is not the best checkpoint
+                args.save_total_limit = 2
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -82,10 +82,18 @@ def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
         write(staging)
         sync_all(staging)
         yield staging
-    except Exception as error:  # a full disk is an OSError, a SafetensorError, a RuntimeError or a plain Exception
+    except Exception as error:
+        if not is_of_writing(error):
+            raise
         raise unsaved(parent, reason(error, staging), "what was there before is untouched") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_of_writing(error: Exception) -> bool:
+    """Whether it may be a disk's: torch, safetensors and tokenizers have no OSError for all that fails."""
+    libraries = type(error) is Exception or type(error).__name__ == "SafetensorError"
+    return isinstance(error, OSError) or libraries or type(error) is RuntimeError
 
 
 def unsaved(place: Path, why: str, still: str) -> OSError:

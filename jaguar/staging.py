@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from jaguar.saving import reason, sync, sync_all, unsaved
+from jaguar.saving import is_of_writing, reason, sync, sync_all, unsaved
 
 # What is written last of all, and lies in every checkpoint that is whole.
 RECORD = "jaguar_checkpoint.json"
+_LEFT = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+)\.(?:saving|old|removed)$")
 
 
 def staged(folder: Path) -> Path:
@@ -43,35 +45,47 @@ def saving(folder: Path) -> Iterator[Path]:
         os.replace(made, folder)
         sync(folder.parent)
     except Exception as error:
+        if not is_of_writing(error):
+            raise
         why = reason(error, made.parent)
         recover(folder)
-        raise unsaved(folder, why, _still(folder.parent)) from error
+        raise unsaved(folder, why, _still(folder)) from error
     finally:
         recover(folder)
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beside the one that was written last, so that `limit` are left (None: all).
+    """Removes the oldest checkpoints beside the one that was written last, so that `limit` are left (None or 0: all).
 
     Args:
         folder: written last; it stays.
         best: the best one so far, which stays too.
     """
+    if limit is None or limit <= 0:
+        return
     kept = {path.resolve() for path in (folder, Path(best or folder)) if path.is_dir()}
     others = [path for path in of(folder.parent) if path.resolve() not in kept]
     # Those of later steps are of a run before this one.
-    others.sort(key=lambda path: (_step(path) <= _step(folder), _step(path)))
-    surplus = len(others) - max((limit or 0) - len(kept), 0) if limit else 0
+    others.sort(key=lambda path: (step_of(path) <= step_of(folder), step_of(path)))
+    surplus = len(others) - max(limit - len(kept), 0)
     for path in others[: max(surplus, 0)]:
         _remove(path, _gone(path))
 
 
 def _remove(folder: Path, gone: Path) -> None:
     """Removes a checkpoint; it gets another name at once, so that half of one never looks like a whole one."""
-    shutil.rmtree(gone, ignore_errors=True)
+    _delete(gone)
     with contextlib.suppress(OSError):  # the run goes on with a checkpoint too many
         os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    _delete(gone)
+
+
+def _delete(path: Path) -> None:
+    """A folder and what is in it; of a link to one, on another disk say, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def recover_all(parent: Path) -> list[str]:
@@ -80,7 +94,7 @@ def recover_all(parent: Path) -> list[str]:
     Returns:
         What was done, in words.
     """
-    hidden = {path.name[1:].rpartition(".")[0] for path in parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*")}
+    hidden = {found[1] for path in parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*") if (found := _LEFT.match(path.name))}
     return [text for name in sorted(hidden) if (text := recover(parent / name))]
 
 
@@ -93,7 +107,7 @@ def recover(folder: Path) -> str:
     staging, old, gone, text = _staging(folder), _old(folder), _gone(folder), ""
     if staging.exists():
         text = f"removed {staging}: a process was killed while it wrote {folder.name} there"
-        shutil.rmtree(staging, ignore_errors=True)
+        _delete(staging)
     if old.exists() and not folder.exists():
         text = f"{folder} is as it was before a process was killed while it wrote it anew"
         os.replace(old, folder)
@@ -101,22 +115,26 @@ def recover(folder: Path) -> str:
         _remove(old, gone)
     if gone.exists():
         text = text or f"removed {gone}: a process was killed while it removed {folder.name}"
-        shutil.rmtree(gone, ignore_errors=True)
+        _delete(gone)
     return text
 
 
 def of(parent: Path) -> list[Path]:
     """All checkpoints in a folder, by their step."""
     found = parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted((path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdecimal()), key=_step)
+    return sorted((path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdecimal()), key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint is of, by its name."""
     return int(folder.name.rpartition("-")[2])
 
 
-def _still(parent: Path) -> str:
-    whole = [_step(folder) for folder in of(parent) if (folder / RECORD).is_file()]
+def _still(folder: Path) -> str:
+    # Those of later steps are of a run before this one.
+    whole = [
+        step_of(path) for path in of(folder.parent) if (path / RECORD).is_file() and step_of(path) <= step_of(folder)
+    ]
     return f"the checkpoint of step {whole[-1]} is whole" if whole else "no checkpoint was written yet"
 
 

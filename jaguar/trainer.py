@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from transformers import Trainer, TrainerCallback
 
 from jaguar.attempts import Attempt
@@ -241,10 +242,11 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
     @property
     def _is_watched(self) -> bool:
         """Whether somebody may look at the model between the losses of a step and its update."""
-        if type(self).training_step is not ZOTrainer.training_step or self.zeroth_order._optimizer_step_pre_hooks:
+        hooks = self.zeroth_order._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+        if hooks or type(self).training_step is not ZOTrainer.training_step:
             return True
-        usual = TrainerCallback.on_pre_optimizer_step
-        return any(type(callback).on_pre_optimizer_step is not usual for callback in self.callback_handler.callbacks)
+        looks = [callback.on_pre_optimizer_step for callback in self.callback_handler.callbacks]
+        return any(getattr(look, "__func__", look) is not TrainerCallback.on_pre_optimizer_step for look in looks)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -244,6 +244,13 @@ def _is_plain(name: str, parts: list[Part], tensor: Tensor) -> bool:
     return parts == [_all_of(tensor, "model.safetensors", name)]
 
 
+def check_readable(folder: Path) -> None:
+    """Raises Damaged unless `folder` holds files of weights, and all of them can be opened."""
+    with ExitStack() as stack:
+        if not any(_Files(folder, stack).keys.values()):
+            raise Damaged(f"{folder} has no weights")
+
+
 def check(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
     """Looks whether `read` can do what it is asked for.
 

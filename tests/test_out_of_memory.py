@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jaguar import JaguarMuon, ZOMuon, ops, param_groups, reference
-from jaguar.iteration import Task, batches, orthogonalise, spaces
+from jaguar.iteration import Task, batches, orthogonalise, take
 from jaguar.schemes import SCHEMES
 
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -134,7 +134,7 @@ def matrices_of(dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e5m2], ids=dtype_id)
 def test_a_call_allocates_nothing_after_its_memory_was_taken(dtype: torch.dtype, name: str) -> None:
     matrices, task = matrices_of(dtype), Task(SCHEMES[name], SCHEMES[name].steps, 132)
-    taken = spaces(Idle(), matrices, task)
+    taken = take(Idle(), matrices, task)
     with Allocations() as seen:
         found = [members for members, _ in orthogonalise(Idle(), matrices, task, taken)]
     assert found == batches(matrices, Idle.small) and seen.found == []

@@ -607,6 +607,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, case):
             assert all(torch.equal(value, other["state"][key][name]) for name, value in state.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*holds checkpoints of another run")
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     trainer = scored(tmp_path, steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
