@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shlex
 import shutil
@@ -19,18 +18,19 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
+from jaguar import outcome
 from jaguar.checkpoints import check_weights
 from jaguar.directions import Sparse
-from jaguar.evaluation import make_scorer, peak_memory, versions
+from jaguar.evaluation import make_scorer
 from jaguar.flag_groups import underscored
 from jaguar.interrupts import HeldInterrupts, interrupt, number_of
 from jaguar.models import adapted, configuration, is_adapter, load, save_task, select_trainable
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.progress import Bar, Losses, Stop
-from jaguar.report import Points, draw_curves, row_bar, say, score_table
+from jaguar.report import row_bar, say
 from jaguar.run import STATE, Run, compare, digest, model_settings, optimizer_settings
 from jaguar.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
-from jaguar.scoring import Scores, evaluate, paired_se
+from jaguar.scoring import Scores, evaluate
 from jaguar.staging import of as checkpoints_of
 from jaguar.staging import recover_all, step_of
 from jaguar.tasks.rows import Row
@@ -302,11 +302,11 @@ class Finetuning:
             text = f"stopped before it was scored; the tuned model is in {self.folder}{self._end_with()}"
             raise Interrupted(text, number_of(stop)) from None
         assert self.before is not None
-        metrics = self._metrics(self.before, after)
+        metrics = outcome.metrics(self, self.before, after)
 
         def write_figures(folder: Path) -> None:
-            self._draw(folder / "training_curves.png", metrics)
-            text = json.dumps(_finite(metrics), indent=2, allow_nan=False)
+            outcome.draw(self, folder / "training_curves.png", metrics)
+            text = json.dumps(outcome.finite(metrics), indent=2, allow_nan=False)
             (folder / _FIGURES).write_text(text + "\n", encoding="utf-8")
 
         with HeldInterrupts():
@@ -318,98 +318,8 @@ class Finetuning:
             raise Interrupted(text, number_of(stop)) from None
         if bad:
             raise OSError(f"the model in {self.folder} is not the tuned one: {some(bad)} does not come back from there")
-        self._print(metrics)
+        outcome.show(self, metrics)
         return metrics
-
-    def _metrics(self, before: Scores, after: Scores) -> dict[str, Any]:
-        run, trainer, args = self.run, self.trainer, self.trainer.args
-        first, last = before.figures(), after.figures()
-        steps = trainer.state.global_step
-        optimizer = bare(trainer.optimizer)
-        dev = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-        best = trainer.state.best_metric if args.load_best_model_at_end else None
-        return {
-            "task": self.task.name,
-            "method": args.optim_zo,
-            "adapter": run.adapter.kind,
-            "train": run.train,
-            "seed": args.seed,
-            "steps": steps,
-            "skipped_steps": getattr(optimizer, "n_skipped", 0),
-            "batch_size": args.per_device_train_batch_size,
-            "processes": args.world_size,
-            "train_rows": len(self.train_set),
-            "dev_rows": len(self.dev_set),
-            "test_rows": len(self.test_set),
-            "before": first,
-            "after": last,
-            "accuracy_change": last["accuracy"] - first["accuracy"],
-            "paired_se": paired_se(before, after),
-            "evaluations": [
-                {key.removeprefix("eval_"): entry.get(key) for key in ("step", "eval_loss", "eval_accuracy")}
-                for entry in dev
-            ],
-            "best_metric": str(args.metric_for_best_model).removeprefix("eval_") if best is not None else None,
-            "best_value": best,
-            "best_step": trainer.state.best_global_step if best is not None else None,
-            "training_seconds": self.seconds + self.result.metrics["train_runtime"],
-            "training_forward_passes": trainer.forward_passes,
-            "peak_memory_bytes": peak_memory(args.device),
-            "command": shlex.join(["jaguar", *sys.argv[1:]]),
-            "versions": versions(),
-        }
-
-    def _draw(self, path: Path, metrics: dict[str, Any]) -> None:
-        run, first, last = self.run, metrics["before"], metrics["after"]
-        what = metrics["method"] + ("" if run.adapter.kind == "none" else f" ({run.adapter.kind})")
-        found = metrics["evaluations"]
-        kept = metrics["best_step"] if metrics["best_step"] is not None else metrics["steps"]
-        ends = Points(
-            f"{metrics['test_rows']} held-out rows",
-            [0, kept],
-            [first["loss"], last["loss"]],
-            [first["accuracy"], last["accuracy"]],
-            [first["accuracy_se"], last["accuracy_se"]],
-        )
-        name = f"{metrics['dev_rows']} dev rows" if self.dev_set else "held-out rows on the way"
-        way = Points(name, *([entry[key] for entry in found] for key in ("step", "loss", "accuracy")))
-        draw_curves(
-            path,
-            losses=self.losses.values,
-            points=[ends, way] if found else [ends],
-            title=f"{what} on {Path(run.model).name}, {self.task.name}, seed {metrics['seed']}: held-out "
-            f"accuracy {first['accuracy']:.1%} to {last['accuracy']:.1%}",
-        )
-
-    def _print(self, metrics: dict[str, Any]) -> None:
-        before, after = metrics["before"], metrics["after"]
-        points, se = 100 * metrics["accuracy_change"], 100 * metrics["paired_se"]
-        change = {
-            "accuracy": f"{points:+.2f} points, paired SE {se:.2f}",
-            "loss": f"{after['loss'] - before['loss']:+.4f}",
-        }
-        if "auc" in before and "auc" in after:
-            change["auc"] = f"{after['auc'] - before['auc']:+.4f}"
-        columns = {"zero-shot": before, "tuned": after}
-        count = metrics["skipped_steps"]
-        skipped = f"{count} of {metrics['steps']}" if count else ""
-        title = f"{metrics['method']}, {len(self.test_set)} held-out rows"
-        self.console.print(score_table(title, columns, change, skipped))
-        if skipped:
-            self._say(
-                f"warning: {skipped} steps were skipped, because their loss was not finite: lower the learning rate or "
-                "tau, or look at the data",
-                "yellow",
-            )
-        if metrics["best_step"] is not None:
-            value = f"dev {metrics['best_metric']} {metrics['best_value']:.4f}"
-            self._say(f"the model is that of step {metrics['best_step']}, {value}")
-        memory = metrics["peak_memory_bytes"] / 2**30
-        self._say(
-            f"{metrics['steps']} steps in {metrics['training_seconds']:.0f} s, {metrics['training_forward_passes']} "
-            f"forward passes of {metrics['batch_size']} rows, peak memory {memory:.2f} GiB"
-        )
-        self._say(f"model, training_curves.png and metrics.json are in {self.folder}")
 
     # -- what goes with a checkpoint -------------------------------------------------------------------------------
 
@@ -444,15 +354,6 @@ class Finetuning:
         self.before = Scores(**state["before"])
         self.losses.values, self.trainer.forward_passes = list(state["losses"]), state["passes"]
         self.seconds = state.get("seconds", 0.0)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _program() -> str:

@@ -20,7 +20,7 @@ import tiny
 from safetensors.torch import load_file
 from tiny import refused
 
-from jaguar import cli, finetune, rules, saving
+from jaguar import cli, finetune, outcome, rules, saving
 from jaguar.interrupts import ENDING
 from jaguar.scoring import Scorer
 from jaguar.trainer import ZOTrainer
@@ -190,7 +190,7 @@ class Killed(BaseException):
 def test_a_run_that_died_after_its_last_step_is_finished(place: Path, tmp_path: Path, capsys: Any, where: str) -> None:
     owner, name = {
         "scoring": (finetune.Finetuning, "test"),
-        "drawing": (finetune, "draw_curves"),
+        "drawing": (outcome, "draw_curves"),
         "reading back": (finetune, "lost"),
     }[where]
     real = getattr(owner, name)

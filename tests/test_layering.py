@@ -63,6 +63,7 @@ COMMAND_FLOORS = [
     {"dry_run", "evaluation", "flag_groups", "method_card", "progress"},
     {"trainer_flags"},
     {"run"},
+    {"outcome"},
     {"finetune"},
     {"flags"},
     {"cli"},
