@@ -249,7 +249,7 @@ def _print_installation(args: argparse.Namespace, console: Console) -> int:
         if "triton" in ops.available() and not ops.interpreted()
         else "reference",
     )
-    found = [name for name in ("cuda", "triton") if name not in reasons and not ops.interpreted()]
+    found = [name for name in ops.fastest() if name not in reasons and not ops.interpreted()]
     table.add_row(
         "Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference"
     )

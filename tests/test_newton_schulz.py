@@ -204,11 +204,19 @@ class OnGpu:
 
 @pytest.mark.parametrize(
     ("missing", "expected"),
-    [((), "cuda"), (("cuda",), "triton"), (("triton",), "cuda"), (("cuda", "triton"), "reference")],
+    [((), "fastest"), (("cuda",), "triton"), (("triton",), "cuda"), (("cuda", "triton"), "reference")],
 )
+@pytest.mark.parametrize(("capability", "fastest"), [((8, 0), "cuda"), ((9, 0), "triton")])
 def test_auto_takes_the_fastest_and_says_once_when_it_is_slow(
-    missing: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+    missing: tuple[str, ...],
+    expected: str,
+    capability: tuple[int, int],
+    fastest: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    expected = fastest if expected == "fastest" else expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(ops, "unavailable", lambda: dict.fromkeys(missing, "not built"))
     ops._say_slow.cache_clear()
     assert ops.assigned("auto", torch.ones(2, 2), 10, torch.bfloat16) == "reference"
