@@ -291,15 +291,14 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
                 processes=self.args.world_size,
                 spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
             )
-        total, weight = (self._there(value) for value in (total, weight))
+        device = self.args.device
+        total = total.to(device)
+        # What was counted on the host goes there by a launch, which waits for nothing.
+        on_host = weight.device.type == "cpu" != device.type
+        weight = torch.full((), float(weight), dtype=weight.dtype, device=device) if on_host else weight.to(device)
         if self.args.world_size > 1:
             total, weight = summed(torch.stack([total.reshape(()), weight]))
         return total / weight
-
-    def _there(self, value: Tensor) -> Tensor:
-        """A number on the device of the run, by a launch that waits for nothing."""
-        device = self.args.device
-        return value if value.device == device else torch.full((), float(value), dtype=value.dtype, device=device)
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
         """What `compute_loss` says of a micro-batch."""

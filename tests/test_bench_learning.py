@@ -19,7 +19,7 @@ from learning.search import Journal, Point, ranked
 
 from jaguar.optimizers.names import METHODS
 
-ONLY = ["FZOO", "JAGUAR SignSGD, all"]
+ONLY = ["FZOO"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_search_that_is_killed_twice_ends_with_the_same_table(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(whole, pretrained, monkeypatch) == 0
     real, counted = search.run, [0]
-    for limit in (3, 4):
+    for limit in (2, 3):
         counted[0] = 0
 
         def dies(*args: Any, limit: int = limit) -> Any:
@@ -79,13 +79,13 @@ def test_a_search_that_is_killed_twice_ends_with_the_same_table(
             file.write(b'{"point": {"work": "by')  # a line that was being written
     monkeypatch.setattr(bench_learning, "run", real)
     assert main(parts, pretrained, monkeypatch) == 0
-    assert table(parts) == table(whole) and len(table(whole)) == 2
+    assert table(parts) == table(whole) and len(table(whole)) == 1
     lines = [[json.loads(line) for line in (f / "bytes.jsonl").read_text().splitlines()] for f in (whole, parts)]
     done = [[line["point"] for line in found if "point" in line] for found in lines]
     assert done[0] == done[1], "nothing is run twice, and nothing else"
     assert sum("about" in line for line in lines[1]) == 3  # what each part was made by
     for row in table(whole):
-        assert row["contender"] in ONLY[1] + "FZOO, 8" and row["after"] is not None and row["se"] is not None
+        assert row["contender"] == "FZOO, 8" and row["after"] is not None and row["se"] is not None
     assert (parts / "bytes-lora.png").stat().st_size > 10_000
     assert "| CPU seconds |" in (parts / "bytes.md").read_text()
 
