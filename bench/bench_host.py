@@ -3,8 +3,8 @@
 Before is the commit given by --baseline, checked out beside this tree; each of the two runs in a process of its own, on
 one thread, in turns of a few steps (before, after, after, before, ...). The Triton backend runs on CPU tensors, and
 Triton is given no kernel to run: a launch costs what jaguar does for it, and nothing is computed. Tensors have the
-names of OPT-1.3B's (388, and 96 of its LoRA adapter) with sides of at most 64, above which host time does not depend
-on them. Newton-Schulz is left out; its results have fixed places, as a GPU's allocator gives them.
+names of OPT-1.3B (388, and 96 of its LoRA adapter) and RoBERTa-large (394), with sides of at most 64, above which host
+time does not depend on them. Newton-Schulz is left out; its results have fixed places, as a GPU's allocator gives them.
 
 The closure returns a number that lies ready. Its own time is taken off, and the rest is split at its two calls. Parity
 is asserted first: with kernels that do run, both leave the same bits, and both launch as often.
@@ -42,7 +42,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ZO-SGD, copy, momentum": ("ZOSGD", {"restore": "copy", "momentum": 0.9}),
     "JAGUAR Muon": ("JaguarMuon", {}),
 }
-MODELS = {str(len(LISTS[name].shapes)): LISTS[name].shapes for name in ("opt-1.3b", "opt-1.3b-lora")}
+_LISTS = "opt-1.3b", "opt-1.3b-lora", "roberta-large"
+MODELS = {str(len(LISTS[name].shapes)): LISTS[name].shapes for name in _LISTS}
 # What kernels compute when both sides are compared: a matrix, a vector, and what Muon moves as a vector too.
 SMALL: tuple[Shape, ...] = (("a.weight", (24, 55)), ("a.bias", (300,)), ("embed.weight", (30, 20)))
 SIDE = 64  # at most; above the 32 up to which Muon would take all matrices at once
