@@ -123,6 +123,9 @@ def without_newton_schulz() -> Iterator[list[int]]:
         asked.append(len(matrices))
         scheduled = getattr(more[-1], "batches", None)  # by later versions, before the step writes anything
         for members in iteration.batches(matrices, kernels.small) if scheduled is None else [b[0] for b in scheduled]:
+            if scheduled is None:  # these took memory batch by batch, and 1f8946a kept it to the next step
+                yield members, [torch.empty(matrices[i].shape, dtype=torch.bfloat16) for i in members]
+                continue
             key = tuple(matrices[i].data_ptr() for i in members)
             if key not in places:
                 places[key] = [torch.zeros(matrices[i].shape, dtype=torch.bfloat16) for i in members]
