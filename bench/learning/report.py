@@ -77,7 +77,7 @@ def markdown(title: str, table: Sequence[Mapping[str, Any]], baseline: str) -> s
         se = "" if row["se"] is None else f" ({row['se']:.4f})"
         change = "" if row["after"] is None else f"{row['after'] - row['before']:+.4f}"
         reached = to_reach(row, goal) if goal is not None else None
-        share = f"{reached / row['passes']:.2f}" if reached is not None else "not reached"
+        share = f"{reached / own['passes']:.2f}" if own and reached is not None else "not reached"
         lines.append(f"| {row['contender']} | {setting} | {loss}{se} | {change} | {share} | {row['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -102,6 +102,7 @@ def draw(table: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     right.set(xlabel="CPU seconds of steps (held-out evaluations left out)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8, loc="upper right")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
