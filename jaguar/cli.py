@@ -21,7 +21,7 @@ from jaguar.errors import printable
 from jaguar.flag_groups import EVAL_BATCH
 from jaguar.flags import parse
 from jaguar.interrupts import handled, interrupt, number_of
-from jaguar.report import Outlet, say
+from jaguar.report import Outlet, say, to_nowhere
 
 
 class Refused(Exception):
@@ -70,8 +70,7 @@ def _main(words: Sequence[str]) -> int:
         _complain(f"{name}: stopped")
         return 128 + number_of(stop)
     except BrokenPipeError:  # whoever read the output has left: `jaguar info | head`
-        with contextlib.suppress(OSError, ValueError):  # what is left to write goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(sys.stdout)
         return 141
     except (Refused, Failed, OSError) as error:
         if str(error):  # else another process of the run has said it

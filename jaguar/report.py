@@ -49,8 +49,13 @@ class Outlet:
                 work()
         except OSError:
             self.lost = True
-            with contextlib.suppress(OSError, ValueError):  # what Python still holds goes nowhere, too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            to_nowhere(self._file)
+
+
+def to_nowhere(file: Any) -> None:
+    """Lets what is written to a file from now on, and what Python still holds of it, go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

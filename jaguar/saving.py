@@ -192,4 +192,5 @@ def _let_go() -> None:
         os.close(_locks.popitem()[1])
 
 
-os.register_at_fork(after_in_child=_let_go)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)

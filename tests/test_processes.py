@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
+from test_ending import place as place
 from test_ending import words
 
 from jaguar import checkpoints, cli, training_args
@@ -20,15 +20,6 @@ from jaguar.staging import of
 
 # Within which a run has ended, all of its processes: what torchrun leaves them, and what starting Python takes.
 SECONDS = 90
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    tiny.causal_lm(folder / "lm")
-    for name, count, seed in (("train", 32, 1), ("test", 16, 2)):
-        tiny.write_csv(folder / f"{name}.csv", tiny.sentences(count, seed))
-    return folder
 
 
 def line(place: Path, out: Path, *more: str) -> list[str]:
