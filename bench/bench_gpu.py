@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,22 @@ _MEASURED = {"kernels": ("kernel", "step"), "newton-schulz": ("ns", "product"), 
 _SANITIZERS = ("memcheck", "racecheck")
 
 
+def _without_out(words: Sequence[str]) -> list[str]:
+    """A command line without the folder of its results, which is a matter of the machine."""
+    kept, before = [], ""
+    for word in words:
+        if before != "--out" and word != "--out" and not word.startswith("--out="):
+            kept.append(word)
+        before = word
+    return kept
+
+
 class Run:
     """One run: the stages in order, their results on disk, and what the time was used for."""
 
     def __init__(self, commit: str | None, folder: Path) -> None:
         self._begin = time.monotonic()
-        info = result.machine(commit, shlex.join(["python3", *sys.argv]))
+        info = result.machine(commit, shlex.join(["python3", *_without_out(sys.argv)]))
         self.path = result.path_of(info, folder)
         self.result: dict[str, Any] = {"machine": info, "stages": [], "lists": {}, "rows": []}
         for key, value in info.items():

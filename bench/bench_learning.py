@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from bench_step import machine
+from byte_model import CONSOLE
 from commits import ROOT
 from learning import report
 from learning.contenders import CONTENDERS
 from learning.search import Journal, run, search
-from learning.works import CONSOLE, Bytes
+from learning.works import Bytes
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 BASELINE = "ZO-SGD"

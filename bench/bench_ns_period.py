@@ -13,14 +13,13 @@ import argparse
 import json
 import statistics
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_step import machine
-from rich.console import Console
+from byte_model import BATCH, CONSOLE, documents, model, pretrained, rows
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -28,53 +27,7 @@ from torch import Tensor
 import jaguar
 
 PERIODS = (1, 4, 8, 16)
-LENGTH, BATCH, HELD_OUT = 128, 16, 64
-CONSOLE = Console(stderr=True)
-
-
-def documents() -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's source, and of the documentation that lies beside it."""
-    from pydoc_data import topics
-
-    library = Path(sysconfig.get_path("stdlib"))
-    code = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))
-    prose = "\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
-    return (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in (code, prose))
-
-
-def model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def rows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(0, text.numel() - LENGTH, (count,), generator=generator)
-    return torch.stack([text[i : i + LENGTH] for i in starts.tolist()])
-
-
-def pretrained(code: Tensor, steps: int) -> Any:
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(1)
-    for _ in track(range(steps), "pretraining on code", console=CONSOLE):
-        ids = rows(code, BATCH, generator)
-        loss = net(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net
+HELD_OUT = 64  # rows
 
 
 def held_out_loss(net: Any, batch: Tensor) -> float:

@@ -731,3 +731,8 @@ def test_the_program_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(SystemExit, match="2"):
             bench_newton_schulz.main(words)
         assert f"argument {words[0]}" in (said := capsys.readouterr().err) or f"{words[0]} {words[1]}:" in said
+
+
+def test_the_command_that_is_recorded_names_no_folder_of_a_machine() -> None:
+    words = ["bench/bench_gpu.py", "--stages", "build", "--out", "/somewhere", "--commit", "abc", "--out=/else"]
+    assert bench_gpu._without_out(words) == ["bench/bench_gpu.py", "--stages", "build", "--commit", "abc"]

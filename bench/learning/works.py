@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import byte_model
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-
-CONSOLE = Console(stderr=True)
 
 
 class Work(Protocol):
@@ -38,7 +34,7 @@ class Work(Protocol):
 
 
 class Bytes:
-    """A byte-level Llama of 0.12 M parameters, pretrained on the source of Python's standard library with AdamW.
+    """The network of `byte_model`.
 
     It learns the text of Python's documentation (`pydoc_data.topics`), 16 rows of 128 bytes a step. Nothing is
     downloaded.
@@ -50,21 +46,21 @@ class Bytes:
 
     name = "bytes"
     variants = ("full", "lora")
-    length, batch, rows = 128, 16, 64
+    batch, rows = byte_model.BATCH, 64
 
     def __init__(self, folder: Path, pretraining: int = 1000) -> None:
-        code, prose = self._documents()
+        code, prose = byte_model.documents()
         held, dev = prose.numel() // 10, prose.numel() // 5
         generator = torch.Generator().manual_seed(2)
-        self._held = self._rows(prose[:held], self.rows, generator)
-        self._dev = self._rows(prose[held:dev], self.rows, generator)
+        self._held = byte_model.rows(prose[:held], self.rows, generator)
+        self._dev = byte_model.rows(prose[held:dev], self.rows, generator)
         self._train = prose[dev:]
-        self._net = self._model()
         path = folder / f"bytes-{pretraining}.pt"
         if path.exists():
+            self._net = byte_model.model()
             self._net.load_state_dict(torch.load(path, weights_only=True))
         else:
-            self._pretrain(code, pretraining)
+            self._net = byte_model.pretrained(code, pretraining)
             torch.save(self._net.state_dict(), path)
         self._net.eval()
 
@@ -83,7 +79,7 @@ class Bytes:
         """Rows of a step are drawn with replacement."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            ids = self._rows(self._train, self.batch, generator)
+            ids = byte_model.rows(self._train, self.batch, generator)
             yield lambda ids=ids: net(input_ids=ids, labels=ids).loss
 
     def held_out(self, net: Any, dev: bool) -> float:
@@ -91,45 +87,3 @@ class Bytes:
         ids = self._dev if dev else self._held
         with torch.no_grad():
             return float(net(input_ids=ids, labels=ids).loss)
-
-    @staticmethod
-    def _documents() -> tuple[Tensor, Tensor]:
-        from pydoc_data import topics
-
-        library = Path(sysconfig.get_path("stdlib"))
-        code = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))
-        prose = "\n".join(topics.topics[key] for key in sorted(topics.topics)).encode()
-        first, second = (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in (code, prose))
-        return first, second
-
-    @classmethod
-    def _rows(cls, text: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        starts = torch.randint(0, text.numel() - cls.length, (count,), generator=generator)
-        return torch.stack([text[i : i + cls.length] for i in starts.tolist()])
-
-    @classmethod
-    def _model(cls) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=256,
-                hidden_size=64,
-                intermediate_size=176,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=cls.length,
-                tie_word_embeddings=True,
-            )
-        )
-
-    def _pretrain(self, code: Tensor, steps: int) -> None:
-        optimizer = torch.optim.AdamW(self._net.parameters(), lr=3e-3)
-        generator = torch.Generator().manual_seed(1)
-        for _ in track(range(steps), "pretraining on code", console=CONSOLE):
-            ids = self._rows(code, self.batch, generator)
-            loss = self._net(input_ids=ids, labels=ids).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
