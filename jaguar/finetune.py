@@ -353,7 +353,7 @@ class Finetuning:
         check_weights(self.model, Path(str(self.run.resume_from_checkpoint)))
         self.before = Scores(**state["before"])
         self.losses.values, self.trainer.forward_passes = list(state["losses"]), state["passes"]
-        self.seconds = state.get("seconds", 0.0)
+        self.seconds = state["seconds"]
 
 
 def _program() -> str:

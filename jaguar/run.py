@@ -129,7 +129,8 @@ class Run:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             if isinstance(state, dict) and state and not isinstance(state.get("settings"), dict):
                 raise Damaged(f"{path} was not written by this version of jaguar finetune: it has no settings")
-            checkpoints.check_kind(path, {"seconds": 0.0} | state, _KEPT)  # which those of 0.4.0 do not have
+            state = {"seconds": 0.0} | state  # which those of 0.4.0 do not have
+            checkpoints.check_kind(path, state, _KEPT)
         checkpoints.check_whole(folder, args.world_size)
         saved, own = state["settings"], self.settings_of(args)
         always = own["values"].keys() - {f.name for f in fields(args)}

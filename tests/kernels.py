@@ -20,8 +20,8 @@ import interpreter  # noqa: F401 (twice as fast)
 from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
-from jaguar import fused, ops, reference
-from jaguar.directions import DENSE, Coordinates, Direction, Mixed, ReleasedBlock, Sparse
+from jaguar import bind, fused, ops
+from jaguar.directions import DENSE, Coordinates, Direction, ReleasedBlock
 from jaguar.estimators import OneSided, Probe, TwoSided
 from jaguar.fused.plan import Plan, Table
 from jaguar.launches import Launches, StepInputs
@@ -229,15 +229,8 @@ class Steps:
 def steps_of(backend: str, method: Method, slots: list[Slot], restore: str = "copy") -> Steps:
     """What `bind` makes of one backend."""
     ops.require(backend, method, slots, GROUPS)
-    sparse, mixed = (isinstance(method.direction, kind) for kind in (Sparse, Mixed))
-    if backend == "reference":
-        dense = reference.MixedLaunches if mixed else reference.DenseLaunches
-        return Steps(slots, reference.CoordinateLaunches(method, slots) if sparse else dense(method, slots, restore))
-    numbers = fused.Numbers(slots, method)
-    if sparse:
-        return Steps(slots, fused.CoordinateLaunches(method, slots, slots, numbers), numbers)
-    dense = fused.MixedLaunches if mixed else fused.DenseLaunches
-    return Steps(slots, dense(method, slots, restore, numbers), numbers)
+    numbers = None if backend == "reference" else fused.Numbers(slots, method)
+    return Steps(slots, bind._launches(backend, method, slots, slots, restore, numbers), numbers)
 
 
 class Twins:

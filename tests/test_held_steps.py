@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from jaguar import ZOTrainer
 
-WALKS = pytest.mark.parametrize("config", CONFIGS)
+configs = pytest.mark.parametrize("config", CONFIGS)
 
 
-@WALKS
+@configs
 def test_measure_in_place_and_apply_is_a_step(config: str) -> None:
     one, other = every_form(torch.bfloat16), every_form(torch.bfloat16)
     stepped, held = make(config, one.named_parameters()), make(config, other.named_parameters())
@@ -32,7 +32,7 @@ def test_measure_in_place_and_apply_is_a_step(config: str) -> None:
             assert state_bits(stepped, list(one.parameters())) == state_bits(held, list(other.parameters()))
 
 
-@WALKS
+@configs
 def test_the_way_back(config: str) -> None:
     bag = every_form(torch.float32)
     opt, before = make(config, bag.named_parameters()), all_bits(list(bag.parameters()))
