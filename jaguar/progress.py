@@ -93,11 +93,13 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Saves and stops; a step whose evaluation is due lets it come first, else the continued run would lack it."""
+        agreed = self.asked
         if args.world_size > 1:
-            asked = torch.tensor(self.asked, device=args.device)
+            asked = torch.tensor(agreed, device=args.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.asked = int(asked)
-        if not self.asked:
+            agreed = int(asked)
+            self.asked = self.asked or agreed  # a signal that comes meanwhile is for the next step
+        if not agreed:
             return
         if not (control.should_evaluate and args.eval_steps != 1):
             if args.save_total_limit == 1:  # at which a run ends by removing what is not the best checkpoint

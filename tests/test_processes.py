@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from test_ending import place as place
 from test_ending import words
+from transformers import TrainerControl, TrainerState
 
 from jaguar import checkpoints, cli, training_args
+from jaguar.progress import Stop
 from jaguar.staging import of
 
 # Within which a run has ended, all of its processes: what torchrun leaves them, and what starting Python takes.
@@ -101,3 +104,23 @@ def test_all_processes_end(place: Path, tmp_path: Path, how: str, instant: int) 
         assert f"checkpoint-{rest.split('stopped after step ')[1].split()[0]}" == found[-1].name
     for folder in found:
         checkpoints.check_whole(folder, 2)
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came too late for this step: all go on, and all end at the next."""
+    stop, args = Stop(), SimpleNamespace(world_size=2, device="cpu", eval_steps=None, save_total_limit=None)
+    state, control = TrainerState(), TrainerControl()
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, _: stop._ask(signal.SIGTERM, None))
+    stop.on_step_end(args, state, control)
+    assert stop.asked == signal.SIGTERM and not control.should_training_stop
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, _: None)
+    stop.on_step_end(args, state, control)
+    assert control.should_training_stop and control.should_save
+
+
+def test_what_one_process_was_asked_all_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, args = Stop(), SimpleNamespace(world_size=2, device="cpu", eval_steps=None, save_total_limit=None)
+    control = TrainerControl()
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, _: tensor.fill_(signal.SIGHUP))
+    stop.on_step_end(args, TrainerState(), control)
+    assert stop.asked == signal.SIGHUP and control.should_training_stop
