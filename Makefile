@@ -1,10 +1,10 @@
-# make demo | compare | test | test-full | check | bench | learning | aot | ptxas | gpu    (make help tells more)
+# make demo | compare | test | test-full | check | bench | learning | ablation | aot | ptxas | gpu    (make help tells more)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: help demo compare test test-full check bench learning aot ptxas gpu clean
+.PHONY: help demo compare test test-full check bench learning ablation aot ptxas gpu clean
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
@@ -15,6 +15,7 @@ help:
 	@echo "make check             ruff, mypy on jaguar/, import layering"
 	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
 	@echo "make learning          every method on a small language model with as many forward passes, settings searched (1 hour)"
+	@echo "make ablation          where momentum acts: JAGUAR's loss against beta, by coordinates and update (1 hour)"
 	@echo "make aot               compile every Triton kernel for sm_80 and sm_90, check and tabulate them (3 minutes)"
 	@echo "make ptxas             compile every CUDA kernel with nvcc, tabulate registers and spills; needs no GPU"
 	@echo "make gpu               GPU tests, compute-sanitizer and benchmarks with this machine's own torch and triton (9 minutes)"
@@ -66,6 +67,9 @@ bench: $(VENV)/.demo
 
 learning: $(VENV)/.demo
 	$(BIN)/python bench/bench_learning.py
+
+ablation: $(VENV)/.demo
+	$(BIN)/python bench/bench_ablation.py
 
 aot: $(VENV)/.dev
 	$(BIN)/python bench/aot.py

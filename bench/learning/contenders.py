@@ -68,12 +68,12 @@ class Contender:
         return cls(jaguar.param_groups(net) if cls.by_role else named, seed=seed, **options)
 
 
-_NS = {"ns_dtype": torch.float32}  # products in bf16 are emulated on most CPUs, and slow
+NS_OPTIONS = {"ns_dtype": torch.float32}  # products in bf16 are emulated on most CPUs, and slow
 
 CONTENDERS = [
     Contender("JAGUAR SignSGD", "jaguar-signsgd", {"": 3e-3}, {"coordinates": 0.01}),
     Contender("JAGUAR SignSGD, all", "jaguar-signsgd", {"": 3e-5}, {"coordinates": 0.01, "update": "all"}),
-    Contender("JAGUAR Muon", "jaguar-muon", {"": 3e-3}, {"coordinates": 0.01, **_NS}),
+    Contender("JAGUAR Muon", "jaguar-muon", {"": 3e-3}, {"coordinates": 0.01, **NS_OPTIONS}),
     Contender("ZO-SGD", "zo-sgd", {"": 3e-4}),
     Contender("ZO-SGD, one-sided, 4", "zo-sgd", {"": 1e-3}, {"estimator": "one-sided", "n_directions": 4}),
     Contender("ZO-SGD, one-sided, 8", "zo-sgd", {"": 1e-3}, {"estimator": "one-sided", "n_directions": 8}),
@@ -83,7 +83,7 @@ CONTENDERS = [
     Contender("LeZO", "lezo", {"": 1e-3}, {"keep": 0.5}),
     Contender("ZO-SGD-Cons", "zo-sgd-cons", {"": 3e-4}),
     Contender("Acc-ZOM", "acc-zom", {"": 3e-4}),
-    Contender("ZO-Muon", "zo-muon", {"": 3e-4}, _NS),
+    Contender("ZO-Muon", "zo-muon", {"": 3e-4}, NS_OPTIONS),
     Contender("DiZO", "dizo", {"": 3e-4}),
     Contender("ZO-AdaMU", "zo-adamu", {"": 1e-5}),
     Contender("Forward-Grad", "forward-grad", {"": 3e-4}, cost=2.0),

@@ -27,6 +27,10 @@ HOPELESS = 1.0
 MORE = 4
 
 
+# As `search`.
+Search = Callable[[tuple[str, str], Contender, int, Sequence[int], Mapping[str, dict[str, Any]]], Iterator["Point"]]
+
+
 @dataclass(frozen=True)
 class Point:
     """A run: what decides its result."""
@@ -76,12 +80,20 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def run(work: Work, contender: Contender, point: Point, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def run(
+    work: Work,
+    contender: Contender,
+    point: Point,
+    tick: Callable[[], None] = lambda: None,
+    points: int | None = None,
+) -> dict[str, Any]:
     """Held-out losses on the way of one run, by forward passes and by CPU seconds of its steps; lr falls linearly to 0.
 
     Args:
         tick: called after every step.
+        points: of the curve, which take their time; None: `POINTS`.
     """
+    points = POINTS if points is None else points
     net = work.network(point.variant)
     probe = contender.optimizer(net, 100, point.seed, point.setting)
     first_order = not isinstance(probe, ZerothOrder)
@@ -107,7 +119,7 @@ def run(work: Work, contender: Contender, point: Point, tick: Callable[[], None]
         schedule.step()
         seconds += time.process_time() - begin
         tick()
-        if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
+        if (step + 1) % max(1, steps // points) == 0 or step + 1 == steps:
             curve.append([passes, round(seconds, 3), work.held_out(net, False)])
             now = work.held_out(net, True)
             if not now <= limit:
@@ -135,14 +147,7 @@ def search(
     two with all of the budget, and the best one with the other seeds. Settings are judged by their dev rows.
     """
     early = [Point(*where, contender.name, s, budget // 4, seeds[0]) for s in contender.settings(" ".join(where))]
-    yield from (point for point in early if point.key not in done)
-    for _ in range(MORE):
-        rates, best = [point.setting["lr"] for point in early], ranked(early, done)[0].setting
-        if best["lr"] not in (min(rates), max(rates)):
-            break
-        early.append(replace(early[0], setting=contender.beyond(best, up=best["lr"] == max(rates))))
-        if early[-1].key not in done:
-            yield early[-1]
+    yield from explored(early, contender, done)
     late = [Point(*where, contender.name, point.setting, budget, seeds[0]) for point in ranked(early, done)[:2]]
     yield from (point for point in late if point.key not in done)
     best = ranked(late, done)[0]
@@ -150,11 +155,35 @@ def search(
     yield from (point for point in more if point.key not in done)
 
 
+def explored(
+    points: list[Point], contender: Contender, done: Mapping[str, dict[str, Any]], upwards: bool = True
+) -> Iterator[Point]:
+    """Those of `points` that are still to be run, and more of them, appended, while the best one is at an end.
+
+    Args:
+        upwards: False: at the end of the smallest lr only.
+    """
+    yield from (point for point in points if point.key not in done)
+    for _ in range(MORE):
+        rates, best = [point.setting["lr"] for point in points], ranked(points, done)[0].setting
+        up = upwards and best["lr"] == max(rates)
+        if not up and best["lr"] != min(rates):
+            break
+        points.append(replace(points[0], setting=contender.beyond(best, up=up)))
+        if points[-1].key not in done:
+            yield points[-1]
+
+
 def finals(
-    where: tuple[str, str], contender: Contender, budget: int, seeds: Sequence[int], done: Mapping[str, dict[str, Any]]
+    where: tuple[str, str],
+    contender: Contender,
+    budget: int,
+    seeds: Sequence[int],
+    done: Mapping[str, dict[str, Any]],
+    searched: Search = search,
 ) -> list[Point]:
     """The points of the table: the best setting with every seed; none while some are missing."""
-    if next(search(where, contender, budget, seeds, done), None) is not None:
+    if next(searched(where, contender, budget, seeds, done), None) is not None:
         return []
     own = [result["point"] for result in done.values() if result["point"]["contender"] == contender.name]
     late = [Point(**point) for point in own if (point["work"], point["variant"]) == where]
