@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 PANELS = [(method, update) for method in METHODS for update in UPDATES]
 COORDINATES = (1, 0.01, 0.1, 1.0)
 BETAS = (0.0, 0.5, 0.9, 0.99)
+_LEGEND = {"1": "1 of them all", "0.01": "0.01", "0.1": "0.1", "1.0": "1.0: all"}
 WHERE = ("bytes", "full")
 _POINTS = 2  # of a curve: ends are what is compared
 _MEASURED = ("entries", "flips", "moved", "cosine")
@@ -131,7 +132,7 @@ def draw(title: str, table: Sequence[Mapping[str, Any]], path: Path) -> None:
                 x = [betas.index(row["beta"]) + 0.06 * (place - 1.5) for row in own]
                 y, bars = [unit * row[name] for row in own], [unit * (row[se] or 0.0) for row in own]
                 style = {"color": f"C{place}", "marker": "osD^"[place % 4], "capsize": 3, "markersize": 5}
-                one.errorbar(x, y, bars, label=coordinates, **style)
+                one.errorbar(x, y, bars, label=_LEGEND[coordinates], **style)
             one.grid(alpha=0.3)
             if column == 0:
                 one.set_ylabel(label)
