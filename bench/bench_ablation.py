@@ -2,7 +2,7 @@
 
     python bench/bench_ablation.py [--passes N] [--seeds N] [--only TEXT ...] [--out FOLDER]
 
-Work "bytes", all weights, as `bench_learning.py`. For every cell of the table lr is searched on dev rows; held-out rows
+Work "bytes" of `bench_learning.py`, all weights, with 4 rows a step: many steps, and noise to average. For every cell of the table lr is searched on dev rows; held-out rows
 are reported. Runs are lines of FOLDER/ablation.jsonl: what stands there is not run again, so a computation that was
 killed goes on where it was, and one with more seeds or betas takes what is there. Nothing is downloaded.
 """
@@ -31,7 +31,6 @@ PANELS = [(method, update) for method in METHODS for update in UPDATES]
 COORDINATES = (1, 0.01, 0.1, 1.0)
 BETAS = (0.0, 0.5, 0.9, 0.99)
 _LEGEND = {"1": "1 of them all", "0.01": "0.01", "0.1": "0.1", "1.0": "1.0: all"}
-WHERE = ("bytes", "full")
 _POINTS = 2  # of a curve: ends are what is compared
 _MEASURED = ("entries", "flips", "moved", "cosine")
 _EXPLAINED = (
@@ -39,6 +38,15 @@ _EXPLAINED = (
     "moves. Flips: share of the sampled coordinates at which momentum has another sign than what came in. Cosine: of",
     "the angle between a step and the downhill direction on other rows, in thousandths.",
 )
+
+
+class FourRows(Bytes):
+    """`Bytes` with 4 rows a step."""
+
+    name, batch = "bytes, 4 rows a step", 4
+
+
+WHERE = (FourRows.name, "full")
 
 
 def rows(args: argparse.Namespace, done: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,7 +157,7 @@ def draw(title: str, table: Sequence[Mapping[str, Any]], path: Path) -> None:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=800, help="forward passes of a run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of the best setting (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the best setting (default: %(default)s)")
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     one = {"type": lambda text: int(text) if text.isdigit() else float(text), "choices": COORDINATES}
     parser.add_argument("--coordinates", **one, nargs="+", default=COORDINATES, help="1: one of them all; 1.0: all")
@@ -169,7 +177,7 @@ def main() -> int:
     args = options()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    work = Bytes(args.out, args.pretraining)
+    work = FourRows(args.out, args.pretraining)
     journal = Journal(args.out / "ablation.jsonl")
     journal.begin(about := machine())
     watch = Watch(work)

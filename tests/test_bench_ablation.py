@@ -33,7 +33,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     monkeypatch.setattr(Bytes, "rows", 4)
-    monkeypatch.setattr(Bytes, "batch", 1)
+    for work in (Bytes, bench_ablation.FourRows):
+        monkeypatch.setattr(work, "batch", 1)
     monkeypatch.setattr(momentum, "_MEASURED", 2)
     yield
     torch.set_num_threads(threads)
