@@ -2,9 +2,10 @@
 
     python bench/bench_ablation.py [--passes N] [--seeds N] [--only TEXT ...] [--out FOLDER]
 
-Work "bytes" of `bench_learning.py`, all weights, with 4 rows a step: many steps, and noise to average. For every cell of the table lr is searched on dev rows; held-out rows
-are reported. Runs are lines of FOLDER/ablation.jsonl: what stands there is not run again, so a computation that was
-killed goes on where it was, and one with more seeds or betas takes what is there. Nothing is downloaded.
+Work "bytes" of `bench_learning.py`, all weights, with 4 rows a step: many steps, and noise to average. For every cell
+of the table lr is searched on dev rows; held-out rows are reported. Runs are lines of FOLDER/ablation.jsonl: what
+stands there is not run again, so a computation that was killed goes on where it was, and one with more seeds or betas
+takes what is there. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def draw(title: str, table: Sequence[Mapping[str, Any]], path: Path) -> None:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=800, help="forward passes of a run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the best setting (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of the best setting (default: %(default)s)")
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     one = {"type": lambda text: int(text) if text.isdigit() else float(text), "choices": COORDINATES}
     parser.add_argument("--coordinates", **one, nargs="+", default=COORDINATES, help="1: one of them all; 1.0: all")

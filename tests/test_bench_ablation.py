@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def main(folder: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     folder.mkdir(exist_ok=True)
     (folder / pretrained.name).write_bytes(pretrained.read_bytes())
-    words = ["--passes", "40", "--pretraining", "5", "--coordinates", "1.0", "--betas", "0", "0.9"]
+    words = ["--passes", "40", "--seeds", "2", "--pretraining", "5", "--coordinates", "1.0", "--betas", "0", "0.9"]
     words += ["--only", "SignSGD", "--out", str(folder)]
     monkeypatch.setattr(sys, "argv", ["bench_ablation.py", *words])
     return bench_ablation.main()
