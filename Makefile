@@ -1,10 +1,10 @@
-# make demo | compare | test | test-full | check | bench | learning | ablation | aot | ptxas | gpu    (make help tells more)
+# make demo | compare | test | test-full | check | bench | learning | ablation | aot | ptxas | gpu | gpu-learning
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: help demo compare test test-full check bench learning ablation aot ptxas gpu clean
+.PHONY: help demo compare test test-full check bench learning ablation aot ptxas gpu gpu-learning clean
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
@@ -14,11 +14,12 @@ help:
 	@echo "make test-full         all tests that need no GPU"
 	@echo "make check             ruff, mypy on jaguar/, import layering"
 	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
-	@echo "make learning          every method on a small language model with as many forward passes, settings searched (1 hour)"
+	@echo "make learning          every method with as many forward passes, settings searched: a small model, then SmolLM2 (3 hours; goes on)"
 	@echo "make ablation          where momentum acts: JAGUAR's loss against beta, by coordinates and update (1 hour)"
 	@echo "make aot               compile every Triton kernel for sm_80 and sm_90, check and tabulate them (3 minutes)"
 	@echo "make ptxas             compile every CUDA kernel with nvcc, tabulate registers and spills; needs no GPU"
 	@echo "make gpu               GPU tests, compute-sanitizer and benchmarks with this machine's own torch and triton (9 minutes)"
+	@echo "make gpu-learning      make learning's reviews with every method on a GPU, nine minutes at a time; MODEL=folder PART=i/n"
 
 # pip's own messages go to a log: without a network they are pages, and one line says it better.
 define install
@@ -66,7 +67,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python bench/bench_step.py
 
 learning: $(VENV)/.demo
-	$(BIN)/python bench/bench_learning.py
+	$(BIN)/python bench/bench_learning.py --work bytes reviews
 
 ablation: $(VENV)/.demo
 	$(BIN)/python bench/bench_ablation.py
@@ -81,6 +82,17 @@ ptxas: $(VENV)/.dev
 # COMMIT says which one this is where there is no git repository.
 gpu:
 	@$(PYTHON) bench/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
+
+# The demo's model and rows, which may have been copied here: nothing is downloaded. The same command goes on.
+MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/jaguar/SmolLM2-135M-Instruct
+
+build/.gpu-learning: $(shell find jaguar triton_kernels csrc -type f -not -name '*.pyc')
+	@$(PYTHON) bench/bench_gpu.py --stages build $(if $(COMMIT),--commit $(COMMIT)) || test -d build/gpu/jaguar
+	@touch $@
+
+gpu-learning: build/.gpu-learning
+	@PYTHONPATH=build/gpu:$(PYTHONPATH) $(PYTHON) bench/bench_learning.py --work reviews sst2 --all --passes 600 \
+	  --finalists 2 --minutes 7.5 --model $(MODEL) --out bench/results/learning-gpu $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +16,17 @@ GRID = (0.1, 0.316, 1.0, 3.16, 10.0)
 _BEYOND = 3.16
 
 
+def _keys(where: str) -> tuple[str, ...]:
+    """Where a value for a work and a variant is looked for; the reviews in another prompt begin as the reviews do."""
+    where = where.replace("sst2", "reviews")
+    return where, where.split(" ")[0], ""
+
+
+def _at(where: str, values: Mapping[str, Any]) -> Any:
+    """The value for a work and a variant (`"reviews lora"`), else for the work, else for all (`""`)."""
+    return next(values[key] for key in _keys(where) if key in values)
+
+
 @dataclass(frozen=True)
 class Contender:
     """A method with what distinguishes it from another one of its class.
@@ -24,31 +34,49 @@ class Contender:
     Attributes:
         name: in the table.
         method: name on the command line, which says the class.
-        lr: learning rate in the middle of the grid, by work and variant (`"bytes full"`), else by "".
+        lr: learning rate in the middle of the grid; by work and variant, by work, or for all, as are the next two.
         options: arguments of the class.
-        taus: lengths of the perturbation that are tried.
+        tau: length of the perturbation.
+        unfit: where it is not run, and why.
         cost: forward passes that an evaluation stands for: a backward pass counts two, a forward pass with a tangent
             two in all.
+        runs: works, and variants of works, in which it is without being asked for (`--all` asks for every one).
     """
 
     name: str
     method: str
     lr: Mapping[str, float]
     options: Mapping[str, Any] = field(default_factory=dict)
-    taus: Sequence[float] = (1e-3,)
+    tau: Mapping[str, float] = field(default_factory=lambda: {"": 1e-3, "reviews": 1e-2, "reviews full": 1e-3})
+    unfit: Mapping[str, str] = field(default_factory=dict)
     cost: float = 1.0
+    runs: Sequence[str] = ("bytes",)
 
-    def settings(self, where: str) -> list[dict[str, float]]:
-        """The grid for a work and a variant: lr, and tau where the method has one."""
-        middle = self.lr.get(where, self.lr[""])
-        taus = [{}] if self.method == FIRST_ORDER else [{"tau": tau} for tau in self.taus]
-        return [{"lr": float(f"{middle * factor:.3g}")} | tau for factor, tau in product(GRID, taus)]
+    def runs_in(self, where: str) -> bool:
+        """Whether it is in a work and a variant without being asked for."""
+        return any(key in self.runs for key in _keys(where))
+
+    def refusal(self, where: str) -> str:
+        """Why it cannot run in a work and a variant; empty: it can."""
+        return str(_at(where, {"": ""} | dict(self.unfit)))
+
+    def settings(self, where: str, grid: Sequence[float] = GRID) -> list[dict[str, float]]:
+        """The settings for a work and a variant: lr by the multiples of the grid, and tau where the method has one."""
+        tau = {} if self.method == FIRST_ORDER else {"tau": _at(where, self.tau)}
+        return [{"lr": float(f"{_at(where, self.lr) * factor:.3g}")} | tau for factor in grid]
 
     @staticmethod
     def beyond(setting: Mapping[str, float], up: bool) -> dict[str, float]:
         """The setting next to one at an end of the grid."""
         lr = setting["lr"] * _BEYOND if up else setting["lr"] / _BEYOND
         return dict(setting) | {"lr": float(f"{lr:.3g}")}
+
+    def passes(self, optimizer: Any) -> float:
+        """Forward passes that a step of its optimizer stands for."""
+        if self.method == FIRST_ORDER:
+            return self.cost
+        estimator = optimizer.method.estimator
+        return self.cost * estimator.evaluations([0.0] * estimator.n_losses)
 
     def optimizer(self, net: Any, steps: int, seed: int, setting: Mapping[str, float]) -> Any:
         """A new one over the trained parameters of a network.
@@ -69,23 +97,54 @@ class Contender:
 
 
 NS_OPTIONS = {"ns_dtype": torch.float32}  # products in bf16 are emulated on most CPUs, and slow
+_FOUR = {"estimator": "one-sided", "n_directions": 4}
+_EIGHT = {"estimator": "one-sided", "n_directions": 8}
+_ONE_SIDED = {"": 1e-3, "reviews": 1e-2, "reviews norms": 5e-3, "reviews full": 2e-3}
+# Not "reviews full": directions of 134.5 M numbers take a CPU 15 times as long as the forward passes.
+_REVIEWS = ("reviews norms", "reviews lora")
+_VECTORS = {"reviews norms": "weights of normalisation layers are vectors, which it moves by JAGUAR SignSGD's rule"}
+_NO_LAYER = {"reviews norms": "it projects query and value projections, which are not trained"}
+_JAGUAR = {"": 3e-3, "reviews norms": 1.2e-3, "reviews lora": 4e-3, "reviews full": 1e-3}
+ZO_SGD = {"": 3e-4, "reviews norms": 3e-4, "reviews lora": 5e-3, "reviews full": 1e-4}
+_SHARED = {"": 1e-3, "reviews norms": 2e-3, "reviews lora": 3e-2, "reviews full": 6e-4}
+_FZOO = {"": 3e-5, "reviews norms": 6e-5, "reviews lora": 4e-4, "reviews full": 1e-5}
 
 CONTENDERS = [
+    Contender("ZO-SGD", "zo-sgd", ZO_SGD, runs=("bytes", *_REVIEWS)),
+    Contender("ZO-SGD, one-sided, 8", "zo-sgd", _SHARED, _EIGHT, _ONE_SIDED, runs=("bytes", *_REVIEWS)),
+    Contender(
+        "JAGUAR SignSGD, one-sided, 4",
+        "jaguar-signsgd",
+        _JAGUAR,
+        {"coordinates": 1.0, **_FOUR},
+        _ONE_SIDED,
+        runs=_REVIEWS,
+    ),
+    Contender(
+        "JAGUAR Muon, one-sided, 4",
+        "jaguar-muon",
+        {"": 1e-1},
+        {"coordinates": 1.0, **_FOUR, **NS_OPTIONS},
+        _ONE_SIDED,
+        _VECTORS,
+        runs=_REVIEWS,
+    ),
+    Contender("FZOO, 8", "fzoo", _FZOO, {"n_directions": 8}, _ONE_SIDED, runs=("bytes", "reviews norms")),
     Contender("JAGUAR SignSGD", "jaguar-signsgd", {"": 3e-3}, {"coordinates": 0.01}),
     Contender("JAGUAR SignSGD, all", "jaguar-signsgd", {"": 3e-5}, {"coordinates": 0.01, "update": "all"}),
-    Contender("JAGUAR Muon", "jaguar-muon", {"": 3e-3}, {"coordinates": 0.01, **NS_OPTIONS}),
-    Contender("ZO-SGD", "zo-sgd", {"": 3e-4}),
-    Contender("ZO-SGD, one-sided, 4", "zo-sgd", {"": 1e-3}, {"estimator": "one-sided", "n_directions": 4}),
-    Contender("ZO-SGD, one-sided, 8", "zo-sgd", {"": 1e-3}, {"estimator": "one-sided", "n_directions": 8}),
-    Contender("FZOO, 8", "fzoo", {"": 3e-5}, {"n_directions": 8}),
-    Contender("ZO-SignSGD", "zo-signsgd", {"": 1e-5}),
-    Contender("ZO-AdaMM", "zo-adamm", {"": 1e-4}),
-    Contender("LeZO", "lezo", {"": 1e-3}, {"keep": 0.5}),
-    Contender("ZO-SGD-Cons", "zo-sgd-cons", {"": 3e-4}),
-    Contender("Acc-ZOM", "acc-zom", {"": 3e-4}),
-    Contender("ZO-Muon", "zo-muon", {"": 3e-4}, NS_OPTIONS),
-    Contender("DiZO", "dizo", {"": 3e-4}),
-    Contender("ZO-AdaMU", "zo-adamu", {"": 1e-5}),
-    Contender("Forward-Grad", "forward-grad", {"": 3e-4}, cost=2.0),
+    Contender("JAGUAR SignSGD, every coordinate", "jaguar-signsgd", _JAGUAR, {"coordinates": 1.0}, runs=()),
+    Contender(
+        "JAGUAR Muon", "jaguar-muon", {"": 3e-3, "reviews": 3e-1}, {"coordinates": 0.01, **NS_OPTIONS}, unfit=_VECTORS
+    ),
+    Contender("ZO-SGD, one-sided, 4", "zo-sgd", _SHARED, _FOUR, _ONE_SIDED),
+    Contender("ZO-SignSGD", "zo-signsgd", {"": 1e-5, "reviews": 1e-3}),
+    Contender("ZO-AdaMM", "zo-adamm", {"": 1e-4, "reviews": 1e-3}),
+    Contender("LeZO", "lezo", {key: 2 * lr for key, lr in ZO_SGD.items()} | {"": 1e-3}, {"keep": 0.5}),
+    Contender("ZO-SGD-Cons", "zo-sgd-cons", ZO_SGD),
+    Contender("Acc-ZOM", "acc-zom", ZO_SGD),
+    Contender("ZO-Muon", "zo-muon", {"": 3e-4, "reviews": 3e-2}, NS_OPTIONS, unfit=_VECTORS),
+    Contender("DiZO", "dizo", ZO_SGD, unfit=_NO_LAYER),
+    Contender("ZO-AdaMU", "zo-adamu", {"": 1e-5, "reviews": 1e-3}),
+    Contender("Forward-Grad", "forward-grad", ZO_SGD, cost=2.0),
     Contender("FO-SGD", "fo-sgd", {"": 3e-2}, cost=3.0),
 ]

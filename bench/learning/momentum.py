@@ -43,7 +43,7 @@ class Cell(Contender):
 
     def settings(self, where: str) -> list[dict[str, float]]:
         """Three of them."""
-        middle = {"lr": self.lr[""], "tau": self.taus[0]}
+        middle = {"lr": self.lr[""], "tau": self.tau[""]}
         return [self.beyond(middle, up=False), middle, self.beyond(middle, up=True)]
 
     @staticmethod

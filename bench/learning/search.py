@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from jaguar import ZerothOrder
-from learning.contenders import Contender
+from learning.contenders import GRID, Contender
 from learning.works import Work
 
-POINTS = 20  # of a curve
 # A run is given up whose loss on dev rows has risen by this much: its setting is no good.
 HOPELESS = 1.0
 # Settings beyond an end of the grid, at most.
 MORE = 4
 
 
-# As `search`.
+# As `search` without its last two arguments.
 Search = Callable[[tuple[str, str], Contender, int, Sequence[int], Mapping[str, dict[str, Any]]], Iterator["Point"]]
 
 
@@ -52,7 +51,7 @@ class Journal:
     """Lines of JSON, one for each finished run; a line that a kill has cut is no line."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self.results = path, dict[str, dict[str, Any]]()
+        self._path, self.results, self.abouts = path, dict[str, dict[str, Any]](), list[dict[str, str]]()
         if path.exists():
             text = path.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]
@@ -62,10 +61,13 @@ class Journal:
                 found = json.loads(line)
                 if "point" in found:
                     self.results[Point(**found["point"]).key] = found
+                else:
+                    self.abouts.append(found["about"])
 
     def begin(self, about: Mapping[str, str]) -> None:
         """Writes down by what the lines after it were made."""
         self._append({"about": dict(about)})
+        self.abouts.append(dict(about))
 
     def add(self, point: Point, result: dict[str, Any]) -> None:
         """Writes a result, on the disk when it returns."""
@@ -84,52 +86,55 @@ def run(
     work: Work,
     contender: Contender,
     point: Point,
+    reported: bool = True,
     tick: Callable[[], None] = lambda: None,
     points: int | None = None,
 ) -> dict[str, Any]:
-    """Held-out losses on the way of one run, by forward passes and by CPU seconds of its steps; lr falls linearly to 0.
+    """Held-out losses on the way of one run, by forward passes and by seconds of its steps; lr falls linearly to 0.
 
     Args:
+        reported: the run may stand in the table: it has a curve also where dev rows are not watched.
         tick: called after every step.
-        points: of the curve, which take their time; None: `POINTS`.
+        points: of the curve, which take their time; None: as many as the work says.
     """
-    points = POINTS if points is None else points
+    points = work.points if points is None else points
     net = work.network(point.variant)
     probe = contender.optimizer(net, 100, point.seed, point.setting)
-    first_order = not isinstance(probe, ZerothOrder)
-    each = contender.cost * (1 if first_order else probe.method.estimator.n_losses)
-    steps = max(1, int(point.budget / each))
+    steps = max(1, int(point.budget / contender.passes(probe)))
     optimizer = contender.optimizer(net, steps, point.seed, point.setting)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    losses = work.losses(net, point.seed)
-    curve, seconds, passes = [[0.0, 0.0, work.held_out(net, False)]], 0.0, 0.0
-    start = work.held_out(net, True)
-    limit, ended = start + HOPELESS, "done"
+    losses, first_order = work.losses(net, point.seed), isinstance(optimizer, torch.optim.SGD)
+    clock = time.perf_counter if work.device.type == "cuda" else time.process_time
+    reported |= work.watched
+    curve = [[0.0, 0.0, work.before(point.variant, False)]] if reported else []
+    start = work.before(point.variant, True)
+    seconds, passes, ended, dev = 0.0, 0.0, "done", math.nan
     for step in range(steps):
-        closure = next(losses)
-        begin = time.process_time()
+        closure = _Counted(next(losses))
+        begin = clock()
         if first_order:
             optimizer.zero_grad()
             closure().backward()
             optimizer.step()
-            passes += contender.cost
         else:
             optimizer.step(closure)
-            passes += contender.cost * probe.method.estimator.evaluations(optimizer.last_record.losses)
+        passes += contender.cost * closure.calls
         schedule.step()
-        seconds += time.process_time() - begin
+        seconds += clock() - begin
         tick()
-        if (step + 1) % max(1, steps // points) == 0 or step + 1 == steps:
-            curve.append([passes, round(seconds, 3), work.held_out(net, False)])
-            now = work.held_out(net, True)
-            if not now <= limit:
+        last = step + 1 == steps
+        if last or (reported and (step + 1) % max(1, steps // points) == 0):
+            if reported:
+                curve.append([passes, round(seconds, 3), work.held_out(net, False)])
+            if last or work.watched:
+                dev = work.held_out(net, True)
+            if work.watched and not dev <= start + HOPELESS:
                 ended = "hopeless"
                 break
-    dev = work.held_out(net, True)
     return {
         "dev": dev if math.isfinite(dev) and ended == "done" else None,
         "dev_before": start,
-        "held_out": curve[-1][2] if math.isfinite(curve[-1][2]) else None,
+        "held_out": curve[-1][2] if reported and math.isfinite(curve[-1][2]) else None,
         "passes": passes,
         "steps": steps,
         "seconds": round(seconds, 3),
@@ -138,17 +143,38 @@ def run(
     }
 
 
+class _Counted:
+    """A closure that counts its evaluations."""
+
+    def __init__(self, closure: Callable[[], Tensor]) -> None:
+        self._closure, self.calls = closure, 0
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        return self._closure()
+
+
 def search(
-    where: tuple[str, str], contender: Contender, budget: int, seeds: Sequence[int], done: Mapping[str, dict[str, Any]]
+    where: tuple[str, str],
+    contender: Contender,
+    budget: int,
+    seeds: Sequence[int],
+    done: Mapping[str, dict[str, Any]],
+    grid: Sequence[float] = GRID,
+    finalists: int = 2,
 ) -> Iterator[Point]:
     """The points that are still to be run, one after the other; each must be in `done` before the next is asked for.
 
     All settings with a quarter of the budget, and more of them while the best one is at an end of the grid; the best
-    two with all of the budget, and the best one with the other seeds. Settings are judged by their dev rows.
+    ones with all of the budget, and the best of them with the other seeds. Settings are judged by their dev rows.
+
+    Args:
+        finalists: settings that are tried with all of the budget.
     """
-    early = [Point(*where, contender.name, s, budget // 4, seeds[0]) for s in contender.settings(" ".join(where))]
+    settings = contender.settings(" ".join(where), grid)
+    early = [Point(*where, contender.name, setting, budget // 4, seeds[0]) for setting in settings]
     yield from explored(early, contender, done)
-    late = [Point(*where, contender.name, point.setting, budget, seeds[0]) for point in ranked(early, done)[:2]]
+    late = [Point(*where, contender.name, p.setting, budget, seeds[0]) for p in ranked(early, done)[:finalists]]
     yield from (point for point in late if point.key not in done)
     best = ranked(late, done)[0]
     more = [Point(*where, contender.name, best.setting, budget, seed) for seed in seeds[1:]]
@@ -185,10 +211,54 @@ def finals(
     """The points of the table: the best setting with every seed; none while some are missing."""
     if next(searched(where, contender, budget, seeds, done), None) is not None:
         return []
-    own = [result["point"] for result in done.values() if result["point"]["contender"] == contender.name]
-    late = [Point(**point) for point in own if (point["work"], point["variant"]) == where]
-    best = ranked([point for point in late if (point.budget, point.seed) == (budget, seeds[0])], done)[0]
+    late = [point for point in _own(where, contender, done) if (point.budget, point.seed) == (budget, seeds[0])]
+    best = ranked(late, done)[0]
     return [Point(*where, contender.name, best.setting, budget, seed) for seed in seeds]
+
+
+def _own(where: tuple[str, str], contender: Contender, done: Mapping[str, dict[str, Any]]) -> list[Point]:
+    """The points of a contender that are done."""
+    points = [result["point"] for result in done.values() if result["point"]["contender"] == contender.name]
+    return [Point(**point) for point in points if (point["work"], point["variant"]) == where]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search for many contenders: where, with how many forward passes a run, and by which seeds and grid."""
+
+    where: tuple[str, str]
+    budget: int
+    seeds: Sequence[int]
+    grid: Sequence[float] = GRID
+    finalists: int = 2
+
+    @property
+    def name(self) -> str:
+        """Work and variant, as settings are looked up by."""
+        return " ".join(self.where)
+
+    def search(
+        self, where: tuple[str, str], contender: Contender, budget: int, seeds: Sequence[int], done: Any
+    ) -> Iterator[Point]:
+        """`search` by this grid and with as many finalists."""
+        return search(where, contender, budget, seeds, done, self.grid, self.finalists)
+
+    def missing(self, contender: Contender, done: Mapping[str, dict[str, Any]]) -> Iterator[Point]:
+        """Points that are still to be run, as `search`."""
+        return self.search(self.where, contender, self.budget, self.seeds, done)
+
+    def finals(self, contender: Contender, done: Mapping[str, dict[str, Any]]) -> list[Point]:
+        """The points of the table, as `finals`."""
+        return finals(self.where, contender, self.budget, self.seeds, done, self.search)
+
+    def expected(self, contender: Contender, done: Mapping[str, dict[str, Any]]) -> tuple[int, int]:
+        """Runs that are still to be made, as far as can be known: with a quarter of the budget, and with all of it."""
+        if next(self.missing(contender, done), None) is None:
+            return 0, 0
+        budgets = [point.budget for point in _own(self.where, contender, done)]
+        early = len(self.grid) + 1 - budgets.count(self.budget // 4)
+        late = self.finalists + len(self.seeds) - 1 - budgets.count(self.budget)
+        return max(0, early), max(1, late)
 
 
 def ranked(points: Sequence[Point], done: Mapping[str, dict[str, Any]]) -> list[Point]:

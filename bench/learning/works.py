@@ -11,6 +11,8 @@ import byte_model
 import torch
 from torch import Tensor
 
+from learning.contenders import GRID
+
 
 class Work(Protocol):
     """A task for all contenders.
@@ -18,10 +20,32 @@ class Work(Protocol):
     Attributes:
         name: in the results.
         variants: what can be trained: "full", "norms", "lora".
+        passes: of a run, if no other number is asked for.
+        grid: learning rates that are tried first, as multiples of a contender's own.
+        finalists: settings that are tried with all of the passes.
+        points: of a curve.
+        watched: dev rows are looked at with every point, and a run that is hopeless on them is given up; else they are
+            looked at once, at the end, and the reported ones in runs of all passes only.
     """
 
     name: str
     variants: tuple[str, ...]
+    passes: int
+    grid: tuple[float, ...]
+    finalists: int
+    points: int
+    watched: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+
+    @property
+    def precision(self) -> str:
+        """Type of the matrix products."""
+
+    def seeds(self, variant: str) -> int:
+        """Runs of the best setting, if no other number is asked for."""
 
     def network(self, variant: str) -> Any:
         """A copy of the network in evaluation mode, whose trained parameters have requires_grad."""
@@ -31,6 +55,9 @@ class Work(Protocol):
 
     def held_out(self, net: Any, dev: bool) -> float:
         """Loss on the rows by which settings are chosen (`dev`), or on those that are reported."""
+
+    def before(self, variant: str, dev: bool) -> float:
+        """The same before any step."""
 
 
 class Bytes:
@@ -46,7 +73,9 @@ class Bytes:
 
     name = "bytes"
     variants = ("full", "lora")
+    passes, grid, finalists, points, watched = 2000, GRID, 2, 20, True
     batch, rows = byte_model.BATCH, 64
+    device, precision = torch.device("cpu"), "fp32"
 
     def __init__(self, folder: Path, pretraining: int = 1000) -> None:
         code, prose = byte_model.documents()
@@ -63,6 +92,10 @@ class Bytes:
             self._net = byte_model.pretrained(code, pretraining)
             torch.save(self._net.state_dict(), path)
         self._net.eval()
+
+    def seeds(self, variant: str) -> int:
+        """As many for all weights and for LoRA."""
+        return 3
 
     def network(self, variant: str) -> Any:
         """All weights, or LoRA of rank 8 beside queries and values."""
@@ -87,3 +120,7 @@ class Bytes:
         ids = self._dev if dev else self._held
         with torch.no_grad():
             return float(net(input_ids=ids, labels=ids).loss)
+
+    def before(self, variant: str, dev: bool) -> float:
+        """The loss of the pretrained network; LoRA begins as the network itself."""
+        return self.held_out(self.network(variant), dev)
