@@ -62,7 +62,7 @@ class Search:
         self.plans = list({plan.name: plan for plan, _ in pairs}.values())
         part, parts = args.part
         self.pairs = pairs
-        self.own = [pair for pair in pairs if not pair[1].refusal(pair[0].where)][part - 1 :: parts]
+        self.own = [pair for pair in pairs if not pair[1].refusal(pair[0].name)][part - 1 :: parts]
         self._longest = 0.0
 
     @property

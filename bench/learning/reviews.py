@@ -20,6 +20,7 @@ from jaguar.tasks import Encoder, TextClassification
 from jaguar.tasks.questions import Example
 from jaguar.tasks.rows import Row, read_rows
 from jaguar.tasks.sampling import drawn, train_and_dev
+from learning.works import Work
 
 sys.path.append(str(ROOT / "demo"))
 import prepare
@@ -32,7 +33,7 @@ PROMPTS = {
 }
 
 
-class Reviews:
+class Reviews(Work):
     """The demo's model learns from the demo's reviews which of two words follows a prompt, 16 rows a step.
 
     Rows to learn from and dev rows are of the demo's training file, reported rows of its test file. Matrix products
@@ -51,6 +52,7 @@ class Reviews:
     window = 4  # batches of similar length are made of as many
 
     def __init__(self, name: str, model: Path | None = None) -> None:
+        super().__init__()
         self.name = name
         if model is None:
             prepare.prepare()
@@ -73,13 +75,8 @@ class Reviews:
             raise ValueError(f"the words {words} are not a token each for the tokenizer of {folder}")
         self._options = torch.tensor([c.targets[0] for c in self.rows["dev"][0].choices], device=self.device)
         self._pad, self._net = loaded.pad_id, loaded.model
-        self._before: dict[tuple[str, bool], float] = {}
-
-    @property
-    def precision(self) -> str:
-        """Type of the matrix products."""
-        fast = self.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return "bf16 products" if fast else "fp32"
+        if self.device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.precision = "bf16"
 
     def seeds(self, variant: str) -> int:
         """One run of all weights: its forward passes cost the most."""
@@ -94,7 +91,7 @@ class Reviews:
                 net = Adapter("lora").applied(net, "causal")
         else:
             select_trainable(net, {"norms": "norm", "full": "all"}[variant])
-        for module in net.modules() if self.precision == "bf16 products" else ():
+        for module in net.modules() if self.precision == "bf16" else ():
             frozen = isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters())
             if frozen and module is not net.get_output_embeddings():
                 module.to(torch.bfloat16)  # what autocast would do in every forward pass
@@ -123,13 +120,6 @@ class Reviews:
         with torch.no_grad():
             parts = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
             return sum(float(self._loss(net, part)) * len(part) for part in parts) / len(rows)
-
-    def before(self, variant: str, dev: bool) -> float:
-        """The loss before any step: that of LoRA, which begins as the model itself, of norms and of all weights."""
-        key = (variant, dev)
-        if key not in self._before:
-            self._before[key] = self.held_out(self.network(variant), dev)
-        return self._before[key]
 
     def _loss(self, net: Any, batch: Sequence[Example]) -> Tensor:
         """The model's own body reads the prompts, and its head is asked about two words at the last place."""

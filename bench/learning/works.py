@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import byte_model
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from learning.contenders import GRID
 
 
-class Work(Protocol):
+class Work(ABC):
     """A task for all contenders.
 
     Attributes:
@@ -36,31 +37,37 @@ class Work(Protocol):
     points: int
     watched: bool
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
+    device = torch.device("cpu")
+    precision = "fp32"  # of the matrix products
 
-    @property
-    def precision(self) -> str:
-        """Type of the matrix products."""
+    def __init__(self) -> None:
+        self._before = dict[tuple[str, bool], float]()
 
     def seeds(self, variant: str) -> int:
         """Runs of the best setting, if no other number is asked for."""
+        return 3
 
+    @abstractmethod
     def network(self, variant: str) -> Any:
         """A copy of the network in evaluation mode, whose trained parameters have requires_grad."""
 
+    @abstractmethod
     def losses(self, net: Any, seed: int) -> Iterator[Callable[[], Tensor]]:
         """For every step a closure that evaluates its rows; the seed decides their order."""
 
+    @abstractmethod
     def held_out(self, net: Any, dev: bool) -> float:
         """Loss on the rows by which settings are chosen (`dev`), or on those that are reported."""
 
     def before(self, variant: str, dev: bool) -> float:
         """The same before any step."""
+        key = (variant, dev)
+        if key not in self._before:
+            self._before[key] = self.held_out(self.network(variant), dev)
+        return self._before[key]
 
 
-class Bytes:
+class Bytes(Work):
     """The network of `byte_model`.
 
     It learns the text of Python's documentation (`pydoc_data.topics`), 16 rows of 128 bytes a step. Nothing is
@@ -75,9 +82,9 @@ class Bytes:
     variants = ("full", "lora")
     passes, grid, finalists, points, watched = 2000, GRID, 2, 20, True
     batch, rows = byte_model.BATCH, 64
-    device, precision = torch.device("cpu"), "fp32"
 
     def __init__(self, folder: Path, pretraining: int = 1000) -> None:
+        super().__init__()
         code, prose = byte_model.documents()
         held, dev = prose.numel() // 10, prose.numel() // 5
         generator = torch.Generator().manual_seed(2)
@@ -92,10 +99,6 @@ class Bytes:
             self._net = byte_model.pretrained(code, pretraining)
             torch.save(self._net.state_dict(), path)
         self._net.eval()
-
-    def seeds(self, variant: str) -> int:
-        """As many for all weights and for LoRA."""
-        return 3
 
     def network(self, variant: str) -> Any:
         """All weights, or LoRA of rank 8 beside queries and values."""
@@ -120,7 +123,3 @@ class Bytes:
         ids = self._dev if dev else self._held
         with torch.no_grad():
             return float(net(input_ids=ids, labels=ids).loss)
-
-    def before(self, variant: str, dev: bool) -> float:
-        """The loss of the pretrained network; LoRA begins as the network itself."""
-        return self.held_out(self.network(variant), dev)
