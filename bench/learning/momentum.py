@@ -112,15 +112,16 @@ class Watch:
     def _begin(self, optimizer: Any, *args: Any) -> None:
         if (optimizer.steps_done + 1) % self._every == 0:
             self._before = [(p.detach().clone(), _momentum(optimizer, p).clone()) for p in self._params]
+            # Here, not after the step: a step that is too long for the curvature would seem to go uphill.
+            with torch.enable_grad():
+                self._gradients = torch.autograd.grad(next(self._losses)(), self._params)
 
     def _end(self, optimizer: Any, *args: Any) -> None:
         if not self._before:
             return
         beta = optimizer.param_groups[0]["beta"]
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(next(self._losses)(), self._params)
         along = length = slope = 0.0
-        for p, gradient, (x, m) in zip(self._params, gradients, self._before, strict=True):
+        for p, gradient, (x, m) in zip(self._params, self._gradients, self._before, strict=True):
             now, moved = _momentum(optimizer, p), (p.detach() - x).double()
             sampled = now != m
             self._sampled += int(sampled.sum())
