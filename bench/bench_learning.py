@@ -90,7 +90,7 @@ class Search:
         """Seconds of a forward pass with its share of a step, and of a look at the dev rows."""
         net = self.work.network(plan.where[1])
         optimizer = contender.optimizer(net, 100, 0, contender.settings(plan.name, plan.grid)[0])
-        losses = self.work.losses(net, 0)
+        losses = self.work.losses(net, 0, contender.by_row)
         before = monotonic()
         self.work.held_out(net, True)
         begin = monotonic()
@@ -108,8 +108,8 @@ class Search:
                 if not begun:
                     self.journal.begin(self._about())
                     begun = True
-                setting = ", ".join(f"{key} {value:g}" for key, value in point.setting.items())
-                text = f"{plan.name}: {contender.name}, {setting}, {point.budget} passes, seed {point.seed}"
+                setting = "".join(f", {key} {value:g}" for key, value in point.setting.items())
+                text = f"{plan.name}: {contender.name}{setting}, {point.budget} passes, seed {point.seed}"
                 progress.update(task, description=text)
                 self.journal.add(point, run(self.work, contender, point, point.budget == plan.budget))
                 self._longest = max(self._longest, monotonic() - begin)

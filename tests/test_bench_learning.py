@@ -265,6 +265,22 @@ def test_the_best_setting_is_found_beyond_the_grid_and_by_dev_rows() -> None:
     assert len(middle) == len(PLAN.grid) + 3
 
 
+def test_a_method_that_chooses_its_steps_is_not_searched() -> None:
+    contender, done = Contender("x", "zo-sgd", {}, {"lr": "auto"}), dict[str, Any]()
+    assert contender.by_row and PLAN.expected(contender, done) == (0, 2)
+    while point := next(PLAN.missing(contender, done), None):
+        done[point.key] = {"point": vars(point), **result(1.0)}
+    assert PLAN.finals(contender, done) == [Point("bytes", "full", "x", {}, 400, seed) for seed in (0, 1)]
+    assert len(done) == 2
+
+
+def test_rows_have_their_losses(model: Path, pretrained: Path) -> None:
+    for work in (Reviews("reviews", model), bench_learning.Bytes(pretrained.parent, 5)):
+        net = work.network("full")
+        whole, rows = (next(work.losses(net, 0, by_row))().detach() for by_row in (False, True))
+        assert rows.shape == (4,) and float(rows.mean()) == pytest.approx(float(whole), rel=1e-4)
+
+
 def test_a_run_that_diverged_is_last() -> None:
     points = [Point("bytes", "full", "x", {"lr": lr}, 10, 0) for lr in (1.0, 0.5, 0.1)]
     done = {point.key: result(dev) for point, dev in zip(points, (None, 2.0, 1.0), strict=True)}

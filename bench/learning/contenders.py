@@ -34,7 +34,8 @@ class Contender:
     Attributes:
         name: in the table.
         method: name on the command line, which says the class.
-        lr: learning rate in the middle of the grid; by work and variant, by work, or for all, as are the next two.
+        lr: learning rate in the middle of the grid; by work and variant, by work, or for all, as is tau. Empty: its
+            options say what it is, and there is nothing to search.
         options: arguments of the class.
         tau: length of the perturbation.
         unfit: where it is not run, and why.
@@ -56,12 +57,19 @@ class Contender:
         """Whether it is in a work and a variant without being asked for."""
         return any(key in self.runs for key in _keys(where))
 
+    @property
+    def by_row(self) -> bool:
+        """Whether its closures return the loss of each row, by which it chooses lr or tau itself."""
+        return "auto" in (self.options.get("lr"), self.options.get("tau"))
+
     def refusal(self, where: str) -> str:
         """Why it cannot run in a work and a variant; empty: it can."""
         return str(_at(where, {"": ""} | dict(self.unfit)))
 
     def settings(self, where: str, grid: Sequence[float] = GRID) -> list[dict[str, float]]:
         """The settings for a work and a variant: lr by the multiples of the grid, and tau where the method has one."""
+        if not self.lr:
+            return [{}]
         tau = {} if self.method == FIRST_ORDER else {"tau": _at(where, self.tau)}
         return [{"lr": float(f"{_at(where, self.lr) * factor:.3g}")} | tau for factor in grid]
 

@@ -97,13 +97,13 @@ class Reviews(Work):
                 module.to(torch.bfloat16)  # what autocast would do in every forward pass
         return net
 
-    def losses(self, net: Any, seed: int) -> Iterator[Callable[[], Tensor]]:
+    def losses(self, net: Any, seed: int, by_row: bool = False) -> Iterator[Callable[[], Tensor]]:
         """Batches of rows of similar length, every row once before one comes again."""
         rows, generator = self.rows["train"], torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(rows), generator=generator).tolist()
             for batch in self._grouped(order, rows, generator):
-                yield lambda batch=batch: self._loss(net, batch)
+                yield lambda batch=batch: self._losses(net, batch) if by_row else self._losses(net, batch).mean()
 
     def _grouped(
         self, order: list[int], rows: Sequence[Example], generator: torch.Generator
@@ -119,9 +119,9 @@ class Reviews(Work):
         rows = sorted(self.rows["dev" if dev else "held_out"], key=lambda example: example.length)
         with torch.no_grad():
             parts = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
-            return sum(float(self._loss(net, part)) * len(part) for part in parts) / len(rows)
+            return sum(float(self._losses(net, part).sum()) for part in parts) / len(rows)
 
-    def _loss(self, net: Any, batch: Sequence[Example]) -> Tensor:
+    def _losses(self, net: Any, batch: Sequence[Example]) -> Tensor:
         """The model's own body reads the prompts, and its head is asked about two words at the last place."""
         longest = max(example.length for example in batch)
         ids = torch.full((len(batch), longest), self._pad)
@@ -134,7 +134,7 @@ class Reviews(Work):
         with self._products():
             body = base.model(ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
         head = base.get_output_embeddings().weight[self._options]
-        return F.cross_entropy(F.linear(body.last_hidden_state[:, -1].float(), head), labels)
+        return F.cross_entropy(F.linear(body.last_hidden_state[:, -1].float(), head), labels, reduction="none")
 
     def _products(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":

@@ -103,7 +103,7 @@ def run(
     steps = max(1, int(point.budget / contender.passes(probe)))
     optimizer = contender.optimizer(net, steps, point.seed, point.setting)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    losses, first_order = work.losses(net, point.seed), isinstance(optimizer, torch.optim.SGD)
+    losses, first_order = work.losses(net, point.seed, contender.by_row), isinstance(optimizer, torch.optim.SGD)
     clock = time.perf_counter if work.device.type == "cuda" else time.process_time
     reported |= work.watched
     curve = [[0.0, 0.0, work.before(point.variant, False)]] if reported else []
@@ -173,8 +173,10 @@ def search(
     """
     settings = contender.settings(" ".join(where), grid)
     early = [Point(*where, contender.name, setting, budget // 4, seeds[0]) for setting in settings]
-    yield from explored(early, contender, done)
-    late = [Point(*where, contender.name, p.setting, budget, seeds[0]) for p in ranked(early, done)[:finalists]]
+    if len(early) > 1:
+        yield from explored(early, contender, done)
+        early = ranked(early, done)[:finalists]
+    late = [Point(*where, contender.name, point.setting, budget, seeds[0]) for point in early]
     yield from (point for point in late if point.key not in done)
     best = ranked(late, done)[0]
     more = [Point(*where, contender.name, best.setting, budget, seed) for seed in seeds[1:]]
@@ -256,12 +258,13 @@ class Plan:
         if next(self.missing(contender, done), None) is None:
             return 0, 0
         budgets = [point.budget for point in _own(self.where, contender, done)]
-        early = len(self.grid) + 1 - budgets.count(self.budget // 4)
-        late = self.finalists + len(self.seeds) - 1 - budgets.count(self.budget)
+        tried = len(contender.settings(self.name, self.grid))
+        early = (tried + 1 if tried > 1 else 0) - budgets.count(self.budget // 4)
+        late = min(tried, self.finalists) + len(self.seeds) - 1 - budgets.count(self.budget)
         return max(0, early), max(1, late)
 
 
 def ranked(points: Sequence[Point], done: Mapping[str, dict[str, Any]]) -> list[Point]:
     """Best first; those without a loss last, the smaller steps before the larger ones."""
     dev = {point.key: done[point.key]["dev"] for point in points}
-    return sorted(points, key=lambda p: (dev[p.key] is None, dev[p.key] or 0.0, p.setting["lr"]))
+    return sorted(points, key=lambda p: (dev[p.key] is None, dev[p.key] or 0.0, p.setting.get("lr", 0.0)))

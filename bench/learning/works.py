@@ -52,8 +52,12 @@ class Work(ABC):
         """A copy of the network in evaluation mode, whose trained parameters have requires_grad."""
 
     @abstractmethod
-    def losses(self, net: Any, seed: int) -> Iterator[Callable[[], Tensor]]:
-        """For every step a closure that evaluates its rows; the seed decides their order."""
+    def losses(self, net: Any, seed: int, by_row: bool = False) -> Iterator[Callable[[], Tensor]]:
+        """For every step a closure that evaluates its rows; the seed decides their order.
+
+        Args:
+            by_row: the closure returns the loss of each row, and not their mean.
+        """
 
     @abstractmethod
     def held_out(self, net: Any, dev: bool) -> float:
@@ -111,15 +115,22 @@ class Bytes(Work):
         config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
         return get_peft_model(net, config).eval()
 
-    def losses(self, net: Any, seed: int) -> Iterator[Callable[[], Tensor]]:
+    def losses(self, net: Any, seed: int, by_row: bool = False) -> Iterator[Callable[[], Tensor]]:
         """Rows of a step are drawn with replacement."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             ids = byte_model.rows(self._train, self.batch, generator)
-            yield lambda ids=ids: net(input_ids=ids, labels=ids).loss
+            yield lambda ids=ids: losses_of_rows(net, ids) if by_row else net(input_ids=ids, labels=ids).loss
 
     def held_out(self, net: Any, dev: bool) -> float:
         """Mean loss per byte."""
         ids = self._dev if dev else self._held
         with torch.no_grad():
             return float(net(input_ids=ids, labels=ids).loss)
+
+
+def losses_of_rows(net: Any, ids: Tensor) -> Tensor:
+    """Mean loss of every row's bytes, in fp32."""
+    logits = net(input_ids=ids).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses.mean(1)
