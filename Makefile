@@ -92,7 +92,7 @@ build/.gpu-learning: $(shell find jaguar triton_kernels csrc -type f -not -name 
 
 gpu-learning: build/.gpu-learning
 	@PYTHONPATH=build/gpu:$(PYTHONPATH) $(PYTHON) bench/bench_learning.py --work reviews sst2 --all --passes 600 \
-	  --finalists 2 --minutes 7.5 --model $(MODEL) --out bench/results/learning-gpu $(if $(PART),--part $(PART))
+	  --minutes 7.5 --model $(MODEL) --out bench/results/learning-gpu $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

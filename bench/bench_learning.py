@@ -55,7 +55,7 @@ class Search:
         pairs = []
         for variant in chosen:
             seeds = range(args.seeds or work.seeds(variant))
-            plan = Plan((work.name, variant), self.passes, seeds, work.grid, args.finalists or work.finalists)
+            plan = Plan((work.name, variant), self.passes, seeds, work.grid)
             asked = [c for c in ALL if args.all or c.runs_in(plan.name) or c.name in args.only]
             asked = [c for c in asked if not args.only or any(text in c.name for text in args.only)]
             pairs += [(plan, contender) for contender in asked]
@@ -161,7 +161,6 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", nargs="+", default=["bytes"], choices=("bytes", *PROMPTS))
     parser.add_argument("--passes", type=int, help="forward passes of a run (default: the work's)")
     parser.add_argument("--seeds", type=int, help="runs of the best setting (default: the work's)")
-    parser.add_argument("--finalists", type=int, help="settings tried with all passes (default: the work's)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contenders with this in their names")
     parser.add_argument("--all", action="store_true", help="every contender in every work")
     parser.add_argument("--variants", nargs="+", choices=Reviews.variants, help="what is trained (default: all)")

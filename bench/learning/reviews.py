@@ -46,7 +46,7 @@ class Reviews(Work):
     """
 
     variants = ("norms", "lora", "full")
-    grid, finalists, points, watched = (0.316, 1.0, 3.16), 1, 6, False
+    grid, points, watched = (0.316, 1.0, 3.16), 6, False
     passes = 240
     batch, dev_rows, held_rows = 16, 192, 256
     window = 4  # batches of similar length are made of as many

@@ -24,9 +24,11 @@ from learning.works import Work
 HOPELESS = 1.0
 # Settings beyond an end of the grid, at most.
 MORE = 4
+# Settings with all of the budget: the best one of a quarter is often too bold for four times as many steps.
+_FINALISTS = 2
 
 
-# As `search` without its last two arguments.
+# As `search` without its last argument.
 Search = Callable[[tuple[str, str], Contender, int, Sequence[int], Mapping[str, dict[str, Any]]], Iterator["Point"]]
 
 
@@ -161,21 +163,17 @@ def search(
     seeds: Sequence[int],
     done: Mapping[str, dict[str, Any]],
     grid: Sequence[float] = GRID,
-    finalists: int = 2,
 ) -> Iterator[Point]:
     """The points that are still to be run, one after the other; each must be in `done` before the next is asked for.
 
     All settings with a quarter of the budget, and more of them while the best one is at an end of the grid; the best
-    ones with all of the budget, and the best of them with the other seeds. Settings are judged by their dev rows.
-
-    Args:
-        finalists: settings that are tried with all of the budget.
+    two with all of the budget, and the better one with the other seeds. Settings are judged by their dev rows.
     """
     settings = contender.settings(" ".join(where), grid)
     early = [Point(*where, contender.name, setting, budget // 4, seeds[0]) for setting in settings]
     if len(early) > 1:
         yield from explored(early, contender, done)
-        early = ranked(early, done)[:finalists]
+        early = ranked(early, done)[:_FINALISTS]
     late = [Point(*where, contender.name, point.setting, budget, seeds[0]) for point in early]
     yield from (point for point in late if point.key not in done)
     best = ranked(late, done)[0]
@@ -232,7 +230,6 @@ class Plan:
     budget: int
     seeds: Sequence[int]
     grid: Sequence[float] = GRID
-    finalists: int = 2
 
     @property
     def name(self) -> str:
@@ -242,8 +239,8 @@ class Plan:
     def search(
         self, where: tuple[str, str], contender: Contender, budget: int, seeds: Sequence[int], done: Any
     ) -> Iterator[Point]:
-        """`search` by this grid and with as many finalists."""
-        return search(where, contender, budget, seeds, done, self.grid, self.finalists)
+        """`search` by this grid."""
+        return search(where, contender, budget, seeds, done, self.grid)
 
     def missing(self, contender: Contender, done: Mapping[str, dict[str, Any]]) -> Iterator[Point]:
         """Points that are still to be run, as `search`."""
@@ -260,7 +257,7 @@ class Plan:
         budgets = [point.budget for point in _own(self.where, contender, done)]
         tried = len(contender.settings(self.name, self.grid))
         early = (tried + 1 if tried > 1 else 0) - budgets.count(self.budget // 4)
-        late = min(tried, self.finalists) + len(self.seeds) - 1 - budgets.count(self.budget)
+        late = min(tried, _FINALISTS) + len(self.seeds) - 1 - budgets.count(self.budget)
         return max(0, early), max(1, late)
 
 

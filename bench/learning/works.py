@@ -23,7 +23,6 @@ class Work(ABC):
         variants: what can be trained: "full", "norms", "lora".
         passes: of a run, if no other number is asked for.
         grid: learning rates that are tried first, as multiples of a contender's own.
-        finalists: settings that are tried with all of the passes.
         points: of a curve.
         watched: dev rows are looked at with every point, and a run that is hopeless on them is given up; else they are
             looked at once, at the end, and the reported ones in runs of all passes only.
@@ -33,7 +32,6 @@ class Work(ABC):
     variants: tuple[str, ...]
     passes: int
     grid: tuple[float, ...]
-    finalists: int
     points: int
     watched: bool
 
@@ -84,7 +82,7 @@ class Bytes(Work):
 
     name = "bytes"
     variants = ("full", "lora")
-    passes, grid, finalists, points, watched = 2000, GRID, 2, 20, True
+    passes, grid, points, watched = 2000, GRID, 20, True
     batch, rows = byte_model.BATCH, 64
 
     def __init__(self, folder: Path, pretraining: int = 1000) -> None:
