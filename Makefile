@@ -1,10 +1,10 @@
-# make demo | compare | test | test-full | check | bench | learning | ablation | aot | ptxas | gpu | gpu-learning
+# make demo | compare | test | test-full | check | bench | learning | ablation | theorems | aot | ptxas | gpu | gpu-learning
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: help demo compare test test-full check bench learning ablation aot ptxas gpu gpu-learning clean
+.PHONY: help demo compare test test-full check bench learning ablation theorems aot ptxas gpu gpu-learning clean
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
 	@echo "make learning          every method with as many forward passes, settings searched: a small model, then SmolLM2 (3 hours; goes on)"
 	@echo "make ablation          where momentum acts: JAGUAR's loss against beta, by coordinates and update (1 hour)"
+	@echo "make theorems          both theorems of the paper on functions with known constants: measured slopes (9 minutes)"
 	@echo "make aot               compile every Triton kernel for sm_80 and sm_90, check and tabulate them (3 minutes)"
 	@echo "make ptxas             compile every CUDA kernel with nvcc, tabulate registers and spills; needs no GPU"
 	@echo "make gpu               GPU tests, compute-sanitizer and benchmarks with this machine's own torch and triton (9 minutes)"
@@ -71,6 +72,9 @@ learning: $(VENV)/.demo
 
 ablation: $(VENV)/.demo
 	$(BIN)/python bench/bench_ablation.py
+
+theorems: $(VENV)/.demo
+	$(BIN)/python bench/bench_theorems.py
 
 aot: $(VENV)/.dev
 	$(BIN)/python bench/aot.py
