@@ -85,9 +85,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel for each variable of each regime: the runs, and the slope of the term through their middle."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     panels = list(dict.fromkeys((r["term"], r["regime"], r["variable"]) for r in rows))
+    terms = [term for term, *_ in panels]
+    panels.sort(key=lambda panel: terms.index(panel[0]))
     width = min(5, len(panels))
     height = math.ceil(len(panels) / width)
     figure = Figure(figsize=(3.2 * width + 0.4, 2.9 * height + 0.6), layout="constrained")
@@ -112,9 +114,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             "\n".join([f"{panel[0]}: {panel[1]}" if panel[0] != "all" else "tuned by the corollary", *slopes]),
             fontsize=9,
         )
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
+            axis.set_tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))

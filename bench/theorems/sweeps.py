@@ -54,7 +54,7 @@ class Sweep:
     values: Sequence[float]
     setting: Callable[[float], Setting]
     expected: float | None = None  # None: the term's slope
-    why: str = ""  # where the expected slope is not the term's
+    why: str = ""  # where a slope is not the term's
 
     @property
     def method(self) -> str:
@@ -86,11 +86,16 @@ TURNS = (
 )
 FROBENIUS = (
     "The proof takes ||X^(t+1) - X^t||_F = gamma sqrt(m n) from the signs, but a polar factor moves by gamma sqrt(n): "
-    "the same proof gives m n^2 where the theorem has m^(3/2) n^2."
+    "the same proof gives m n^2 where the theorem has m^(3/2) n^2. The largest matrix makes the slope flatter still: "
+    "its memory, m n / (1 - beta) steps, is longer than the run."
 )
 COORDINATES = (
     "sigma^2 is the variance of the whole gradient, of which a coordinate has sigma^2 / d; Lemma 3.4 gives each all of "
-    "it, a factor of sqrt(d)."
+    "it, a factor of sqrt(d). What is left of the difference is scatter of the seeds, a tenth of a value."
+)
+WANDERS = (
+    "The same factor on lr, sigma and the start multiplies the left side: a slope above 1 says that the gradient, in "
+    "units of sigma, is smaller for larger lr / sigma. Larger steps wander farther from where the median vanishes."
 )
 MEDIAN = (
     "The sign follows the median of the momentum, and that of normal noise is the mean: the sign points down on "
@@ -99,7 +104,9 @@ MEDIAN = (
 )
 AVERAGED = (
     "Errors that are independent from one evaluation to the next are noise of variance Delta^2 / (2 tau^2) a "
-    "coordinate: momentum averages them, with the geometric mean of normal noise. An oracle that ripples attains it."
+    "coordinate: momentum averages them, with the geometric mean of normal noise. An oracle that ripples attains it. "
+    "The slope is flatter than 1/2 where runs, which begin at the minimum, are too short for the swing of strong "
+    "noise, and the seeds scatter by a third of a value there."
 )
 
 
@@ -150,6 +157,7 @@ def _sweeps(method: str) -> list[Sweep]:
             "sigma",
             (0.5, 0.7, 1.0, 1.4, 2.0),
             lambda v: replace(bursts, sigma=bursts.sigma * v, start=median * 0.1**0.5 * v),
+            why=WANDERS,
         ),
         Sweep(
             "noise",
