@@ -84,6 +84,10 @@ TURNS = (
     "gamma sqrt(d theta) = gamma d (1 - beta)^(-1/2) where the memory is long beside the delay; where it is not, the "
     "slope is flatter. The term is only a bound."
 )
+RARE = (
+    "Each beta has noise that it averages badly: bursts with a fifth of one in its memory, so that they are the "
+    "rarer the longer it is. That the left side falls with 1 - beta is true of these noises, not of one that stays."
+)
 FROBENIUS = (
     "The proof takes ||X^(t+1) - X^t||_F = gamma sqrt(m n) from the signs, but a polar factor moves by gamma sqrt(n): "
     "the same proof gives m n^2 where the theorem has m^(3/2) n^2. The largest matrix makes the slope flatter still: "
@@ -165,6 +169,7 @@ def _sweeps(method: str) -> list[Sweep]:
             "1 - beta",
             (0.4, 0.2, 0.1, 0.05, 0.025),
             lambda v: replace(bursts, beta=1 - v, lr=(2e-3 if sign else 4e-3) * v, start=median * v**0.5),
+            why=RARE,
         ),
         Sweep(
             "noise", "normal noise", "sigma", (0.4, 0.7, 1.2, 2.0, 3.2), lambda v: replace(normal, sigma=v), 0.5, MEDIAN
