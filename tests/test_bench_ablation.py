@@ -126,12 +126,12 @@ def test_a_watch_counts_entries_and_flips(pretrained: Path, monkeypatch: pytest.
 
 
 def test_a_watch_sees_how_far_downhill_a_step_goes(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the rows of the step itself, the cosine of +-e and the gradient is |rho| / (|g| sqrt(d))."""
+    """With the rows of the step itself, the cosine of +-e and the gradient is |rho| / (|g| sqrt(d)), however long."""
     seed = 3
     monkeypatch.setattr(momentum, "_ROWS", seed)
     work = Bytes(pretrained.parent, 5)
     net = work.network("full")
-    optimizer = jaguar.JaguarSignSGD(net.named_parameters(), lr=1e-6, coordinates=1.0)
+    optimizer = jaguar.JaguarSignSGD(net.named_parameters(), lr=1e-2, coordinates=1.0)
     watch = Watch(work)
     watch.attach(optimizer, net, 1)
     closure = next(work.losses(net, seed))
