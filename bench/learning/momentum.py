@@ -79,13 +79,13 @@ def search(
 ) -> Iterator[Point]:
     """The points that are still to be run, as `learning.search.search`.
 
-    With all of the budget the best setting of a quarter and smaller ones: momentum that remembers more steps than a
-    quarter has moves a coordinate on and on, and the longer the run, the smaller must its steps be.
+    With all of the budget the best setting of a quarter and its neighbours, as far as they are better: momentum that
+    remembers more steps than a quarter has is another one there, in either direction.
     """
     early = [Point(*where, contender.name, s, budget // 4, seeds[0]) for s in contender.settings(" ".join(where))]
     yield from explored(early, contender, done)
     late = [Point(*where, contender.name, ranked(early, done)[0].setting, budget, seeds[0])]
-    yield from explored(late, contender, done, upwards=False)
+    yield from explored(late, contender, done)
     best = ranked(late, done)[0].setting
     more = [Point(*where, contender.name, best, budget, seed) for seed in seeds[1:]]
     yield from (point for point in more if point.key not in done)

@@ -181,21 +181,14 @@ def search(
     yield from (point for point in more if point.key not in done)
 
 
-def explored(
-    points: list[Point], contender: Contender, done: Mapping[str, dict[str, Any]], upwards: bool = True
-) -> Iterator[Point]:
-    """Those of `points` that are still to be run, and more of them, appended, while the best one is at an end.
-
-    Args:
-        upwards: False: at the end of the smallest lr only.
-    """
+def explored(points: list[Point], contender: Contender, done: Mapping[str, dict[str, Any]]) -> Iterator[Point]:
+    """Those of `points` that are still to be run, and more of them, appended, while the best one is at an end."""
     yield from (point for point in points if point.key not in done)
     for _ in range(MORE):
         rates, best = [point.setting["lr"] for point in points], ranked(points, done)[0].setting
-        up = upwards and best["lr"] == max(rates)
-        if not up and best["lr"] != min(rates):
+        if best["lr"] not in (min(rates), max(rates)):
             break
-        points.append(replace(points[0], setting=contender.beyond(best, up=up)))
+        points.append(replace(points[0], setting=contender.beyond(best, up=best["lr"] == max(rates))))
         if points[-1].key not in done:
             yield points[-1]
 
