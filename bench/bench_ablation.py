@@ -158,7 +158,7 @@ def draw(title: str, table: Sequence[Mapping[str, Any]], path: Path) -> None:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=800, help="forward passes of a run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of the best setting (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the best setting (default: %(default)s)")
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     one = {"type": lambda text: int(text) if text.isdigit() else float(text), "choices": COORDINATES}
     parser.add_argument("--coordinates", **one, nargs="+", default=COORDINATES, help="1: one of them all; 1.0: all")
