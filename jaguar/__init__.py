@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaguar.polar import newton_schulz as newton_schulz
     from jaguar.record import Record as Record
     from jaguar.scoring import Scorer as Scorer
+    from jaguar.step_size import StepSize as StepSize
     from jaguar.trainer import ZOTrainer as ZOTrainer
     from jaguar.training_args import ZOTrainingArguments as ZOTrainingArguments
 
@@ -31,6 +32,7 @@ _HOME = _names.HOME | {
     "Record": "jaguar.record",
     "Scorer": "jaguar.scoring",
     "Shard": "jaguar.params",
+    "StepSize": "jaguar.step_size",
     "ZOTrainer": "jaguar.trainer",
     "ZOTrainingArguments": "jaguar.training_args",
     "newton_schulz": "jaguar.polar",

@@ -10,7 +10,7 @@ from typing import Any
 from jaguar import values
 from jaguar.choices import OPTIONS, SCHEDULES, TRAINABLE
 from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
-from jaguar.values import filled, finite, natural, positive, seed
+from jaguar.values import filled, finite, natural, number_or_auto, positive, seed
 
 TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
 
@@ -307,11 +307,17 @@ _OPTIMIZER = (
     [
         _flag(
             "--learning_rate",
-            type=finite,
-            metavar="X",
-            help=f"length of a step (default: {'; '.join(f'{name} {row.lr}' for name, row in METHODS.items())})",
+            type=number_or_auto,
+            metavar="X|auto",
+            help="length of a step; auto: from the losses, a factor of it scheduled (default: "
+            f"{'; '.join(f'{name} ' + ('auto' if row.automatic else row.lr) for name, row in METHODS.items())})",
         ),
-        _flag("--tau", type=finite, metavar="X", help="length of the perturbation (default: 1e-3)"),
+        _flag(
+            "--tau",
+            type=number_or_auto,
+            metavar="X|auto",
+            help="length of the perturbation (default: auto where the learning rate is, by default; else 1e-3)",
+        ),
         _flag(
             "--weight_decay",
             type=finite,

@@ -16,6 +16,7 @@ from jaguar.estimators import Derivatives, Estimator, TwoSided
 from jaguar.params import Kind, Slot
 from jaguar.rule import COMMON, Range, Rule, Scalars, plain, rounded
 from jaguar.rules import AlongMomentum
+from jaguar.step_size import StepSize
 
 _HOME = {"direction": "jaguar.directions", "rule": "jaguar.rules", "estimator": "jaguar.estimators"}
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e5m2)
@@ -48,6 +49,7 @@ class Method:
         momentum_dtype: torch.float32, bfloat16 or float8_e5m2; None: the parameter's (bfloat16 for fp16 parameters).
         maximize: make the loss larger, as in torch.optim.
         walk: go back by steps along e, which leaves the drift of their roundings; a part of the method for its bits.
+        step_size: chooses lr, tau or both from the losses; None: they are numbers.
 
     Raises:
         ValueError: a field is out of range, or two parts do not fit; the message names what would be right.
@@ -60,6 +62,7 @@ class Method:
     momentum_dtype: torch.dtype | None = None
     maximize: bool = False
     walk: bool = False
+    step_size: StepSize | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("direction", Direction), ("rule", Rule), ("estimator", Estimator)):
@@ -84,7 +87,7 @@ class Method:
             )
         if self.walk and isinstance(self.direction, Sparse):
             raise ValueError("walk=True is for dense directions; the few values that coordinates touch are saved")
-        taken = {"optimizer", "rng", "restore", "padding_rows"} | {f.name for f in fields(self)}
+        taken = {"optimizer", "rng", "restore", "padding_rows", "auto"} | {f.name for f in fields(self)}
         for part in (self.direction, self.rule, self.estimator):
             names = {f.name for f in fields(part)}
             if both := taken & names:
@@ -98,6 +101,8 @@ class Method:
                 f"Mixed(...) directions are momentum, which {self.rule!r} does not keep: give AlongMomentum()"
             )
         self.estimator.check(self.direction, self.walk)
+        if self.step_size is not None:
+            self.step_size.check(self.rule, self.estimator, self.walk)
         self.rule.check(self.direction)
 
     @property
@@ -122,6 +127,7 @@ class Method:
             "rounding": self.rounding,
             "momentum_dtype": plain(self.momentum_dtype),
             "maximize": self.maximize,
+            **({} if self.step_size is None else self.step_size.options()),
         }
 
     def moves(self, losses: Sequence[float]) -> bool:

@@ -54,10 +54,10 @@ class MicroBatches:
         tolerance = 2e-2 if autocast or dtypes & set(_HALF) else 1e-4
         return cls(type(model).__name__, share=share, tolerance=None if compiled else tolerance)
 
-    def total(
+    def parts(
         self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss, processes: int = 1, spanned: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of the losses, fp64, and what to divide it by.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What each micro-batch adds to the loss, and to what the sum is to be divided by; fp64.
 
         Args:
             window: micro-batches.
@@ -72,7 +72,7 @@ class MicroBatches:
         kind = self._kind or (_LABELS if n_items is None else _SHARE)
         if kind == _MIXED:
             n_items = n_items / (len(window) * spanned)
-        total = weight = torch.zeros((), dtype=torch.float64)
+        parts = []
         for batch in window:
             shares = len(window) * (spanned if kind == _SHARE else 1)
             part = torch.tensor(1.0 / shares if kind in (_SHARE, _MIXED) else _count(batch, kind))
@@ -80,8 +80,8 @@ class MicroBatches:
                 continue  # a mean over nothing is no number
             loss = loss_of(batch, n_items)
             loss = loss if kind == _SHARE else loss.double() * part
-            total, weight = total.to(loss.device) + loss.double(), weight + part.double()
-        return total, weight
+            parts.append((loss.double(), part.double()))
+        return parts
 
     def _find_out(self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss) -> None:
         """Answers what is open, as far as these micro-batches can tell."""

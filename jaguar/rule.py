@@ -154,6 +154,20 @@ class Rule:
         """Weights of the directions in g in the t-th step that moved something: rho, or a multiple of it."""
         return tuple(rho)
 
+    def best_lr(
+        self, share: float, square: float, curvature: float, group: Mapping[str, Any], n: int, fraction: float
+    ) -> float:
+        """The learning rate that lowers the loss most, where that is known; needed for `lr="auto"` only.
+
+        Args:
+            share: g'Cg / E[rho^2], g the gradient, C the covariance of the directions.
+            square: E[rho^2].
+            curvature: tr(CH), H the Hessian.
+            n: directions of a step.
+            fraction: share of the coordinates that a direction has.
+        """
+        raise NotImplementedError
+
     def copies(self, slot: Slot, group: Mapping[str, Any]) -> tuple[str, ...]:
         """State that begins as a copy of the parameter, in its dtype, and that no launch reads: its names."""
         return ()

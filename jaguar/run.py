@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from jaguar.data import Data
 from jaguar.dry_run import check
 from jaguar.errors import Damaged, reading
 from jaguar.flag_groups import OF_THE_RUN, RELEASED_FIXES
+from jaguar.literals import keyword_arguments
+from jaguar.optimizers.names import METHOD, METHODS
 from jaguar.tasks import Example
 from jaguar.training_args import OPTIONS, ZOTrainingArguments
 
@@ -103,6 +105,7 @@ class Run:
         defaults["save_strategy"] = "steps" if save_steps else "best" if eval_steps and has_dev else "no"
         if save_steps:
             defaults |= {"save_steps": save_steps}
+        defaults |= self._automatic(given)
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns that it cannot
         if given.get("released") and (fixed := RELEASED_FIXES & given.keys()):
             raise ValueError(f"--released fixes sampling, beta and update, so --{min(fixed)} cannot be given with it")
@@ -114,6 +117,16 @@ class Run:
             raise ValueError("--lr_scheduler_type constant has no warm-up; choose constant_with_warmup")
         check(args)
         return args
+
+    def _automatic(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Step and perturbation from the losses, where no number was given and there are rows to compare."""
+        given = {"learning_rate": None, **given, **keyword_arguments(given.get("zo_options"))}
+        rows = given.get("per_device_train_batch_size", OF_THE_RUN["per_device_train_batch_size"])
+        rows *= given.get("gradient_accumulation_steps", 1)
+        fits = METHODS[given.get("optim_zo", METHOD)].automatic and given.get("restore") != "walk" and rows > 1
+        if given["learning_rate"] is not None or "lr" in given or given.get("scalar_sign") or not fits:
+            return {}
+        return {name: "auto" for name in ("learning_rate", "tau") if given.get(name) is None}
 
     def state(self, args: ZOTrainingArguments) -> dict[str, Any]:
         """What `jaguar finetune` put into the checkpoint that this run goes on from.

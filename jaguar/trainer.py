@@ -278,13 +278,19 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         return torch.full((), self.zeroth_order.loss(record), device=self.args.device)
 
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
-        """The loss over the micro-batches of a step, and over all processes, as of one large batch."""
+        """The loss over the micro-batches of a step, and over all processes, as of one large batch.
+
+        With an automatic step it is a vector with that mean: an element for every row, or for every micro-batch where
+        the loss is the model's own.
+        """
+        by_row = self.zeroth_order.estimates is not None
         if self.scorer is not None:
-            parts = [self.scorer.loss(batch, model) for batch in window]
+            read = self.scorer.losses if by_row else self.scorer.loss
+            parts = [read(batch, model) for batch in window]
             self.zeroth_order.watch_dtype(self._grain.dtype(parts[0][0]))
-            total, weight = (functools.reduce(torch.add, (pair[i].double() for pair in parts)) for i in (0, 1))
+            parts = [(loss.double(), weight.double()) for loss, weight in parts]
         else:
-            total, weight = self._micro_batches.total(
+            parts = self._micro_batches.parts(
                 window,
                 num_items_in_batch,
                 functools.partial(self._raw_loss, model),
@@ -292,6 +298,10 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
                 spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
             )
         device = self.args.device
+        if by_row:
+            return self._rows([torch.cat([part[i].reshape(-1).to(device) for part in parts]) for i in (0, 1)])
+        zero = torch.zeros((), dtype=torch.float64)
+        total, weight = (functools.reduce(_added, (part[i] for part in parts), zero) for i in (0, 1))
         total = total.to(device)
         # What was counted on the host goes there by a launch, which waits for nothing.
         on_host = weight.device.type == "cpu" != device.type
@@ -299,6 +309,20 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         if self.args.world_size > 1:
             total, weight = summed(torch.stack([total.reshape(()), weight]))
         return total / weight
+
+    def _rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Losses whose mean is that of all rows of all processes, from what each adds to a sum and to its divisor."""
+        both = torch.stack(list(parts))
+        if self.args.world_size > 1:
+            both = self.accelerator.gather(self.accelerator.pad_across_processes(both.T.contiguous())).T  # padded by 0
+            both = both[:, both[1] > 0]
+        if both.shape[1] < 2:
+            raise ValueError(
+                "an automatic step compares rows, and this model says the loss of its batch only: give a scorer, or "
+                "gradient_accumulation_steps of 2 or more, whose micro-batches are compared, or learning_rate and tau "
+                "as numbers"
+            )
+        return both[0] * (both.shape[1] / both[1].sum())
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
         """What `compute_loss` says of a micro-batch."""
@@ -338,9 +362,18 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
             rhos = [rho for record in finite for rho in self.zeroth_order.rho(record)]
             logs["projected_grad"] = math.sqrt(math.fsum(r * r for r in rhos) / len(rhos)) if rhos else math.nan
             self._logged = []
+            logs |= self._automatic()
         if self._zeroth_order and ("loss" in logs or "train_loss" in logs) and self.zeroth_order.n_skipped:
             logs["skipped_steps"] = self.zeroth_order.n_skipped
         super().log(logs, start_time)
+
+    def _automatic(self) -> dict[str, float]:
+        """What an automatic step took, and what it goes by."""
+        found, record = self.zeroth_order.estimates, self.zeroth_order.last_record
+        if found is None or record is None:
+            return {}
+        logs = {"learning_rate": record.lrs[0], "tau": record.taus[0], "curvature": found.curvature}
+        return logs | {"signal_share": found.share}
 
     def create_model_card(self, *args: Any, **others: Any) -> None:
         """Trainer's, with the optimizer that ran and its learning rate."""
@@ -359,6 +392,10 @@ def _running_statistics(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, _NormBase) and module.running_mean is not None
     ]
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    return total.to(part.device) + part
 
 
 def bare(optimizer: Any) -> Any:

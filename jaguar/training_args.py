@@ -69,14 +69,14 @@ class ZOTrainingArguments(TrainingArguments):
     Equivalent to: `TrainingArguments(...)`.
     """
 
-    learning_rate: float | None = _option(  # type: ignore[assignment]
-        "length of a step; default: the optimizer's own"
+    learning_rate: float | str | None = _option(  # type: ignore[assignment]
+        "length of a step, or auto: from the losses; default: the optimizer's own"
     )
     max_grad_norm: float | None = _option(  # type: ignore[assignment]
         "bound on the norm of the gradients of fo-sgd; default: 1.0"
     )
     optim_zo: str = field(default=METHOD, metadata={"help": f"optimizer: {', '.join(METHODS)}"})
-    tau: float | None = _option("length of the perturbation")
+    tau: float | str | None = _option("length of the perturbation, or auto: from the losses")
     beta: float | None = _option("factor of momentum m <- beta m + (1 - beta) g")
     momentum: float | None = _option("factor of momentum m <- momentum m + g")
     coordinates: float | str | None = _option("perturbed coordinates: 100 is a number, 0.01 a fraction")
@@ -109,6 +109,8 @@ class ZOTrainingArguments(TrainingArguments):
             self._refuse_what_needs_gradients()
         if isinstance(self.coordinates, str):  # from a command line: 1 is one coordinate, 1.0 is all of them
             self.coordinates = int(self.coordinates) if self.coordinates.isdecimal() else float(self.coordinates)
+        for name in ("learning_rate", "tau"):
+            setattr(self, name, self._number_or_auto(name))
         self.check_options()
         self._say_what_does_nothing()
         if self.max_grad_norm is None:  # unlike a default of 1.0, it tells whether the user gave one
@@ -122,6 +124,18 @@ class ZOTrainingArguments(TrainingArguments):
                 f"{started} processes were started, and on {self.device} each would be a run of its own, in one "
                 "folder: start one, or give use_cpu=True"
             )
+
+    def _number_or_auto(self, name: str) -> float | str | None:
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        if value == "auto" and not METHODS[self.optim_zo].automatic:
+            fitting = ", ".join(name for name, row in METHODS.items() if row.automatic)
+            raise ValueError(f"{name}='auto' is for {fitting}; {self.optim_zo} takes a number")
+        try:
+            return value if value == "auto" else float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value!r}: give a number, or 'auto'") from None
 
     def _say_what_does_nothing(self) -> None:
         for name, reason in (_WITHOUT_EFFECT_ANYWHERE if self.first_order else WITHOUT_EFFECT).items():

@@ -54,6 +54,16 @@ natural, positive = whole(0), whole(1)
 seed = whole(0, 2**32 - 1)  # what numpy takes
 
 
+def number_or_auto(text: str) -> float | str:
+    """A type: a finite number, or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        return finite(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a finite number nor 'auto'") from None
+
+
 def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf) -> Callable[[str], float]:
     """A type: finite numbers of at least `least`, above `above` and below `below`."""
     bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)

@@ -33,6 +33,7 @@ ENGINE_FLOORS = [
     {"directions"},
     {"rule"},
     {"rules", "estimators"},
+    {"step_size"},
     {"launches", "method"},
     {"kept", "orthogonal"},
     {"reference"},

@@ -154,7 +154,7 @@ def test_odd_losses_warn_once(case: str) -> None:
 
 
 BAD_LOSSES = {
-    "vector": (lambda x: x, ValueError, r"one number.*\(50,\)"),
+    "matrix": (lambda x: x.reshape(5, 10), ValueError, r"one number, or a vector.*\(5, 10\)"),
     "nothing": (lambda x: None, TypeError, "NoneType"),
     "text": (lambda x: "0.5", TypeError, "str"),
     "tuple": (lambda x: (x.sum(), x), TypeError, "tuple"),

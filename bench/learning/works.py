@@ -78,6 +78,8 @@ class Bytes(Work):
     Args:
         folder: keeps the pretrained weights.
         pretraining: steps of AdamW.
+        batch: rows of a step.
+        dtype: of the weights that are trained.
     """
 
     name = "bytes"
@@ -85,8 +87,11 @@ class Bytes(Work):
     passes, grid, points, watched = 2000, GRID, 20, True
     batch, rows = byte_model.BATCH, 64
 
-    def __init__(self, folder: Path, pretraining: int = 1000) -> None:
+    def __init__(
+        self, folder: Path, pretraining: int = 1000, batch: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
+        self.batch, self.dtype = batch or self.batch, dtype
         code, prose = byte_model.documents()
         held, dev = prose.numel() // 10, prose.numel() // 5
         generator = torch.Generator().manual_seed(2)
@@ -103,9 +108,13 @@ class Bytes(Work):
         self._net.eval()
 
     def network(self, variant: str) -> Any:
-        """All weights, or LoRA of rank 8 beside queries and values."""
-        net = copy.deepcopy(self._net)
+        """All weights, those of normalisation layers, or LoRA of rank 8 beside queries and values."""
+        net = copy.deepcopy(self._net).to(self.dtype)
         if variant == "full":
+            return net
+        if variant == "norms":
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_("norm" in name)
             return net
         from peft import LoraConfig, get_peft_model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +22,11 @@ from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed
 from jaguar.optimizers.guards import LossGuard, warn_of_skipped
 from jaguar.optimizers.measuring import Closure, Measuring
 from jaguar.optimizers.shown import shown
-from jaguar.optimizers.trained import Measured, Trained
+from jaguar.optimizers.trained import Measured, Sizes, Trained
 from jaguar.params import Kind, Shard, check_shards
 from jaguar.record import Record
 from jaguar.rule import Scalars, all_finite
+from jaguar.step_size import AUTO, Estimates, StepSize
 
 
 class ZerothOrder(Measuring):
@@ -44,7 +45,8 @@ class ZerothOrder(Measuring):
             runs; None: a copy where it needs under a tenth of the free memory, else "module". No bit depends on it.
         shards: by name (`#position` where names are not known), the tensors that are parts of bigger ones.
         group_values: numbers that parameter groups may set for themselves: lr, tau (1e-3), weight_decay (0.0) and
-            those that the method's rule declares.
+            those that the method's rule declares. lr="auto" and tau="auto" choose them from the losses, as
+            `jaguar.StepSize` says; a group's own are factors then.
 
     Raises:
         ValueError: an argument is out of range, or a number of the rule is missing; the message names what would be
@@ -71,7 +73,13 @@ class ZerothOrder(Measuring):
             raise TypeError(f"method must be a jaguar.Method, got {type(method).__name__}")
         if restore not in (None, "copy", "module"):
             raise ValueError(f"restore={restore!r}: choose 'copy' or 'module', or None")
+        if AUTO in (asked := [group_values.get(key) for key in ("lr", "tau")]):
+            method = replace(method, step_size=StepSize(*(value == AUTO for value in asked)))
+        if method.step_size is not None:
+            # What the groups have is a factor then, so that schedules of lr go on as ever.
+            group_values |= {key: 1.0 for key in method.step_size.chosen if group_values.get(key, AUTO) == AUTO}
         self.method = method
+        self._estimates = Estimates() if method.step_size is not None else None
         self._seed, self._backend = checked_seed(seed), ops.choose(backend)
         self._step = self._skipped = self._skipped_in_a_row = self._stayed = self._n_frozen = 0
         self._last_finite: int | None = None
@@ -138,10 +146,12 @@ class ZerothOrder(Measuring):
             self._trained.read_frozen()  # else a step has begun, and freezing is for the next
         n_losses = self._n_losses(self._step)
         frozen = self._trained.frozen.mark
-        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=frozen)
+        n_errors = self._n_errors(self._step)
+        record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=frozen, n_errors=n_errors)
         self._watch.check(self.param_groups)
         self._launches()
-        inputs = self._inputs(record.lrs, None if record.skipped else self.method.derivatives(self._own(record.losses)))
+        sizes = Sizes(record.lrs, record.taus or self._sizes().taus)
+        inputs = self._inputs(sizes, None if record.skipped else self.method.derivatives(self._own(record.losses)))
         if not all_finite(inputs.scalars):
             raise ValueError(
                 f"the losses {record.losses} give no finite derivative, but the record is not marked as skipped"
@@ -207,10 +217,10 @@ class ZerothOrder(Measuring):
 
     def _measure(self, closure: Closure, held: bool) -> Record:
         with self._trained.forgets_failures():
-            inputs, lrs = self._begin(closure)
+            inputs, sizes = self._begin(closure)
             with HeldInterrupts() as interrupts:
                 hold = self._holds if held else self.method.walk
-                self._measured = self._evaluate(closure, inputs, lrs, interrupts, hold)
+                self._measured = self._evaluate(closure, inputs, sizes, interrupts, hold)
         return self._measured.record
 
     @property
@@ -221,10 +231,10 @@ class ZerothOrder(Measuring):
 
     def _measure_and_move(self, closure: Closure) -> Record:
         with self._trained.forgets_failures():
-            inputs, lrs = self._begin(closure)
+            inputs, sizes = self._begin(closure)
             with HeldInterrupts() as interrupts:
                 try:
-                    self._measured = measured = self._evaluate(closure, inputs, lrs, interrupts, self._holds)
+                    self._measured = measured = self._evaluate(closure, inputs, sizes, interrupts, self._holds)
                     self._move(measured.record, inputs, measured.scalars)
                 except BaseException:
                     if not self._broken:  # nothing was written: the parameters go back to where the step began
@@ -289,6 +299,10 @@ class ZerothOrder(Measuring):
         else:
             self._stayed += not self.method.moves(self._own(record.losses))
             self._skipped_in_a_row, self._last_finite = 0, record.step
+            if self.method.step_size is not None and self._estimates is not None:
+                sign, factor = -1.0 if self.method.maximize else 1.0, float(self.param_groups[0]["tau"])
+                own = self.method.estimator, record, factor, sign, self._itemsize
+                self.method.step_size.learn(self._estimates, *own)
 
     def _check_usable(self) -> None:
         if self._broken:
@@ -338,7 +352,8 @@ class ZerothOrder(Measuring):
         if rows := [f"{slot.name}[{slot.kept}]" for slot in self._slots if slot.kept is not None]:
             options["padding_rows"] = ", ".join(rows)
         counts = self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite
-        return Saved(*counts, options, self._stayed)
+        found = None if self._estimates is None else asdict(self._estimates)
+        return Saved(*counts, options, self._stayed, found)
 
     def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         fitting, exact, saved = unpacked(state, self.param_groups, self._saved())
@@ -348,6 +363,7 @@ class ZerothOrder(Measuring):
         self.state.update(exact)
         self._step, self._seed, self._last_finite = saved.step, saved.seed, saved.last_finite
         self._skipped, self._skipped_in_a_row, self._stayed = saved.skipped, saved.skipped_in_a_row, saved.stayed
+        self._estimates = None if saved.estimates is None else Estimates(**saved.estimates)
         self._broken, self._measured, self._last_record = False, None, None
         self._watch.restart(self.param_groups if self._step else None)
         self._trained.take(slots_of(self.param_groups, self._slots, self._shards))

@@ -29,6 +29,7 @@ class Saved:
         last_finite: the last step whose loss was, if there was one.
         options: those that decide bits: a `Method` as plain values, and the rows that stay.
         stayed: steps whose losses were finite and moved nothing; not written where there are none, as in 0.2.0.
+        estimates: what an automatic step goes by, numbers by name; not written where lr and tau are numbers.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Saved:
     last_finite: int | None
     options: dict[str, Any]
     stayed: int = 0
+    estimates: dict[str, float] | None = None
 
     @property
     def moved(self) -> int:
@@ -47,7 +49,7 @@ class Saved:
     def entry(self) -> dict[str, Any]:
         """As it stands in a state_dict: ints, strings and the options as plain values."""
         entry = vars(self) | {"last_finite": -1 if self.last_finite is None else self.last_finite}
-        return {key: value for key, value in entry.items() if key != "stayed" or value}
+        return {key: value for key, value in entry.items() if key not in ("stayed", "estimates") or value}
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Saved:

@@ -17,7 +17,7 @@ class Common(TypedDict, total=False):
     """Keyword arguments of every zero-order optimizer.
 
     Attributes:
-        tau: length of the perturbation, 1e-3.
+        tau: length of the perturbation, 1e-3; "auto" where lr can be.
         restore: how `measure` gets back from dense directions: "copy", "module", "walk" or None, as `jaguar.ZOSGD`.
         momentum_dtype: torch.float32, bfloat16 or float8_e5m2; None: the parameter's (bfloat16 for fp16 parameters).
         rounding: "stochastic" (the default) or "nearest", for everything stored in less than fp32.
@@ -30,7 +30,7 @@ class Common(TypedDict, total=False):
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
     """
 
-    tau: float
+    tau: float | str
     restore: str | None
     momentum_dtype: torch.dtype | None
     rounding: str | None

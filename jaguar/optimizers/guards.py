@@ -33,21 +33,23 @@ class LossGuard:
         self._equal = self._zero = self._empty = 0
 
     def as_float(self, loss: Any, double: bool) -> float:
-        """The loss, rounded to fp32 unless `double`.
+        """The loss, or the mean of a vector of the rows' losses, rounded to fp32 unless `double`.
 
         Raises:
             TypeError: it is neither a tensor nor a number.
-            ValueError: it has more than one element.
+            ValueError: it is empty, or has several dimensions.
         """
         if isinstance(loss, (int, float)) and not isinstance(loss, bool):
             loss = torch.tensor(loss, dtype=torch.float64)
         if not isinstance(loss, Tensor):
             raise TypeError(f"the closure must return the loss as a scalar tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:
+        rows = loss.dim() == 1 and loss.numel() > 1
+        if loss.numel() != 1 and not rows:
             raise ValueError(
-                f"the closure must return one number, got a tensor of shape {tuple(loss.shape)}; take its mean"
+                "the closure must return one number, or a vector with the loss of each row, got a tensor of shape "
+                f"{tuple(loss.shape)}; take its mean"
             )
-        if loss.dim() != 0:
+        if loss.dim() != 0 and not rows:
             self._tell(
                 "shape", f"the closure's loss has shape {tuple(loss.shape)} instead of (); its only element is used"
             )
@@ -58,6 +60,8 @@ class LossGuard:
                 "for nothing",
             )
         self.watch_dtype(loss.dtype)
+        if rows:
+            loss = loss.detach().double().mean()
         return float(loss.detach().to(torch.float64 if double else torch.float32))
 
     def watch_dtype(self, dtype: torch.dtype) -> None:

@@ -31,10 +31,11 @@ class JaguarSignSGD(ZerothOrder):
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, beta, weight_decay, or
             model.named_parameters(), whose names make the random numbers independent of the order.
-        lr: length of a coordinate's step; None: 1e-4 for "sampled", 1e-6 for "all".
+        lr: length of a coordinate's step; None: 1e-4 for "sampled", 1e-6 for "all"; "auto": from the losses, as
+            `jaguar.StepSize` says; the closure then returns the loss of each row of its batch, a vector.
         beta: momentum factor in [0, 1).
         weight_decay: decoupled, multiplied by lr.
-        tau: length of the perturbation of a coordinate.
+        tau: length of the perturbation of a coordinate, or "auto".
         coordinates: int: number over the whole set; float in (0, 1]: fraction of every tensor.
         layout: "uniform": elements; "block": rows x columns of each matrix.
         signs: "rademacher": random s_i; "ones": s_i = 1.
@@ -61,11 +62,11 @@ class JaguarSignSGD(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float | None = None,
+        lr: float | str | None = None,
         beta: float = 0.9,
         weight_decay: float = 0.0,
         *,
-        tau: float = 1e-3,
+        tau: float | str = 1e-3,
         coordinates: int | float = 0.01,
         layout: str = "uniform",
         signs: str = "rademacher",

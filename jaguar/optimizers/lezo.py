@@ -24,7 +24,7 @@ class LeZO(ZerothOrder):
     Args:
         params: model.named_parameters(), whose names say which layer a tensor is in, or dicts of such with their own
             lr, tau, weight_decay.
-        lr: learning rate; a parameter of a layer that takes part moves lr rho z_i.
+        lr: learning rate; a parameter of a layer that takes part moves lr rho z_i; or "auto" as `ZOSGD`.
         weight_decay: decoupled, multiplied by lr; of the tensors that take part.
         keep: share of the layers, in (0, 1]; rounded to a number, halves to even, at least one. The paper drops 75 %.
         layers: prefixes of parameter names, one per layer; None: what comes before the first number in a name, and
@@ -43,7 +43,7 @@ class LeZO(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | str = 1e-6,
         *,
         keep: float = 0.25,
         layers: Collection[str] | None = None,

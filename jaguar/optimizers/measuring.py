@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,21 +16,25 @@ from jaguar.bind import Bound
 from jaguar.estimators import Derivatives, Probe
 from jaguar.interrupts import HeldInterrupts
 from jaguar.isolation import Isolation
-from jaguar.launches import StepInputs
+from jaguar.launches import Lost, StepInputs
 from jaguar.method import Method
 from jaguar.module_state import ModuleState
 from jaguar.optimizers.contract import Contract
 from jaguar.optimizers.groups import Watch
 from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost
 from jaguar.optimizers.state import Roster
-from jaguar.optimizers.trained import Measured, Trained
+from jaguar.optimizers.trained import Measured, Sizes, Trained
 from jaguar.optimizers.trials import Trials, trial
 from jaguar.params import Kind, Slot
 from jaguar.record import Record
 from jaguar.rng import Draw
 from jaguar.rule import Scalars, all_finite
+from jaguar.step_size import Estimates, standard_errors
 
 Closure = Callable[[], Tensor]
+
+# An automatic tau begins where rounding swallows less than this share of the perturbation.
+_SWALLOWED = 0.2
 
 
 class Evaluate(Protocol):
@@ -59,6 +63,7 @@ class Measuring(Contract):
     _watch: Watch
     _guard: LossGuard
     _modules: ModuleState
+    _estimates: Estimates | None
 
     @property
     def fraction(self) -> float:
@@ -73,9 +78,15 @@ class Measuring(Contract):
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
         double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
-        return self.method.estimator.rho(self._own(record.losses), self.param_groups[0]["tau"], double)
+        tau = record.taus[0] if record.taus else self.param_groups[0]["tau"]
+        return self.method.estimator.rho(self._own(record.losses), tau, double)
 
-    def _begin(self, closure: Closure) -> tuple[StepInputs, tuple[float, ...]]:
+    @property
+    def estimates(self) -> Estimates | None:
+        """What an automatic step goes by; None where lr and tau are numbers."""
+        return self._estimates
+
+    def _begin(self, closure: Closure) -> tuple[StepInputs, Sizes]:
         """Everything that may fail, or take long, before the parameters are moved."""
         self._check_usable()
         if self._measured is not None and self._measured.probe is not None:
@@ -88,22 +99,55 @@ class Measuring(Contract):
         self._measured = None
         self._trained.read_frozen()
         bound = self._launches()
-        lrs = tuple(float(group["lr"]) for group in self.param_groups)
-        inputs = self._inputs(lrs)
+        sizes = self._sizes()
+        inputs = self._inputs(sizes)
         bound.prepare(inputs)
         if self._step == 0 and self.lost_share is None and self.method.estimator.points:
             with torch.no_grad():
                 lost = bound.lost(inputs)
+                while self._grows(lost):
+                    sizes = self._sizes()
+                    inputs = self._inputs(sizes)
+                    bound.prepare(inputs)
+                    lost = bound.lost(inputs)
             self.lost_share = {part.name: part.share for part in lost}
-            warn_of_lost(lost, self.method.direction.fate_of_lost)
-        return inputs, lrs
+            if self.method.step_size is None or not self.method.step_size.tau:  # else nobody could raise it
+                warn_of_lost(lost, self.method.direction.fate_of_lost)
+        return inputs, sizes
+
+    def _grows(self, lost: Sequence[Lost]) -> bool:
+        """Makes an automatic tau longer where rounding swallows much of the perturbation; returns whether it did."""
+        auto, found = self.method.step_size, self._estimates
+        if auto is None or not auto.tau or found is None or found.tau > 0.1:
+            return False
+        share = sum(part.lost for part in lost) / max(1, sum(part.perturbed for part in lost))
+        found.tau *= 2.0 if share > _SWALLOWED else 1.0
+        return share > _SWALLOWED
+
+    def _sizes(self) -> Sizes:
+        """Of the next step: what the groups say, times what is automatic."""
+        lrs, taus = (tuple(float(group[key]) for group in self.param_groups) for key in ("lr", "tau"))
+        auto, found = self.method.step_size, self._estimates
+        if auto is None or found is None:
+            return Sizes(lrs, taus)
+        if auto.lr:
+            lrs = tuple(lr * self._automatic_lr(group) for lr, group in zip(lrs, self.param_groups, strict=True))
+        if auto.tau:
+            taus = tuple(tau * found.tau for tau in taus)
+        return Sizes(lrs, taus)
+
+    def _automatic_lr(self, group: Mapping[str, Any]) -> float:
+        method, found = self.method, self._estimates
+        assert method.step_size is not None and found is not None
+        return method.step_size.lr_of(found, method.rule, group, method.estimator.n_directions, self.fraction)
 
     def _evaluate(
-        self, closure: Closure, inputs: StepInputs, lrs: tuple[float, ...], interrupts: HeldInterrupts, hold: bool
+        self, closure: Closure, inputs: StepInputs, sizes: Sizes, interrupts: HeldInterrupts, hold: bool
     ) -> Measured:
         """The evaluations of a step; with `hold` the last probe stays where it is."""
         trained, roster = self._trained, self._trained.roster
         seed = rng.closure_seed(self._seed, self._step)
+        rows: list[Tensor] = []  # losses of each evaluation
         surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors)
         with surroundings as isolation, torch.no_grad():
 
@@ -112,6 +156,8 @@ class Measuring(Contract):
                     with interrupts.let_through():
                         loss = isolation.evaluate(closure, seed)
                         value = self._guard.as_float(loss, roster.double)
+                        if self._estimates is not None:
+                            rows.append(torch.as_tensor(loss))
                         if read is not None:
                             read(loss)
                         return value
@@ -125,13 +171,13 @@ class Measuring(Contract):
 
             def stepped(derivatives: Derivatives) -> AbstractContextManager[None]:
                 trained.make_state()
-                scalars = self._scalars(lrs, self.method.downhill(derivatives))
+                scalars = self._scalars(sizes, self.method.downhill(derivatives))
                 tried = replace(inputs, scalars=scalars, state=roster.state)
                 return trial(trained.bound, tried, roster.tensors)
 
             losses, held = self._losses(evaluate, inputs, hold, Trials(stepped, lambda: roster.copies("previous")))
             try:
-                record, scalars = self._recorded(losses, lrs)
+                record, scalars = self._recorded(losses, sizes, rows)
                 if roster.slots:
                     self._guard.watch(losses, trained.bound.n_perturbed(inputs))
             except BaseException:  # a warning may be an error
@@ -144,24 +190,47 @@ class Measuring(Contract):
         self, evaluate: Evaluate, inputs: StepInputs, hold: bool, places: Trials
     ) -> tuple[tuple[float, ...], Probe | None]:
         """The losses of a step in order, and the probe that is held."""
-        probes = self._trained.bound.probes(inputs)
-        losses = self.method.estimator.measure(evaluate, probes, hold, places)
-        return losses, probes[-1] if hold else None
+        probes, method = self._trained.bound.probes(inputs), self.method
+        more: tuple[float, ...] = ()
+        if method.step_size is not None:
+            number, nearby = self._step - self._skipped, self._itemsize >= 4
+            more = method.step_size.look(method.estimator, evaluate, probes, number, nearby)
+        losses = method.estimator.measure(evaluate, probes, hold, places)
+        return more + losses, probes[-1] if hold else None
 
     def _n_losses(self, step: int) -> int:
         """How many losses the record of a step has."""
-        return self.method.estimator.n_losses
+        curvature, resolution = self._looks(step)
+        return self.method.estimator.n_losses + curvature + 2 * resolution
+
+    def _n_errors(self, step: int) -> int:
+        """How many standard errors the record of a step has."""
+        return 0 if self._estimates is None else self.method.estimator.n_directions + sum(self._looks(step))
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a parameter that takes part, of the shortest."""
+        return min(tensor.dtype.itemsize for tensor in self._roster.tensors)
+
+    def _looks(self, step: int) -> tuple[bool, bool]:
+        auto = self.method.step_size
+        return (False, False) if auto is None else auto.looks(self.method.estimator, step - self._skipped)
 
     def _own(self, losses: tuple[float, ...]) -> tuple[float, ...]:
         """The losses that the estimator measured: the last ones."""
         return losses[len(losses) - self.method.estimator.n_losses :]
 
-    def _recorded(self, losses: tuple[float, ...], lrs: tuple[float, ...]) -> tuple[Record, Mapping[Kind, Scalars]]:
+    def _recorded(
+        self, losses: tuple[float, ...], sizes: Sizes, rows: Sequence[Tensor]
+    ) -> tuple[Record, Mapping[Kind, Scalars]]:
         """The record of a step, and what its launches will read."""
         finite = all(map(math.isfinite, losses))
-        scalars = self._scalars(lrs, self.method.derivatives(self._own(losses)) if finite else None)
+        scalars = self._scalars(sizes, self.method.derivatives(self._own(losses)) if finite else None)
         finite = finite and all_finite(scalars)  # finite losses, but rho may overflow
-        record = Record(self._step, lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
+        record = Record(self._step, sizes.lrs, losses, skipped=not finite, frozen=self._trained.frozen.mark)
+        if self._estimates is not None:
+            errors = standard_errors(self.method.estimator, rows)
+            record = replace(record, taus=sizes.taus, errors=errors, rows=rows[0].numel())
         if record.skipped and self._skipped_in_a_row + 1 >= self.max_skipped:
             raise NonFiniteLoss(
                 f"{self.max_skipped} steps in a row had a non-finite loss (the last one {losses}); last finite step: "
@@ -169,14 +238,14 @@ class Measuring(Contract):
             )
         return record, scalars
 
-    def _inputs(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> StepInputs:
+    def _inputs(self, sizes: Sizes, derivatives: Derivatives | None = None) -> StepInputs:
         """Inputs of the launches; without derivatives before the losses are known."""
         draws = tuple(Draw(self._seed, self._step, k) for k in range(self.method.estimator.n_directions))
-        return self._trained.inputs(draws, self._scalars(lrs, derivatives))
+        return self._trained.inputs(draws, self._scalars(sizes, derivatives))
 
-    def _scalars(self, lrs: Sequence[float], derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
+    def _scalars(self, sizes: Sizes, derivatives: Derivatives | None = None) -> dict[Kind, Scalars]:
         t = self._step - self._skipped - self._stayed + 1
-        return self._trained.scalars(Draw(self._seed, self._step, 0), self.param_groups, lrs, t, derivatives)
+        return self._trained.scalars(Draw(self._seed, self._step, 0), self.param_groups, sizes, t, derivatives)
 
     def _launches(self) -> Bound:
         return self._trained.launches(self.param_groups, self.state)

@@ -33,24 +33,28 @@ class Named(NamedTuple):
         module: where that is; None: in torch.
         lr: its default learning rate, as --help shows it.
         further: its own arguments that have no flag, as --help shows them.
+        automatic: its lr and tau may be "auto".
     """
 
     cls: str | None
     module: str | None
     lr: str
     further: str = ""
+    automatic: bool = False
 
 
 # The first-order baseline: torch.optim.SGD with backward passes, through the same trainer.
 FIRST_ORDER = "fo-sgd"
 
 METHODS: dict[str, Named] = {
-    "jaguar-signsgd": Named("JaguarSignSGD", "jaguar.optimizers.jaguar_signsgd", "1e-4, 1e-6 with --update all"),
+    "jaguar-signsgd": Named(
+        "JaguarSignSGD", "jaguar.optimizers.jaguar_signsgd", "1e-4, 1e-6 with --update all", automatic=True
+    ),
     "jaguar-muon": Named("JaguarMuon", "jaguar.optimizers.jaguar_muon", "1e-3"),
-    "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6"),
-    "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6", "scalar_sign"),
+    "zo-sgd": Named("ZOSGD", "jaguar.optimizers.zo_sgd", "1e-6", automatic=True),
+    "zo-signsgd": Named("ZOSignSGD", "jaguar.optimizers.zo_signsgd", "1e-6", "scalar_sign", True),
     "zo-adamm": Named("ZOAdaMM", "jaguar.optimizers.zo_adamm", "1e-4", "betas, eps, amsgrad, bias_correction"),
-    "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6", "keep, layers"),
+    "lezo": Named("LeZO", "jaguar.optimizers.lezo", "1e-6", "keep, layers", True),
     "zo-muon": Named("ZOMuon", "jaguar.optimizers.zo_muon", "1e-3", "algorithm"),
     "dizo": Named(
         "DiZO",

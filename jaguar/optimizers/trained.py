@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,18 @@ from jaguar.rule import Scalars
 from jaguar.uploads import refuse_capture
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+class Sizes(NamedTuple):
+    """What a step is as long as, by parameter group.
+
+    Attributes:
+        lrs: learning rates.
+        taus: lengths of the perturbation.
+    """
+
+    lrs: tuple[float, ...]
+    taus: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -139,21 +151,20 @@ class Trained:
         return StepInputs(draws, scalars, self.roster.state, active)
 
     def scalars(
-        self, draw: Draw, groups: Groups, lrs: Sequence[float], t: int, derivatives: Derivatives | None = None
+        self, draw: Draw, groups: Groups, sizes: Sizes, t: int, derivatives: Derivatives | None = None
     ) -> dict[Kind, Scalars]:
         """The scalars of every kind of tensor; without weights where there are no derivatives.
 
         Args:
             draw: the step's first direction.
-            lrs: learning rate of each group.
             t: number of the step among those that moved something, from 1.
         """
         made: dict[Kind, Scalars] = {}
         length = self._length(draw)
         for kind in self.roster.kinds:
-            group = groups[kind.group]
-            rho = derivatives(group["tau"], kind.double) if derivatives is not None else ()
-            made[kind] = self._method.scalars(kind, group, lrs[kind.group], rho, t, length)
+            group, (lr, tau) = groups[kind.group], (by_group[kind.group] for by_group in sizes)
+            rho = derivatives(tau, kind.double) if derivatives is not None else ()
+            made[kind] = self._method.scalars(kind, {**group, "tau": tau}, lr, rho, t, length)
         return made
 
     def _length(self, draw: Draw) -> float:

@@ -24,10 +24,11 @@ class ZOSGD(ZerothOrder):
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, momentum, weight_decay, or
             model.named_parameters(), whose names make the random numbers independent of the order.
-        lr: learning rate; a parameter moves lr rho z_i.
+        lr: learning rate; a parameter moves lr rho z_i. "auto": from the losses, as `jaguar.StepSize` says; the closure
+            then returns the loss of each row of its batch, a vector.
         momentum: heavy-ball factor in [0, 1), without a factor of 1 - momentum, as torch.optim.SGD; 0 keeps no state.
         weight_decay: decoupled, multiplied by lr.
-        tau: length of the perturbation in units of z (MeZO's eps).
+        tau: length of the perturbation in units of z (MeZO's eps), or "auto".
         distribution: of z: "gaussian" or "rademacher".
         restore: how `measure` gets back: "copy" of the trained tensors, "module" by module while the model runs, or
             "walk" (MeZO's way: no memory, and a drift that replays reproduce); None: a copy where it needs under a
@@ -52,11 +53,11 @@ class ZOSGD(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | str = 1e-6,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         *,
-        tau: float = 1e-3,
+        tau: float | str = 1e-3,
         distribution: str = "gaussian",
         restore: str | None = None,
         momentum_dtype: torch.dtype | None = None,

@@ -23,7 +23,7 @@ class ZOSignSGD(ZerothOrder):
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, momentum, weight_decay, or
             model.named_parameters(), whose names make the random numbers independent of the order.
-        lr: length of every coordinate's step.
+        lr: length of every coordinate's step, or "auto" as `ZOSGD`.
         momentum: heavy-ball factor in [0, 1), without a factor of 1 - momentum, as torch.optim.SGD; 0 keeps no state.
         weight_decay: decoupled, multiplied by lr.
         scalar_sign: take the sign of rho alone.
@@ -42,7 +42,7 @@ class ZOSignSGD(ZerothOrder):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-6,
+        lr: float | str = 1e-6,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         *,

@@ -191,12 +191,17 @@ class Scorer:
 
         Both are 0-dim tensors; sums over several batches divided by their weights are the loss of one large batch.
         """
+        losses, weights = self.losses(batch, model)
+        return losses.sum(), weights.sum()
+
+    def losses(self, batch: Mapping[str, Any], model: Any = None) -> tuple[Tensor, Tensor]:
+        """What each row of a batch adds to the two numbers of `loss`."""
         scores, lengths = self._outcome(batch, model)
         losses = row_losses(scores, batch["labels"], self.objective)
         if self.objective == "classification":
-            return losses.sum(), losses.new_full((), len(losses))
+            return losses, torch.ones_like(losses)
         tokens = lengths.gather(1, batch["labels"][:, None])[:, 0].to(losses.dtype)
-        return (losses * tokens).sum(), tokens.sum()
+        return losses * tokens, tokens
 
     def _outcome(self, batch: Mapping[str, Any], model: Any) -> tuple[Tensor, Tensor]:
         if "examples" in batch:
