@@ -86,6 +86,17 @@ class Contender:
         estimator = optimizer.method.estimator
         return self.cost * estimator.evaluations([0.0] * estimator.n_losses)
 
+    def steps(self, optimizer: Any, budget: float) -> int:
+        """Steps of its optimizer that a number of forward passes is enough for, at least one."""
+        each = self.passes(optimizer)
+        if not self.by_row:
+            return max(1, int(budget / each))
+        method, steps, spent = optimizer.method, 0, 0.0
+        while spent <= budget:
+            curvature, resolution = method.step_size.looks(method.estimator, steps)
+            spent, steps = spent + each + curvature + 2 * resolution, steps + 1
+        return max(1, steps - 1)
+
     def optimizer(self, net: Any, steps: int, seed: int, setting: Mapping[str, float]) -> Any:
         """A new one over the trained parameters of a network.
 
@@ -107,6 +118,7 @@ class Contender:
 NS_OPTIONS = {"ns_dtype": torch.float32}  # products in bf16 are emulated on most CPUs, and slow
 _FOUR = {"estimator": "one-sided", "n_directions": 4}
 _EIGHT = {"estimator": "one-sided", "n_directions": 8}
+_AUTO = {"lr": "auto", "tau": "auto"}
 _ONE_SIDED = {"": 1e-3, "reviews": 1e-2, "reviews norms": 5e-3, "reviews full": 2e-3}
 # Not "reviews full": directions of 134.5 M numbers take a CPU 15 times as long as the forward passes.
 _REVIEWS = ("reviews norms", "reviews lora")
@@ -137,6 +149,15 @@ CONTENDERS = [
         _VECTORS,
         runs=_REVIEWS,
     ),
+    Contender("ZO-SGD, one-sided, 8, auto", "zo-sgd", {}, {**_EIGHT, **_AUTO}, runs=("bytes", *_REVIEWS)),
+    Contender(
+        "JAGUAR SignSGD, one-sided, 4, auto",
+        "jaguar-signsgd",
+        {},
+        {"coordinates": 1.0, **_FOUR, **_AUTO},
+        runs=_REVIEWS,
+    ),
+    Contender("ZO-SGD, auto", "zo-sgd", {}, _AUTO),
     Contender("FZOO, 8", "fzoo", _FZOO, {"n_directions": 8}, _ONE_SIDED, runs=("bytes", "reviews norms")),
     Contender("JAGUAR SignSGD", "jaguar-signsgd", {"": 3e-3}, {"coordinates": 0.01}),
     Contender("JAGUAR SignSGD, all", "jaguar-signsgd", {"": 3e-5}, {"coordinates": 0.01, "update": "all"}),

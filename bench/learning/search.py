@@ -102,7 +102,7 @@ def run(
     points = work.points if points is None else points
     net = work.network(point.variant)
     probe = contender.optimizer(net, 100, point.seed, point.setting)
-    steps = max(1, int(point.budget / contender.passes(probe)))
+    steps = contender.steps(probe, point.budget)
     optimizer = contender.optimizer(net, steps, point.seed, point.setting)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     losses, first_order = work.losses(net, point.seed, contender.by_row), isinstance(optimizer, torch.optim.SGD)
