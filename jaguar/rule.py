@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,40 @@ def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | No
     return chosen or (torch.bfloat16 if parameter == torch.float16 else parameter)
 
 
+class Seen(NamedTuple):
+    """What the length of the best step depends on.
+
+    Attributes:
+        share: g'Cg / E[rho^2], g the gradient, C the covariance of the directions.
+        square: E[rho^2].
+        curvature: tr(CH), H the Hessian.
+    """
+
+    share: float
+    square: float
+    curvature: float
+
+    def along_signs(self, beta: float, again: float) -> float:
+        """The best length of steps along sign(m), m an exponential mean of noisy derivatives.
+
+            sqrt(2 / pi) sqrt((1 + beta) / (1 - beta)) g'Cg / (sqrt(E[rho^2]) tr(CH) c),
+            c = 1 + 2 sum over k = 1, 2, ... of (2 / pi) asin(b^k)
+
+        A mean of noise is smaller, so its sign is right more often; and the signs of two steps of a coordinate agree
+        with the correlation (2 / pi) asin(b^k), so that wrong ones add up.
+
+        Args:
+            beta: factor of the mean.
+            again: b: the correlation of m in two steps of a coordinate that follow each other.
+
+        Source: Sheppard's orthant probability of two normals.
+        """
+        terms = min(100_000, math.ceil(math.log(1e-4) / math.log(again))) if again > 0.0 else 0
+        together = 1.0 + 4.0 / math.pi * math.fsum(math.asin(again**k) for k in range(1, terms + 1))
+        right = math.sqrt(2.0 / math.pi * (1.0 + beta) / (1.0 - beta))
+        return right * self.share * math.sqrt(self.square) / (self.curvature * together)
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule: state <- entry(*state, g, *numbers), then x <- step(x, *state, decay, lr, *numbers).
@@ -154,15 +188,10 @@ class Rule:
         """Weights of the directions in g in the t-th step that moved something: rho, or a multiple of it."""
         return tuple(rho)
 
-    def best_lr(
-        self, share: float, square: float, curvature: float, group: Mapping[str, Any], n: int, fraction: float
-    ) -> float:
+    def best_lr(self, seen: Seen, group: Mapping[str, Any], n: int, fraction: float) -> float:
         """The learning rate that lowers the loss most, where that is known; needed for `lr="auto"` only.
 
         Args:
-            share: g'Cg / E[rho^2], g the gradient, C the covariance of the directions.
-            square: E[rho^2].
-            curvature: tr(CH), H the Hessian.
             n: directions of a step.
             fraction: share of the coordinates that a direction has.
         """

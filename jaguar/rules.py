@@ -17,7 +17,8 @@ from torch import Tensor
 
 from jaguar.directions import Direction, Mixed
 from jaguar.params import Slot
-from jaguar.rule import FACTOR, NOT_NEGATIVE, POSITIVE, Buffer, Range, Rule, rounded
+from jaguar.rounding import root
+from jaguar.rule import FACTOR, NOT_NEGATIVE, POSITIVE, Buffer, Range, Rule, Seen, rounded
 
 __all__ = [
     "FACTOR",
@@ -148,44 +149,6 @@ def amsgrad_step(
     return adam_step(x, m, h, decay, lr, eps, c1, c2)
 
 
-def root(v: Tensor) -> Tensor:
-    """The square root, rounded correctly: libraries' own on CPUs are off by one bit in some of the numbers.
-
-    In fp32 by way of fp64. In fp64 one step of Newton's with the exact remainder v - y^2, from halves of y.
-    """
-    if v.dtype != torch.float64:
-        return torch.sqrt(v.to(torch.float64)).to(v.dtype)
-    y = torch.sqrt(v)
-    shifted = y * 134217729.0  # 2^27 + 1
-    high = shifted - (shifted - y)
-    low = y - high
-    remainder = ((v - high * high) - (high + high) * low) - low * low
-    # Below, the remainder's last bits would be subnormal; above, the products overflow. Infinity and NaN stay.
-    exact = (v > 2.0**-900) & (v < 2.0**900)
-    return torch.where(exact, y + remainder / (y + y), y)
-
-
-def along_signs(share: float, square: float, curvature: float, beta: float, again: float) -> float:
-    """The best length of steps along sign(m), m an exponential mean of noisy derivatives.
-
-        sqrt(2 / pi) sqrt((1 + beta) / (1 - beta)) g'Cg / (sqrt(E[rho^2]) tr(CH) c),
-        c = 1 + 2 sum over k = 1, 2, ... of (2 / pi) asin(b^k)
-
-    A mean of noise is smaller, so its sign is right more often; and the signs of two steps of a coordinate agree with
-    the correlation (2 / pi) asin(b^k), so that wrong ones add up.
-
-    Args:
-        beta: factor of the mean.
-        again: b: the correlation of m in two steps of a coordinate that follow each other.
-
-    Source: Sheppard's orthant probability of two normals.
-    """
-    terms = min(100_000, math.ceil(math.log(1e-4) / math.log(again))) if again > 0.0 else 0
-    together = 1.0 + 4.0 / math.pi * math.fsum(math.asin(again**k) for k in range(1, terms + 1))
-    right = math.sqrt(2.0 / math.pi * (1.0 + beta) / (1.0 - beta))
-    return right * share * math.sqrt(square) / (curvature * together)
-
-
 # -- rules ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,11 +188,9 @@ class SGD(Rule):
         """The momentum factor."""
         return (float(group.get("momentum", 0.0)),)
 
-    def best_lr(
-        self, share: float, square: float, curvature: float, group: Mapping[str, Any], n: int, fraction: float
-    ) -> float:
+    def best_lr(self, seen: Seen, group: Mapping[str, Any], n: int, fraction: float) -> float:
         """(1 - momentum) n g'Cg / (E[rho^2] tr(CH)): momentum adds up what follows each other."""
-        return (1.0 - float(group.get("momentum", 0.0))) * n * share / curvature
+        return (1.0 - float(group.get("momentum", 0.0))) * n * seen.share / seen.curvature
 
     def options(self) -> dict[str, Any]:
         """Whether there is no momentum."""
@@ -247,12 +208,10 @@ class Sign(SGD):
         """`sign_step`."""
         return sign_step
 
-    def best_lr(
-        self, share: float, square: float, curvature: float, group: Mapping[str, Any], n: int, fraction: float
-    ) -> float:
-        """sqrt(2 n / pi) g'Cg / (sqrt(E[rho^2]) tr(CH)), changed by what momentum does to signs (`along_signs`)."""
+    def best_lr(self, seen: Seen, group: Mapping[str, Any], n: int, fraction: float) -> float:
+        """sqrt(2 n / pi) g'Cg / (sqrt(E[rho^2]) tr(CH)), changed by what momentum does to signs."""
         momentum = float(group.get("momentum", 0.0))
-        return math.sqrt(n) * along_signs(share, square, curvature, momentum, momentum)
+        return math.sqrt(n) * seen.along_signs(momentum, momentum)
 
 
 @dataclass(frozen=True)
@@ -315,15 +274,13 @@ class AveragedSign(Rule):
         share = rounded(1.0 - float(group.get("beta", 0.0)), double)
         return tuple(rounded(share * r, double) for r in rho)
 
-    def best_lr(
-        self, share: float, square: float, curvature: float, group: Mapping[str, Any], n: int, fraction: float
-    ) -> float:
-        """sqrt(2 / pi) g'Cg / (sqrt(E[rho^2]) tr(CH)), changed by what momentum does to signs (`along_signs`).
+    def best_lr(self, seen: Seen, group: Mapping[str, Any], n: int, fraction: float) -> float:
+        """sqrt(2 / pi) g'Cg / (sqrt(E[rho^2]) tr(CH)), changed by what momentum does to signs.
 
         Where all coordinates move, a sign moves its coordinate until the coordinate is sampled again.
         """
         beta, visits = float(group.get("beta", 0.0)), n * fraction
-        best = along_signs(share, square, curvature, beta, beta ** max(1.0, visits))
+        best = seen.along_signs(beta, beta ** max(1.0, visits))
         return best * min(1.0, visits) if self.update == "all" else best
 
     def options(self) -> dict[str, Any]:

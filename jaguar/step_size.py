@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jaguar.estimators import Estimator, OneSided, Probe, TwoSided, evaluated
 from jaguar.record import Record
-from jaguar.rule import Rule
+from jaguar.rule import Rule, Seen
 
 AUTO = "auto"
 
@@ -211,7 +211,7 @@ class StepSize:
         curvature = found.sure_curvature
         if not found.steps or not math.isfinite(curvature):
             return 0.0
-        return rule.best_lr(found.sure_share, found.square, curvature, group, n, fraction)
+        return rule.best_lr(Seen(found.sure_share, found.square, curvature), group, n, fraction)
 
     def learn(
         self, found: Estimates, estimator: Estimator, record: Record, factor: float, sign: float, itemsize: int

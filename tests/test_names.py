@@ -85,8 +85,9 @@ def test_the_help_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     (names,) = re.findall(r"--optim_zo \{([^}]*)\}", text)
     assert names.replace(" ", "").split(",") == [*METHODS]
-    rates = re.search(r"--learning_rate X length of a step \(default: ([^)]*)\)", text)
-    assert rates and rates[1].split("; ") == [f"{name} {row.lr}" for name, row in METHODS.items()]
+    rates = re.search(r"--learning_rate X\|auto length of a step; [^(]*\(default: ([^)]*)\)", text)
+    shown = [f"{name} {'auto' if row.automatic else row.lr}" for name, row in METHODS.items()]
+    assert rates and rates[1].split("; ") == shown
 
 
 @pytest.mark.parametrize(("name", "row"), CLASSES)

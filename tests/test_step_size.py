@@ -15,7 +15,7 @@ from torch import Tensor
 import jaguar
 from jaguar import Record
 from jaguar.estimators import OneSided, TwoSided
-from jaguar.rules import along_signs
+from jaguar.rule import Seen
 from jaguar.step_size import Estimates, differences, standard_errors
 
 DIM, ROWS = 400, 16
@@ -141,26 +141,29 @@ def test_estimates_of_a_known_quadratic_after_200_steps(case: str) -> None:
     assert found.square == pytest.approx(square, rel=0.25)
     n = optimizer.method.estimator.n_directions
     group, rule = optimizer.param_groups[0], optimizer.method.rule
-    best = rule.best_lr(signal / (signal + noise), square, curvature, group, n, fraction)
-    seen = rule.best_lr(found.share, found.square, found.curvature, group, n, fraction)
+    best = rule.best_lr(Seen(signal / (signal + noise), square, curvature), group, n, fraction)
+    seen = rule.best_lr(Seen(found.share, found.square, found.curvature), group, n, fraction)
     assert seen == pytest.approx(best, rel=0.2)
     assert optimizer.method.step_size.lr_of(found, rule, group, n, fraction) == pytest.approx(best, rel=0.2)
+
+
+SEEN = Seen(0.5, 9.0, 2.0)
 
 
 def test_best_steps_by_hand() -> None:
     group: dict[str, Any] = {"momentum": 0.0, "beta": 0.0}
     sgd, sign, averaged = jaguar.rules.SGD(), jaguar.rules.Sign(), jaguar.rules.AveragedSign()
-    assert sgd.best_lr(0.5, 9.0, 2.0, group, 4, 1.0) == 1.0  # 4 * 0.5 / 2
-    assert sgd.best_lr(0.5, 9.0, 2.0, {"momentum": 0.75}, 4, 1.0) == 0.25
+    assert sgd.best_lr(SEEN, group, 4, 1.0) == 1.0  # 4 * 0.5 / 2
+    assert sgd.best_lr(SEEN, {"momentum": 0.75}, 4, 1.0) == 0.25
     plain = math.sqrt(2.0 / math.pi) * 0.5 * 3.0 / 2.0
-    assert sign.best_lr(0.5, 9.0, 2.0, group, 1, 1.0) == pytest.approx(plain)
-    assert sign.best_lr(0.5, 9.0, 2.0, group, 4, 1.0) == pytest.approx(2.0 * plain)
-    assert averaged.best_lr(0.5, 9.0, 2.0, group, 1, 0.25) == pytest.approx(plain)
+    assert sign.best_lr(SEEN, group, 1, 1.0) == pytest.approx(plain)
+    assert sign.best_lr(SEEN, group, 4, 1.0) == pytest.approx(2.0 * plain)
+    assert averaged.best_lr(SEEN, group, 1, 0.25) == pytest.approx(plain)
     everywhere = jaguar.rules.AveragedSign("all")
-    assert everywhere.best_lr(0.5, 9.0, 2.0, group, 1, 0.25) == pytest.approx(0.25 * plain)
+    assert everywhere.best_lr(SEEN, group, 1, 0.25) == pytest.approx(0.25 * plain)
 
 
-def test_signs_of_a_mean_agree_as_along_signs_says() -> None:
+def test_signs_of_a_mean_agree_as_expected() -> None:
     """Variance of a sum of 2,000 signs over 2,000 runs: 3 % of standard error, and edges of 1 %."""
     beta, generator = 0.8, torch.Generator().manual_seed(0)
     m, total = torch.zeros(2000, dtype=torch.float64), torch.zeros(2000, dtype=torch.float64)
@@ -169,7 +172,7 @@ def test_signs_of_a_mean_agree_as_along_signs_says() -> None:
         total += m.sign()
     together = float(total.square().mean()) / 2000
     right = math.sqrt(2.0 / math.pi * (1.0 + beta) / (1.0 - beta))
-    assert right / along_signs(1.0, 1.0, 1.0, beta, beta) == pytest.approx(together, rel=0.1)
+    assert right / Seen(1.0, 1.0, 1.0).along_signs(beta, beta) == pytest.approx(together, rel=0.1)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
