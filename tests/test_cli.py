@@ -270,7 +270,7 @@ sys.exit(demo._run("jaguar-signsgd", 0))
     [
         (("--tau", "0"), "tau=0.0 of the optimizer: the length of the perturbation must be positive"),
         (("--learning_rate", "-1"), "lr=-1.0 of the optimizer must be at least 0"),
-        (("--learning_rate", "much"), "'much' is not a finite number"),
+        (("--learning_rate", "much"), "'much' is neither a finite number nor 'auto'"),
         (("--beta", "1"), "beta=1.0 of the optimizer must lie in"),
         (("--coordinates", "0"), "at least 1"),
         (("--coordinates", "1.5"), "a fraction lies in (0, 1]"),

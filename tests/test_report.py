@@ -75,6 +75,7 @@ def _line(folder, out, *more):
     files = ["--train_file", str(folder / "train.csv"), "--test_file", str(folder / "test.csv")]
     line = ["finetune", "--model", str(folder / "lm"), "--output_dir", str(out), "--use_cpu", *files]
     line += ["--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--coordinates", "0.5"]
+    line += ["--learning_rate", "1e-4"]  # else the first step, which looks at the curvature, would evaluate more often
     return [*line, "--template", tiny.TEMPLATE, "--verbalizers", " negative", " positive", *more]
 
 
