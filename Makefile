@@ -7,7 +7,7 @@ SEED ?= 0
 .PHONY: help demo compare test test-full check bench learning ablation theorems aot ptxas gpu gpu-learning clean
 
 help:
-	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under ten minutes on 2 cores"
+	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under five minutes on 2 cores"
 	@echo "make demo ADAPTER=lora the same with LoRA, or ADAPTER=prefix; TensorBoard logs in runs/"
 	@echo "make compare [SEED=n]  the same, and ZO-SGD with as many forward passes"
 	@echo "make test              the default test suite, without a GPU and without a network"

@@ -11,6 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 import prepare
+import torch
+
+import demo
 
 
 @pytest.fixture
@@ -69,3 +72,13 @@ def test_a_failed_download_says_what_to_do(cache, monkeypatch):
     with pytest.raises(SystemExit, match=r"could not download x==1. Connect .* or put the file x.whl"):
         prepare._fetched("x==1", "x.whl", "0" * 64)
     assert list((cache / "downloads").iterdir()) == []
+
+
+@pytest.mark.parametrize("bf16", [3e11, 1e11])
+def test_products_are_in_bf16_where_that_is_faster(monkeypatch, bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(demo, "speed", lambda dtype: bf16 if dtype == torch.bfloat16 else 1e11)
+    flags, seconds = demo.precision()
+    assert flags == (["--bf16", "true", "--use_cpu", "true"] if bf16 > 1e11 else [])
+    assert 60 < seconds < (600 if flags else 3600)
+    assert demo.command("zo-sgd", 3, flags)[-len(flags) - 1 :] == ["3", *flags]
