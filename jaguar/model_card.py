@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from jaguar.optimizers.base import ZerothOrder
+from jaguar.step_size import AUTO
 from jaguar.training_args import ZOTrainingArguments
 
 
@@ -15,7 +16,9 @@ def card_arguments(args: ZOTrainingArguments, optimizer: torch.optim.Optimizer) 
     """The arguments as transformers' model card reads them, with that optimizer's name, options and learning rate."""
     shown: Any = copy.copy(args)
     group = optimizer.param_groups[0]
-    shown.learning_rate = float(group.get("initial_lr", group["lr"]))
+    own = optimizer.method.step_size if isinstance(optimizer, ZerothOrder) else None
+    automatic = own is not None and own.lr  # the group has a factor then
+    shown.learning_rate = AUTO if automatic else float(group.get("initial_lr", group["lr"]))
     shown.optim = type(optimizer).__name__
     hidden = {"lr", "optimizer", "rng", "differentiable"}
     options = optimizer.defaults | optimizer.state_dict().get("jaguar", {}).get("options", {})

@@ -191,6 +191,8 @@ class Rule:
     def best_lr(self, seen: Seen, group: Mapping[str, Any], n: int, fraction: float) -> float:
         """The learning rate that lowers the loss most, where that is known; needed for `lr="auto"` only.
 
+        It is not inherited: a rule of another step says its own.
+
         Args:
             n: directions of a step.
             fraction: share of the coordinates that a direction has.

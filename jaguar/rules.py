@@ -218,8 +218,6 @@ class Sign(SGD):
 class ScalarSign(SGD):
     """m <- momentum m + g; x <- (1 - lr wd) x - lr m, g = mean over directions of sign(rho) e: |rho| counts as 1."""
 
-    best_lr = Rule.best_lr
-
     def weights(self, rho: Sequence[float], group: Mapping[str, Any], double: bool, t: int) -> tuple[float, ...]:
         """sign(rho), 0 of 0; what is not finite stays, and skips the step."""
         return tuple(math.copysign(1.0, r) if r and math.isfinite(r) else r for r in rho)

@@ -174,7 +174,7 @@ class StepSize:
     def check(self, rule: Rule, estimator: Estimator, walk: bool) -> None:
         """Raises ValueError for a rule, an estimator or a walk whose best step is not known."""
         what = " and ".join(f"{name}='auto'" for name in self.chosen)
-        if type(rule).best_lr is Rule.best_lr:
+        if "best_lr" not in vars(type(rule)):  # what moves otherwise than its base has another best step
             raise ValueError(f"{what}: the best step along {rule!r} is not known; give a number")
         if type(estimator) not in (TwoSided, OneSided):
             raise ValueError(f"{what}: takes a two-sided or a one-sided estimator, not {estimator!r}; give a number")

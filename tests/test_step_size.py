@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor
 import jaguar
 from jaguar import Record
 from jaguar.estimators import OneSided, TwoSided
+from jaguar.model_card import card_arguments
+from jaguar.optimizers.names import METHODS
 from jaguar.rule import Seen
 from jaguar.step_size import Estimates, differences, standard_errors
 
@@ -290,6 +293,40 @@ def test_the_larger_loss_is_looked_for() -> None:
 def test_what_has_no_automatic_step(make: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(Noisy().parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.cls])
+def test_the_table_of_names_says_which_methods_have_one(name: str) -> None:
+    row = METHODS[name]
+    kind = getattr(jaguar, row.cls or "")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    params = jaguar.param_groups(model) if kind.by_role else list(model.named_parameters())
+    more: dict[str, Any] = {"forward-grad": {"model": model}, "dizo": {"project": ["weight"]}}.get(name, {})
+    try:
+        kind(params, lr="auto", **more)
+    except ValueError as refusal:
+        assert not row.automatic and "give a number" in str(refusal)
+    else:
+        assert row.automatic
+
+
+def test_the_repr_and_the_model_card_say_that_lr_is_chosen(tmp_path: Path) -> None:
+    _, _, optimizer, _ = run("sgd", 0)
+    assert "lr and tau from the losses; the groups have factors" in repr(optimizer)
+    arguments = jaguar.ZOTrainingArguments(str(tmp_path), optim_zo="zo-sgd", learning_rate="auto", use_cpu=True)
+    assert card_arguments(arguments, optimizer).learning_rate == "auto"
+    _, _, optimizer, _ = run("sgd", 0, lr=1e-4)
+    assert card_arguments(arguments, optimizer).learning_rate == 1e-4
+
+
+def test_nothing_to_move_is_no_failure() -> None:
+    problem, named, optimizer, _ = run("sgd", 3)
+    before = bits(named)
+    for _, tensor in named:
+        tensor.requires_grad_(False)
+    with pytest.warns(UserWarning):
+        optimizer.step(problem.rows(named, 3))
+    assert bits(named) == before and optimizer.steps_done == 4
 
 
 def test_rows_are_needed() -> None:

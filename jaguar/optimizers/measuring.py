@@ -209,8 +209,8 @@ class Measuring(Contract):
 
     @property
     def _itemsize(self) -> int:
-        """Bytes of a parameter that takes part, of the shortest."""
-        return min(tensor.dtype.itemsize for tensor in self._roster.tensors)
+        """Bytes of a parameter that takes part, of the shortest; where none does, nothing depends on it."""
+        return min((tensor.dtype.itemsize for tensor in self._roster.tensors), default=8)
 
     def _looks(self, step: int) -> tuple[bool, bool]:
         auto = self.method.step_size

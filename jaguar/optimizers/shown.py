@@ -39,6 +39,8 @@ def shown(
     launches = "auto" if backend == "cuda" else backend
     lines += [f"backend: {ops.summary(launches, method, slots, optimizer.param_groups)}, {now}"]
     lines += ["maximizes the loss"] * method.maximize
+    if method.step_size is not None:
+        lines.append(f"{' and '.join(method.step_size.chosen)} from the losses; the groups have factors")
     lines += [f"padding row {slot.kept} of {slot.name} stays as it is" for slot in slots if slot.kept is not None]
     for i, group in enumerate(optimizer.param_groups):
         # A learning rate may be a tensor of one element.
