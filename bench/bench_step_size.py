@@ -20,14 +20,13 @@ import torch
 from bench_step import machine
 from byte_model import CONSOLE
 from commits import ROOT
-from learning.contenders import CONTENDERS
+from learning.contenders import CONTENDERS, GRID
 from learning.search import Journal, Point, run
 from learning.works import Bytes
 from rich.progress import track
 
 # Middle of the grid for batches of 16 rows; the best lr grows with the batch.
 LR = {"full": 3e-3, "lora": 6e-2, "norms": 1e-1}
-GRID = (0.1, 0.316, 1.0, 3.16, 10.0)
 NAME = "ZO-SGD, one-sided, 8"
 CASES = list(product(("norms", "lora", "full"), ("float32", "bfloat16"), (4, 16, 64)))
 ALLOWED, DIVERGED = 0.01, 0.05

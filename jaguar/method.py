@@ -157,13 +157,20 @@ class Method:
         return [replace(slot, **self.rule.role(slot, groups[slot.group])) for slot in slots]
 
     def scalars(
-        self, kind: Kind, group: Mapping[str, Any], lr: float, rho: Sequence[float], t: int, length: float = 1.0
+        self,
+        kind: Kind,
+        group: Mapping[str, Any],
+        lr: float,
+        tau: float,
+        rho: Sequence[float],
+        t: int,
+        length: float = 1.0,
     ) -> Scalars:
         """The numbers of a step for tensors of one kind, from the one place that makes them.
 
         Args:
             group: its parameter group.
-            lr: the group's learning rate of the step.
+            lr, tau: the group's learning rate and length of the perturbation in the step.
             rho: derivatives of what is made smaller; none before the losses are known.
             t: number of the step among those that moved something, from 1.
             length: of the step's direction.
@@ -174,7 +181,7 @@ class Method:
             rho = [math.copysign(min(abs(r), limit), r) for r in rho]
         lr = lr * kind.rate
         return Scalars(
-            tau=rounded(group["tau"] * length, double),
+            tau=rounded(tau * length, double),
             decay=rounded(1.0 - lr * group["weight_decay"], double),
             lr=rounded(lr * kind.gain, double),
             entry=tuple(rounded(n, double) for n in rule.entry_numbers(group, t)),

@@ -300,8 +300,8 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         device = self.args.device
         if by_row:
             return self._rows([torch.cat([part[i].reshape(-1).to(device) for part in parts]) for i in (0, 1)])
-        zero = torch.zeros((), dtype=torch.float64)
-        total, weight = (functools.reduce(_added, (part[i] for part in parts), zero) for i in (0, 1))
+        nothing = torch.zeros((), dtype=torch.float64)
+        total, weight = (functools.reduce(_added, [part[i] for part in parts] or [nothing]) for i in (0, 1))
         total = total.to(device)
         # What was counted on the host goes there by a launch, which waits for nothing.
         on_host = weight.device.type == "cpu" != device.type

@@ -270,7 +270,7 @@ class Twins:
         scalars = {}
         for kind in dict.fromkeys(slot.kind for slot in self.steps[k].slots):
             group, own = GROUPS[kind.group], [rounded(r, kind.double) for r in rho]
-            scalars[kind] = self.method.scalars(kind, group, group["lr"], own, 1)
+            scalars[kind] = self.method.scalars(kind, group, group["lr"], group["tau"], own, 1)
         return StepInputs(draws, scalars, self.models[k].state, self.active, probe)
 
     def probes(self, k: int, step: int = STEP) -> list[Probe]:

@@ -125,7 +125,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(kind: str) -> None:
     states = [[(m,)], [(own,) for own in momenta]]
 
     def inputs(k: int, rho: list[float]) -> StepInputs:
-        scalars = method.scalars(slot.kind, GROUPS[0], GROUPS[0]["lr"], rho, 1)
+        scalars = method.scalars(slot.kind, GROUPS[0], GROUPS[0]["lr"], GROUPS[0]["tau"], rho, 1)
         return StepInputs((Draw(SEED, 0, 0),), {slot.kind: scalars}, states[k])
 
     def check(what: str) -> None:

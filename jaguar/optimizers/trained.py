@@ -164,7 +164,7 @@ class Trained:
         for kind in self.roster.kinds:
             group, (lr, tau) = groups[kind.group], (by_group[kind.group] for by_group in sizes)
             rho = derivatives(tau, kind.double) if derivatives is not None else ()
-            made[kind] = self._method.scalars(kind, {**group, "tau": tau}, lr, rho, t, length)
+            made[kind] = self._method.scalars(kind, group, lr, tau, rho, t, length)
         return made
 
     def _length(self, draw: Draw) -> float:
