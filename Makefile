@@ -94,9 +94,11 @@ build/.gpu-learning: $(shell find jaguar triton_kernels csrc -type f -not -name 
 	@$(PYTHON) bench/bench_gpu.py --stages build $(if $(COMMIT),--commit $(COMMIT)) || test -d build/gpu/jaguar
 	@touch $@
 
+LEARNING ?= --work reviews sst2 --all --minutes 7.5
+
 gpu-learning: build/.gpu-learning
-	@PYTHONPATH=build/gpu:$(PYTHONPATH) $(PYTHON) bench/bench_learning.py --work reviews sst2 --all --passes 600 \
-	  --minutes 7.5 --model $(MODEL) --out bench/results/learning-gpu $(if $(PART),--part $(PART))
+	@PYTHONPATH=build/gpu:$(PYTHONPATH) $(PYTHON) bench/bench_learning.py --passes 600 --processes 12 --model $(MODEL) \
+	  --out bench/results/learning-gpu $(LEARNING) $(if $(PART),--part $(PART)) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info

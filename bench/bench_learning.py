@@ -6,14 +6,18 @@ Work "bytes": a byte-level Llama of 0.12 M parameters, all of them or LoRA; noth
 demo's SmolLM2-135M-Instruct and film reviews; weights of normalisation layers, LoRA, or all; other packages beside us
 where PYTHONPATH has them (bench/learning/peers.py). "sst2": the same in the prompt of SST-2. Learning rates are chosen
 by successive halving on dev rows; the table has held-out rows, by the seeds. Runs are lines of FOLDER/WORK.jsonl: what
-stands there is not run again, so a search that was killed, or that --minutes ended, goes on where it was.
+stands there is not run again, so a search that was killed, or that --minutes ended, goes on where it was. A GPU has
+room for several --processes: forward passes of so small a model keep a processor busy, which launches them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
@@ -48,8 +52,8 @@ class Search:
     """
 
     def __init__(self, work: Work, args: argparse.Namespace, ends: float | None) -> None:
-        self.work, self.out, self._ends = work, args.out, ends
-        self.journal = Journal(self.out / f"{work.name}.jsonl")
+        self.work, self.out, self._ends, self._commit = work, args.out, ends, args.commit
+        self.journal = Journal(self.path)
         self.passes = args.passes or work.passes
         chosen = [v for v in work.variants if not args.variants or v in args.variants]
         pairs = []
@@ -66,9 +70,15 @@ class Search:
         self._longest = 0.0
 
     @property
+    def path(self) -> Path:
+        """The journal of runs."""
+        return self.out / f"{self.work.name}.jsonl"
+
+    @property
     def clock(self) -> str:
-        """Which seconds are counted."""
-        return "GPU" if self.work.device.type == "cuda" else "CPU"
+        """The processor whose seconds the journal has, on whichever machine the table is written."""
+        devices = {about["device"] for about in self.journal.abouts} or {self.work.device.type}
+        return "CPU" if devices == {"cpu"} else "GPU"
 
     def left(self) -> str:
         """How many runs are missing, and how long they will take, by a step in every variant and a look at dev rows."""
@@ -97,14 +107,19 @@ class Search:
         optimizer.step(next(losses))
         return (monotonic() - begin) / contender.passes(optimizer), begin - before
 
-    def go(self, progress: Progress) -> bool:
-        """Runs what is missing; False: the time was up."""
+    @property
+    def whole(self) -> bool:
+        """Whether no run is missing."""
+        return all(next(plan.missing(c, self.journal.results), None) is None for plan, c in self.own)
+
+    def go(self, progress: Progress) -> None:
+        """Runs what is missing while there is time."""
         task, begun = progress.add_task("", total=None), False
         for plan, contender in self.own:
             for point in plan.missing(contender, self.journal.results):
                 begin = monotonic()
                 if self._ends is not None and begin + self._longest >= self._ends:
-                    return False
+                    return
                 if not begun:
                     self.journal.begin(self._about())
                     begun = True
@@ -113,15 +128,14 @@ class Search:
                 progress.update(task, description=text)
                 self.journal.add(point, run(self.work, contender, point, point.budget == plan.budget))
                 self._longest = max(self._longest, monotonic() - begin)
-        return True
 
     def _about(self) -> dict[str, str]:
         """What numbers depend on."""
-        device = torch.cuda.get_device_name() if self.clock == "GPU" else "cpu"
+        device = torch.cuda.get_device_name() if self.work.device.type == "cuda" else "cpu"
         kept = [word for word, before in zip(sys.argv, ["", *sys.argv], strict=False) if before not in _FOLDERS]
         command = " ".join(["python", *(word for word in kept if word not in _FOLDERS)])
         own = {"device": device, "precision": self.work.precision, "command": command}
-        return machine() | own | (versions() if any(c in PEERS for _, c in self.own) else {})
+        return machine(self._commit) | own | (versions() if any(c in PEERS for _, c in self.own) else {})
 
     def write(self) -> str:
         """The tables as Markdown; they, what they are made of, and pictures lie in the folder afterwards."""
@@ -167,14 +181,42 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretraining", type=int, default=1000, help="steps of AdamW for bytes (default: %(default)s)")
     parser.add_argument("--model", type=Path, help="folder of the model for reviews and sst2, beside the files of rows")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N shares of the work")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="as many at once, each with its share")
     parser.add_argument("--minutes", type=float, help="begin no run that would end later; 0: only write the tables")
+    parser.add_argument("--commit", help="what to record as the commit in place of what git says")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/learning", help="folder of the results")
     args = parser.parse_args(words)
     if args.only and not any(text in c.name for c in ALL for text in args.only):
         parser.error(f"none is called {' or '.join(args.only)}; there are {', '.join(c.name for c in ALL)}")
     if args.passes is not None and args.passes < 40:
         parser.error("--passes: give at least 40, a quarter of which shows what a setting is worth")
+    if args.processes < 1:
+        parser.error("--processes: give at least 1")
     return args
+
+
+def side_by_side(args: argparse.Namespace, words: Sequence[str], searches: Sequence[Search]) -> None:
+    """Shares of the searches in processes of their own, which write into the same journals; they end with this one."""
+    (part, parts), n = args.part, args.processes
+    own = [word for word, before in zip(words, ["", *words], strict=False) if before != "--processes"]
+    command = [sys.executable, os.path.relpath(__file__), *(word for word in own if word != "--processes"), "--part"]
+    shares = [f"{part + parts * i}/{parts * n}" for i in range(n)]
+    children = [subprocess.Popen([*command, share], stdout=subprocess.DEVNULL) for share in shares]
+    try:
+        with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=CONSOLE) as progress:
+            shown = progress.add_task("", total=None)
+            while any(child.poll() is None for child in children):
+                runs = sum(one.path.read_bytes().count(b'"point"') for one in searches if one.path.exists())
+                progress.update(shown, description=f"{n} processes, {runs} runs in the journal")
+                time.sleep(0.2)
+    finally:
+        for child in children:
+            child.terminate()
+        failed = sum(child.wait() != 0 for child in children)
+    if failed:
+        raise SystemExit(f"error: {failed} of {n} processes failed; what they finished is kept")
+    for one in searches:
+        one.journal = Journal(one.path)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -185,12 +227,15 @@ def main(words: Sequence[str] | None = None) -> int:
     searches = [Search(made(name, args), args, ends) for name in args.work]
     for one in searches if args.minutes != 0 else ():
         CONSOLE.print(one.left(), highlight=False)
-    whole = True
+    if args.processes > 1 and args.minutes != 0:
+        side_by_side(args, sys.argv[1:] if words is None else words, searches)
     for one in searches:
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=CONSOLE) as progress:
-            whole &= one.go(progress)
+        if args.processes == 1:
+            columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+            with Progress(*columns, console=CONSOLE) as progress:
+                one.go(progress)
         CONSOLE.print(one.write(), markup=False, highlight=False)
+    whole = all(one.whole for one in searches)
     CONSOLE.print(f"written to {args.out}" + ("" if whole else "; runs are missing: the same command goes on"))
     return 0
 

@@ -16,13 +16,13 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu.result import described
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -119,17 +119,20 @@ def median_seconds(steps: dict[str, Callable[[int], object]], repeats: int) -> d
     return times
 
 
-def machine() -> dict[str, str]:
-    """What the numbers depend on."""
+def machine(commit: str | None = None) -> dict[str, str]:
+    """What the numbers depend on.
+
+    Args:
+        commit: what to record in place of what git says, if there is git.
+    """
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "cpu": names[0] if names else platform.processor(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "jaguar": jaguar.__version__,
-        "commit": commit,
+        "commit": commit or described() or "unknown",
         "command": " ".join(["python", *sys.argv]),
     }
 

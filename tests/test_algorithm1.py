@@ -185,7 +185,9 @@ def test_the_laws_notice_broken_arithmetic(breakage: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(
             Method,
             "scalars",
-            lambda self, kind, group, lr, rho, *more: real_scalars(self, kind, group, lr, [2 * r for r in rho], *more),
+            lambda self, kind, group, lr, tau, rho, *more: real_scalars(
+                self, kind, group, lr, tau, [2 * r for r in rho], *more
+            ),
         )
     else:
         monkeypatch.setattr(

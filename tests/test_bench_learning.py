@@ -133,6 +133,39 @@ def test_a_search_stops_where_the_next_run_would_end_too_late_and_goes_on(
     assert json.loads((tmp_path / "reviews.json").read_text()) == {"norms": []}  # no search has ended
 
 
+def test_processes_side_by_side_end_with_the_same_table(
+    pretrained: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--work", "reviews", "--model", str(model), "--only", "FZOO", "mezo", "--variants", "norms"]
+    assert main(tmp_path / "one", pretrained, *words) == 0
+    shares: list[str] = []
+
+    class Process:
+        """A process that has ended before anybody looks."""
+
+        def __init__(self, command: list[str], **_: Any) -> None:
+            assert "--processes" not in command
+            shares.append(command[-1])
+            self.code = bench_learning.main(command[2:])
+
+        def poll(self) -> int:
+            return self.code
+
+        wait, terminate = poll, poll
+
+    monkeypatch.setattr(bench_learning, "subprocess", SimpleNamespace(Popen=Process, DEVNULL=None))
+    assert main(tmp_path / "three", pretrained, *words, "--processes", "3", "--part", "1/1") == 0
+    assert shares == ["1/3", "2/3", "3/3"]
+    assert table(tmp_path / "one", "reviews") == table(tmp_path / "three", "reviews")
+
+
+def test_a_failed_process_is_said(model: Path, tmp_path: Path, pretrained: Path, capfd: Any) -> None:
+    words = ["--work", "reviews", "--model", str(model), "--only", "FZOO", "--variants", "norms", "--processes", "2"]
+    (tmp_path / "reviews.md").mkdir()  # where the table belongs
+    with pytest.raises(SystemExit, match="2 of 2 processes failed"):
+        main(tmp_path, pretrained, *words, "--minutes", "0.001")
+
+
 def test_shares_of_the_work_are_all_of_it(model: Path, tmp_path: Path) -> None:
     found = []
     for part in ("1/3", "2/3", "3/3"):

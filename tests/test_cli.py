@@ -249,7 +249,7 @@ class Child(subprocess.Popen):
         return super().wait(*more)
 subprocess.Popen = Child
 print("started", flush=True)
-sys.exit(demo._run("jaguar-signsgd", 0))
+sys.exit(demo._run("jaguar-signsgd", 0, []))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     told = set()

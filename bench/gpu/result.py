@@ -50,13 +50,13 @@ def machine(commit: str | None, command: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "commit": commit or _described() or "unknown",
+        "commit": commit or described() or "unknown",
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": command,
     }
 
 
-def _described() -> str | None:
+def described() -> str | None:
     """The commit of the repository, and whether files differ from it."""
     where = ("-c", "safe.directory=*", "-C", str(ROOT))
     return _said("git", *where, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

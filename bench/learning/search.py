@@ -78,9 +78,8 @@ class Journal:
         self.results[point.key] = json.loads(json.dumps(line))
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        with self._path.open("ab", buffering=0) as file:  # one write: lines of processes side by side stay whole
+            file.write(json.dumps(line).encode() + b"\n")
             os.fsync(file.fileno())
 
 
