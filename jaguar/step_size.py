@@ -51,6 +51,7 @@ class Estimates:
         looks: evaluations of the curvature.
         curvature: tr(CH): the mean of (f(x + tau e) + f(x - tau e) - 2 f(x)) / tau^2.
         spread: mean square of the same.
+        doubt: mean of its squared standard error over the rows of its batch.
         grain: mean square of what the arithmetic of the model adds to a loss.
         least: tau where the parameters' own rounding leaves most of the perturbation; 0 for fp32 and fp64.
         rows: of the last batch.
@@ -64,6 +65,7 @@ class Estimates:
     looks: float = 0.0
     curvature: float = 0.0
     spread: float = 0.0
+    doubt: float = 0.0
     grain: float = 0.0
     least: float = 0.0
     rows: float = 0.0
@@ -86,10 +88,15 @@ class Estimates:
 
     @property
     def sure_curvature(self) -> float:
-        """`curvature` and its standard error; infinite where nothing is known of it."""
+        """`curvature` and its standard error; infinite where nothing is known of it.
+
+        The error is that of the looks among each other, or that of the rows in one look where it is larger: a few looks
+        may agree by chance, and one alone may be near 0.
+        """
         if not self.looks:
             return math.inf
-        variance = max(self.spread - self.curvature**2, 0.0) if self.looks > 1.0 else self.spread
+        variance = self.spread - self.curvature**2 if self.looks > 1.0 else self.spread
+        variance = max(variance, self.doubt)
         above = max(self.curvature, 0.0) + math.sqrt(variance / self.looks)
         return above if above > 0.0 else math.inf
 
@@ -110,31 +117,35 @@ class Estimates:
         before = (1.0 - share) ** 2 / self.weight if self.weight else 0.0
         self.weight = 1.0 / (before + share**2)
 
-    def add_curvature(self, second: float, tau: float) -> None:
-        """A second difference of losses."""
+    def add_curvature(self, second: float, error: float, tau: float) -> None:
+        """A second difference of losses, and its squared standard error over the rows."""
         share = 1.0 / min(self.looks + 1.0, max(10.0, 0.5 * self.looks))
         value = second / tau**2
         self.looks += 1.0
         self.curvature += share * (value - self.curvature)
         self.spread += share * (value * value - self.spread)
+        self.doubt += share * (error / tau**4 - self.doubt)
 
     def fit_tau(self, estimator: Estimator) -> None:
         """Another length of the perturbation, between what the curvature and what the loss's resolution allow.
 
-        Two-sided differences do not see the curvature, so theirs is the longer one.
+        Where nothing is between, a one-sided difference weighs both against each other. Two-sided differences do not
+        see the curvature, so theirs is the longer one.
         """
         rho, first = math.sqrt(self.square), self.looks == 1.0
         if not rho:
             return
         least = max(self.least, _LEAST * math.sqrt(self.grain) / rho)
-        between = math.sqrt(least * _MOST * 2.0 * rho / self.sure_curvature)
+        most = _MOST * 2.0 * rho / self.sure_curvature
+        between = math.sqrt(least * most)
         if not isinstance(estimator, OneSided):
-            between = math.sqrt(between * _MOST * 2.0 * rho / self.sure_curvature)
-        wanted = max(least, between) / self.tau
+            between = max(least, math.sqrt(between * most))
+        wanted = max(self.least, between) / self.tau
         self.tau *= wanted if first else min(max(wanted, 0.5), 2.0)
         if first and wanted > 2.0:
-            # What was seen was the resolution of the loss and no curvature.
-            self.looks = self.curvature = self.spread = 0.0
+            # What was seen was the resolution of the loss: neither the curvature nor the derivatives.
+            self.looks = self.curvature = self.spread = self.doubt = 0.0
+            self.steps = self.signal = self.square = self.weight = 0.0
 
 
 @dataclass(frozen=True)
@@ -228,7 +239,7 @@ class StepSize:
         one_sided = isinstance(estimator, OneSided)
         width = tau if one_sided else 2.0 * tau
         if seconds:
-            found.add_curvature(sign * seconds[-1], tau)
+            found.add_curvature(sign * seconds[-1], record.errors[-1], tau)
         bias = 0.5 * tau * found.curvature if one_sided else 0.0
         found.add([d / width for d in firsts], [e / width**2 for e in record.errors[:n]], record.rows, bias)
         if self.tau:
