@@ -35,7 +35,9 @@ _SHORTEST = 40
 _NOISE, _PRIOR = 100.0, 40.0
 # tau is at most this share of 2 |rho| / tr(CH), where the curvature alone would make the difference of two losses, and
 # at least so many resolutions of the loss / |rho|.
-_MOST, _LEAST = 0.3, 10.0
+_MOST, _LEAST = 0.3, 5.0
+# tau stays where another one would not be longer or shorter by more than this factor.
+_STAYS = 1.5
 
 
 @dataclass
@@ -129,23 +131,25 @@ class Estimates:
     def fit_tau(self, estimator: Estimator) -> None:
         """Another length of the perturbation, between what the curvature and what the loss's resolution allow.
 
-        Where nothing is between, a one-sided difference weighs both against each other. Two-sided differences do not
-        see the curvature, so theirs is the longer one.
+        Two-sided differences do not see the curvature, so theirs is the longer one.
         """
         rho, first = math.sqrt(self.square), self.looks == 1.0
         if not rho:
             return
         least = max(self.least, _LEAST * math.sqrt(self.grain) / rho)
-        most = _MOST * 2.0 * rho / self.sure_curvature
-        between = math.sqrt(least * most)
+        between = math.sqrt(least * _MOST * 2.0 * rho / self.sure_curvature)
         if not isinstance(estimator, OneSided):
-            between = max(least, math.sqrt(between * most))
-        wanted = max(self.least, between) / self.tau
-        self.tau *= wanted if first else min(max(wanted, 0.5), 2.0)
-        if first and wanted > 2.0:
-            # What was seen was the resolution of the loss: neither the curvature nor the derivatives.
-            self.looks = self.curvature = self.spread = self.doubt = 0.0
-            self.steps = self.signal = self.square = self.weight = 0.0
+            between = math.sqrt(between * _MOST * 2.0 * rho / self.sure_curvature)
+        wanted = max(least, between) / self.tau
+        if not first and 1.0 / _STAYS < wanted < _STAYS:
+            return
+        grown = wanted if first else min(max(wanted, 0.5), 2.0)
+        self.tau *= grown
+        if grown > 1.0:
+            # What the resolution of the loss adds to a derivative falls as 1 / tau, to a curvature as 1 / tau^2; a mean
+            # counts what it has by the inverse of its variance.
+            self.looks /= grown**4
+            self.steps, self.weight = self.steps / grown**2, self.weight / grown**2
 
 
 @dataclass(frozen=True)

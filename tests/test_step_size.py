@@ -249,7 +249,7 @@ def test_one_of_them_may_be_a_number() -> None:
     assert {record.taus for record in records} == {(1e-2,)} and len({record.lrs for record in records}) > 5
     assert optimizer.method.options()["auto"] == "lr"
     _, _, optimizer, records = run("sgd", 12, lr=1e-4)
-    assert {record.lrs for record in records} == {(1e-4,)} and len({record.taus for record in records}) > 3
+    assert {record.lrs for record in records} == {(1e-4,)} and len({record.taus for record in records}) > 1
 
 
 def test_tau_grows_where_the_loss_has_no_more_digits() -> None:
