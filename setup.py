@@ -27,7 +27,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 USUAL = Path("/usr/local/cuda")
-NOTE = "_cuda_build.txt"  # jaguar.extension reads it
+NOTE = "backends/polar/_cuda_build.txt"  # jaguar.backends.polar.cuda reads it
 OLDEST = (12, 5)  # CUDA whose headers have cudaGetDriverEntryPointByVersion
 MODES = ("auto", "0", "1")
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden")
@@ -184,7 +184,7 @@ def commands(reason: str) -> dict[str, type]:
     def report(line: str, folders: Sequence[Path]) -> None:
         print(f"jaguar: {line}", flush=True)
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / NOTE).parent.mkdir(parents=True, exist_ok=True)
             (folder / NOTE).write_text(line.removeprefix("warning: ") + "\n")
 
     def clear(folders: Sequence[Path]) -> None:

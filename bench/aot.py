@@ -28,7 +28,7 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jaguar.fused import newton_schulz as products
+from jaguar.backends.polar import triton as products
 from jaguar.triton_kernels import coordinate, dense, launch, matrix, mixed, newton_schulz, rules
 
 TARGETS = (80, 90)

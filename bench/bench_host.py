@@ -113,7 +113,7 @@ def silent() -> Iterator[list[str]]:
 @contextmanager
 def without_newton_schulz() -> Iterator[list[int]]:
     """The numbers of matrices that had polar factors meanwhile: memory of theirs that is never filled."""
-    from jaguar import iteration
+    from jaguar.backends.polar import schedule as iteration
 
     places: dict[tuple[int, ...], list[Tensor]] = {}
     asked: list[int] = []

@@ -70,7 +70,7 @@ def _measured(args: argparse.Namespace, begin: float, suite: Any) -> int:
     from gpu import shapes
     from gpu.clock import CudaClock
 
-    from jaguar import ops
+    from jaguar.backends import ops
 
     if ops.interpreted():
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)

@@ -52,7 +52,7 @@ def competitors(device: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]
     """Arguments of jaguar.newton_schulz by name, and why the others cannot run."""
     import torch
 
-    from jaguar import ops
+    from jaguar.backends import ops
 
     found: dict[str, dict[str, Any]] = {
         f"reference, {name}": {"backend": "reference", "dtype": dtype}
@@ -90,8 +90,8 @@ def rows(shapes: Sequence[Sequence[int]], device: str) -> Iterator[dict[str, Any
     import torch
 
     import jaguar
-    from jaguar import ops
-    from jaguar.schemes import SCHEMES
+    from jaguar.backends import ops
+    from jaguar.method.schemes import SCHEMES
 
     found, _ = competitors(device)
     for shape in shapes:
@@ -122,8 +122,8 @@ def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> 
     from rich.progress import track
     from rich.table import Table
 
-    from jaguar import ops
-    from jaguar.schemes import SCHEMES
+    from jaguar.backends import ops
+    from jaguar.method.schemes import SCHEMES
 
     console = Console(stderr=True)
     runners, omitted = competitors(device)
@@ -167,7 +167,7 @@ def speed(args: argparse.Namespace, begin: float) -> int:
     from gpu import ns_report, ns_suite
     from gpu.clock import CudaClock
 
-    from jaguar import ops
+    from jaguar.backends import ops
 
     if ops.interpreted():
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from jaguar.reference.newton_schulz import newton_schulz
-from jaguar.schemes import SCHEMES
+from jaguar.backends.polar.reference import newton_schulz
+from jaguar.method.schemes import SCHEMES
 
 DAMPING, STEPS, LAST, FRACTION, BETA = 3e-4, 1200, 120, 100, 0.9
 SHAPES, NEWTON, CONSOLE = ((96, 96), (64, 256)), (1, 2, 3), Console(stderr=True)

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import jaguar
-from jaguar.directions import Coordinates
-from jaguar.params import build_slots
-from jaguar.rng import Draw
+from jaguar.method.directions import Coordinates
+from jaguar.method.params import build_slots
+from jaguar.method.rng import Draw
 
 LOSSES = (0.71, 0.64)
 TAU, LR, BETA = 1e-3, 1e-4, 0.9

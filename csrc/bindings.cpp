@@ -311,7 +311,7 @@ void small(py::handle items, int64_t largest, const std::string& g_format, const
 #endif
 
 PYBIND11_MODULE(_cuda, module) {
-    module.doc() = "Launches of the CUDA kernels; jaguar.extension is what calls them.";
+    module.doc() = "Launches of the CUDA kernels; jaguar.backends.polar.cuda is what calls them.";
     module.def("prepare", &prepare, "matrices"_a, "out"_a, "statistics"_a, "scale"_a, "stream"_a);
     module.def("product", &product, "out"_a, "a"_a, "b"_a, "alpha"_a, "beta"_a, "c"_a, "triangle"_a, "stream"_a);
     module.def("small", &small, "items"_a, "largest"_a, "g_format"_a, "o_format"_a, "coefficients"_a, "scale"_a,

@@ -13,32 +13,32 @@ from jaguar.optimizers import names as _names
 __version__ = "0.6.0"
 
 if TYPE_CHECKING:
-    from jaguar import directions as directions
-    from jaguar import estimators as estimators
-    from jaguar import orthogonal as orthogonal
-    from jaguar import rules as rules
-    from jaguar.method import Method as Method
+    from jaguar.backends.polar.newton_schulz import newton_schulz as newton_schulz
+    from jaguar.method import directions as directions
+    from jaguar.method import estimators as estimators
+    from jaguar.method import orthogonal as orthogonal
+    from jaguar.method import rules as rules
+    from jaguar.method.method import Method as Method
+    from jaguar.method.params import Shard as Shard
+    from jaguar.method.step_size import StepSize as StepSize
     from jaguar.optimizers.names import *  # noqa: F403
-    from jaguar.params import Shard as Shard
-    from jaguar.polar import newton_schulz as newton_schulz
     from jaguar.record import Record as Record
     from jaguar.scoring import Scorer as Scorer
-    from jaguar.step_size import StepSize as StepSize
-    from jaguar.trainer import ZOTrainer as ZOTrainer
-    from jaguar.training_args import ZOTrainingArguments as ZOTrainingArguments
+    from jaguar.trainer.arguments import ZOTrainingArguments as ZOTrainingArguments
+    from jaguar.trainer.trainer import ZOTrainer as ZOTrainer
 
 _HOME = _names.HOME | {
-    "Method": "jaguar.method",
+    "Method": "jaguar.method.method",
     "Record": "jaguar.record",
     "Scorer": "jaguar.scoring",
-    "Shard": "jaguar.params",
-    "StepSize": "jaguar.step_size",
-    "ZOTrainer": "jaguar.trainer",
-    "ZOTrainingArguments": "jaguar.training_args",
-    "newton_schulz": "jaguar.polar",
+    "Shard": "jaguar.method.params",
+    "StepSize": "jaguar.method.step_size",
+    "ZOTrainer": "jaguar.trainer.trainer",
+    "ZOTrainingArguments": "jaguar.trainer.arguments",
+    "newton_schulz": "jaguar.backends.polar.newton_schulz",
 }
 # Modules whose classes are the parts of a `Method`.
-_PARTS = ("directions", "estimators", "orthogonal", "rules")
+_PARTS = {name: f"jaguar.method.{name}" for name in ("directions", "estimators", "orthogonal", "rules")}
 __all__ = sorted([*_HOME, *_PARTS, "__version__"])
 
 
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _PARTS:
-        return importlib.import_module(f"jaguar.{name}")
+        return importlib.import_module(_PARTS[name])
     raise AttributeError(f"module 'jaguar' has no attribute {name!r}")
 
 

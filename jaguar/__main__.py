@@ -2,6 +2,6 @@
 
 import sys
 
-from jaguar.cli import main
+from jaguar.cli.main import main
 
 sys.exit(main())

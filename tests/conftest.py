@@ -193,7 +193,7 @@ BAND = 8192 + 64
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Buffers of saved values begin as NaN, between bands that nothing may write to; numpy computes silently."""
-    from jaguar.fused.plan import Plan
+    from jaguar.backends.triton.plan import Plan
 
     real, buffers = Plan.saved, []
 

@@ -20,17 +20,18 @@ import interpreter  # noqa: F401 (twice as fast)
 from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
-from jaguar import bind, fused, ops
-from jaguar.directions import DENSE, Coordinates, Direction, ReleasedBlock
-from jaguar.estimators import OneSided, Probe, TwoSided
-from jaguar.fused.plan import Plan, Table
-from jaguar.launches import Launches, StepInputs
-from jaguar.method import Method
-from jaguar.orthogonal import MatrixStage
-from jaguar.params import Slot
-from jaguar.rng import Draw
-from jaguar.rule import Rule, rounded
-from jaguar.rules import SGD, AveragedSign, Sign
+from jaguar.backends import bind, ops
+from jaguar.backends import triton as fused
+from jaguar.backends.launches import Launches, StepInputs
+from jaguar.backends.triton.plan import Plan, Table
+from jaguar.method.directions import DENSE, Coordinates, Direction, ReleasedBlock
+from jaguar.method.estimators import OneSided, Probe, TwoSided
+from jaguar.method.method import Method
+from jaguar.method.orthogonal import MatrixStage
+from jaguar.method.params import Slot
+from jaguar.method.rng import Draw
+from jaguar.method.rule import Rule, rounded
+from jaguar.method.rules import SGD, AveragedSign, Sign
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import around
 

@@ -29,10 +29,9 @@ from jaguar import (
     ZOMuon,
     ZOSGDCons,
     ZOSignSGD,
-    directions,
-    rules,
 )
-from jaguar.params import canonical_name
+from jaguar.method import directions, rules
+from jaguar.method.params import canonical_name
 
 TAU = 2.0**-4  # far above the spacing of bf16 below 1, so that no perturbation is lost
 

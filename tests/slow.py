@@ -18,7 +18,7 @@ import torch
 from conftest import DIRECTION, ROUND, ROUND_STATE, numpy_of, step_key_ints, stream_ints, words_ints
 from torch import nn
 
-from jaguar.rng import Elements, normals_of
+from jaguar.method.rng import Elements, normals_of
 
 SEED, STEPS, TAU = 2**40 + 12345, 300, 2.0**-4
 SHAPES = {

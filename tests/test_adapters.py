@@ -11,9 +11,10 @@ import transformers
 from test_scoring import CLOSE, scorer_of
 from test_trust import recurrent, scaled
 
-from jaguar import cli, models
-from jaguar.adapters import Adapter, virtual_tokens
-from jaguar.data import Data
+from jaguar.cli import main as cli
+from jaguar.cli.finetune.data import Data
+from jaguar.models import load as models
+from jaguar.models.adapters import Adapter, virtual_tokens
 from jaguar.scoring import evaluate
 from jaguar.tasks import SST2, Encoder
 from jaguar.tasks.rows import Row

@@ -8,8 +8,9 @@ import torch
 from conftest import dtype_id, numpy_of
 from torch import nn
 
-from jaguar import ZOSGD, JaguarSignSGD, rules
-from jaguar.method import Method
+from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.method import rules
+from jaguar.method.method import Method
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 

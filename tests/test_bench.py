@@ -332,7 +332,7 @@ def test_a_stage_that_is_cut_off_reports_its_failures(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for name in ("jaguar/__init__.py", "jaguar/ops.py", "triton_kernels/launch.py"):
+    for name in ("jaguar/__init__.py", "jaguar/backends/ops.py", "triton_kernels/launch.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
     monkeypatch.setattr(stages, "ROOT", tmp_path)
@@ -351,7 +351,7 @@ def test_where_pip_cannot_the_package_is_copied_together(
     built = {str(p.relative_to(stages.TARGET)): p.read_text() for p in stages.TARGET.rglob("*.py")}
     assert built == {
         "jaguar/__init__.py": "# jaguar/__init__.py\n",
-        "jaguar/ops.py": "# jaguar/ops.py\n",
+        "jaguar/backends/ops.py": "# jaguar/backends/ops.py\n",
         "jaguar/triton_kernels/launch.py": "# triton_kernels/launch.py\n",
     }
 
@@ -437,7 +437,7 @@ sys.path.insert(0, "bench")
 import torch
 from gpu import compiled, peers, shapes, suite
 from gpu.clock import CpuClock
-from jaguar import rules
+from jaguar.method import rules
 
 torch.set_num_threads(1)
 CpuClock.copy_bytes = 4096
@@ -636,7 +636,7 @@ def test_newton_schulz_is_measured_beside_torch(ns_suite: Any) -> None:
 def test_newton_schulz_that_is_wrong_has_no_speed(ns_suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu import ns_peers
 
-    from jaguar.fused import TritonProducts
+    from jaguar.backends.polar.triton import TritonProducts
 
     real, product = ns_peers.own, TritonProducts.product
 

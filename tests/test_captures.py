@@ -26,10 +26,11 @@ from kernels import (
 )
 from torch import Tensor
 
-from jaguar import fused, uploads
-from jaguar.fused import newton_schulz
-from jaguar.params import Slot
-from jaguar.rules import AveragedSign
+from jaguar.backends import triton as fused
+from jaguar.backends import uploads
+from jaguar.backends.polar import triton as newton_schulz
+from jaguar.method.params import Slot
+from jaguar.method.rules import AveragedSign
 
 pytestmark = interpreted
 
@@ -117,7 +118,7 @@ def tables_made() -> Iterator[list[weakref.ref[Tensor]]]:
         return table
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaguar.fused.plan.uploaded", uploaded)
+        patch.setattr("jaguar.backends.triton.plan.uploaded", uploaded)
         yield seen
 
 
@@ -160,7 +161,7 @@ def test_tables_of_newton_schulz_are_refused_and_kept(
     monkeypatch: pytest.MonkeyPatch, replays: dict[int, object]
 ) -> None:
     monkeypatch.setattr(newton_schulz, "TABLES", 2)
-    products, cpu = fused.TritonProducts(), torch.device("cpu")
+    products, cpu = newton_schulz.TritonProducts(), torch.device("cpu")
     with capture(), REFUSED:
         products._table(cpu, torch.int64, [1])
     captured, eager = (weakref.ref(products._table(cpu, torch.int64, [n])) for n in (1, 2))

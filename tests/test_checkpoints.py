@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from jaguar import ZOTrainer, ZOTrainingArguments, checkpoints, staging, weights
+from jaguar import ZOTrainer, ZOTrainingArguments
+from jaguar.trainer import checkpoints, staging, weights
 
 SIZES = {
     "vocab_size": 60,

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from tiny import refused
 from transformers import AutoModelForCausalLM
 
-from jaguar import cli
-from jaguar.data import Data
-from jaguar.models import Loaded
+from jaguar.cli import main as cli
+from jaguar.cli.finetune.data import Data
+from jaguar.models.load import Loaded
 from jaguar.tasks.rows import Row
-from jaguar.trainer import ZOTrainer
+from jaguar.trainer.trainer import ZOTrainer
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -342,8 +342,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, sto
     limited = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from jaguar import cli
-from jaguar.trainer import ZOTrainer
+from jaguar.cli import main as cli
+from jaguar.trainer.trainer import ZOTrainer
 step, steps = ZOTrainer.training_step, []
 def limiting(self, *args):
     steps.append(args)

@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from tiny import refused
 
-from jaguar import cli, flag_groups, flags
+from jaguar.cli import flag_groups, flags
+from jaguar.cli import main as cli
 from jaguar.scoring import Scorer, evaluate
 from jaguar.tasks import TASKS
-from jaguar.trainer import ZOTrainer
+from jaguar.trainer.trainer import ZOTrainer
 
 MODELS = ("opt", "llama", "roberta")
 STEPS = ["--max_steps", "4", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--tau", "1e-2"]
@@ -125,8 +126,8 @@ def test_a_checkpoint_of_the_last_step_is_not_trained_on(folder, tmp_path, capsy
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("task", synthetic.ROWS)
 def test_evaluation_in_batches_is_that_of_single_rows(folder, task, name):
-    from jaguar.data import Data
-    from jaguar.models import load
+    from jaguar.cli.finetune.data import Data
+    from jaguar.models.load import load
 
     data = Data(task=task, test_file=str(folder / f"{task}-test.csv"))
     loaded = load(str(folder / name), use_cpu=True)
@@ -166,8 +167,8 @@ def test_lora_beside_four_bit_weights(folder, tmp_path):
         ["eval", "--model", str(out), "--test_file", str(folder / "copa-test.csv"), "--load_in_4bit", "--use_cpu"]
     )
     assert again == 0
-    from jaguar.data import Data
-    from jaguar.models import load
+    from jaguar.cli.finetune.data import Data
+    from jaguar.models.load import load
 
     data, loaded = Data(test_file=str(folder / "copa-test.csv")), load(str(out), use_cpu=True, in_4bit=True)
     rows = data.test_rows(str(out))

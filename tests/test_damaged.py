@@ -15,8 +15,8 @@ from test_ending import place as place
 from test_ending import words
 from tiny import refused
 
-from jaguar import cli
-from jaguar.staging import RECORD
+from jaguar.cli import main as cli
+from jaguar.trainer.staging import RECORD
 
 # What a run goes on from; the others of a checkpoint are for those who use the model.
 READ = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "jaguar_run.pt",

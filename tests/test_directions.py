@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import COLUMNS, COORDINATES, ROWS, fraction_ints, step_key_ints, stratum_ints, stream_ints, words_ints
 
-from jaguar import JaguarSignSGD, samples
-from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
-from jaguar.params import Slot
-from jaguar.rng import Draw, Elements
+from jaguar import JaguarSignSGD
+from jaguar.method import samples
+from jaguar.method.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
+from jaguar.method.params import Slot
+from jaguar.method.rng import Draw, Elements
 
 
 def slot(*shape: int, stream: int = 7, name: str = "w", start: int = 0, whole: torch.Size | None = None) -> Slot:
@@ -308,10 +309,10 @@ def test_the_laws_notice_a_wrong_stream_and_an_ignored_start(monkeypatch: pytest
     real = samples.listed
     with monkeypatch.context() as broken:
         ignorant = lambda slots, *rest: real([dataclasses.replace(s, start=0) for s in slots], *rest)  # noqa: E731
-        broken.setattr("jaguar.samples.listed", ignorant)
+        broken.setattr("jaguar.method.samples.listed", ignorant)
         with pytest.raises(AssertionError):
             test_pieces_of_a_tensor_have_the_pieces_of_its_sample("fraction")
     with monkeypatch.context() as broken:
-        broken.setattr("jaguar.params.stream_of", lambda name: len(name))
+        broken.setattr("jaguar.method.params.stream_of", lambda name: len(name))
         with pytest.raises((AssertionError, ValueError)):
             test_order_of_named_parameters_is_irrelevant(0.2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import jaguar
-from jaguar import directions, estimators, orthogonal, rules
+from jaguar.method import directions, estimators, orthogonal, rules
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
 TEXT = PAGE.read_text(encoding="utf-8")

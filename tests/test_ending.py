@@ -20,10 +20,14 @@ import tiny
 from safetensors.torch import load_file
 from tiny import refused
 
-from jaguar import cli, finetune, outcome, rules, saving
-from jaguar.interrupts import ENDING
+from jaguar.cli import main as cli
+from jaguar.cli.finetune import job as finetune
+from jaguar.cli.finetune import outcome
+from jaguar.method import rules
+from jaguar.optimizers.interrupts import ENDING
 from jaguar.scoring import Scorer
-from jaguar.trainer import ZOTrainer
+from jaguar.trainer import saving
+from jaguar.trainer.trainer import ZOTrainer
 
 SIGNALS = {"INT": 130, "TERM": 143, "HUP": 129}
 # Where signals come: inside forward passes, between moves of parameters, while files are written and named.
@@ -272,7 +276,7 @@ def test_a_closed_pipe(place: Path, tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from jaguar.saving import only_run
+from jaguar.trainer.saving import only_run
 with only_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -305,6 +309,6 @@ def test_a_child_does_not_keep_the_folder(tmp_path: Path) -> None:
             os._exit(0)
         assert os.read(end, 1) == b"0"
         os.waitpid(child, 0)
-        refusal = "from jaguar.saving import only_run; from pathlib import Path\nwith only_run(Path('.')): pass"
+        refusal = "from jaguar.trainer.saving import only_run; from pathlib import Path\nwith only_run(Path('.')): pass"
         done = subprocess.run([sys.executable, "-c", refusal], cwd=tmp_path, capture_output=True, text=True)
         assert "another run is writing" in done.stderr

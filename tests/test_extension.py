@@ -1,4 +1,4 @@
-"""The bindings of the CUDA extension, compiled with a stub in place of the kernels, and jaguar.extension; no CUDA."""
+"""The bindings of the CUDA extension, compiled with a stub in place of the kernels, and `polar.cuda`; no CUDA."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 import jaguar
-from jaguar import extension, iteration, uploads
-from jaguar.schemes import SCHEMES
+from jaguar.backends import uploads
+from jaguar.backends.polar import cuda as extension
+from jaguar.backends.polar import schedule as iteration
+from jaguar.method.schemes import SCHEMES
 
 CSRC = Path(__file__).parents[1] / "csrc"
 STREAM = 0x123456789AB  # more than 32 bits
@@ -442,7 +444,7 @@ def test_versions(stub: Stub) -> None:
     assert stub.module.cuda_version() == "unknown" and stub.module.driver_version() == 13010
 
 
-# -- jaguar.extension ----------------------------------------------------------------------------------------------
+# -- jaguar.backends.polar.cuda ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -671,5 +673,5 @@ def test_wrong_lists_of_small_matrices_are_refused(stub: Stub, products: extensi
 
 
 def test_importing_it_loads_no_extension() -> None:
-    code = "import sys, jaguar.extension; sys.exit('jaguar._cuda' in sys.modules or 'triton' in sys.modules)"
+    code = "import sys, jaguar.backends.polar.cuda; sys.exit('jaguar._cuda' in sys.modules or 'triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0

@@ -101,7 +101,7 @@ def _complementary(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 @pytest.mark.parametrize("optimizer", ["JaguarSignSGD", "JaguarMuon", "ZOSGD", "ZOSignSGD"])
 def test_another_rounding_is_seen(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every run that rounds bf16 stochastically, and in no other."""
-    from jaguar import rounding
+    from jaguar.method import rounding
 
     monkeypatch.setattr(rounding, "_bf16", _complementary(rounding._bf16))
     some = [name for name, (backend, row) in ROWS.items() if backend == "reference" and row["optimizer"] == optimizer]

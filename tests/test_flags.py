@@ -16,12 +16,15 @@ from tiny import refused
 from transformers import TrainingArguments
 
 import jaguar
-from jaguar import choices, cli, flag_groups, schemes
-from jaguar.data import Data
-from jaguar.estimators import ESTIMATORS
-from jaguar.ops import NAMES
+from jaguar.backends.ops import NAMES
+from jaguar.cli import flag_groups
+from jaguar.cli import main as cli
+from jaguar.cli.finetune.data import Data
+from jaguar.cli.finetune.run import Run
+from jaguar.method import schemes
+from jaguar.method.estimators import ESTIMATORS
+from jaguar.models import choices
 from jaguar.optimizers.names import METHODS
-from jaguar.run import Run
 
 # Kind of a flag -> what is legal, and what is not.
 KINDS = {

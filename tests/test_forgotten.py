@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import CONFIGS, Bag, make, weights
 
-from jaguar import ops
-from jaguar.launches import Launches
+from jaguar.backends import ops
+from jaguar.backends.launches import Launches
 
 DRAWN_AND_SAVED = {"_samples", "_drawn", "_momenta", "_buffers", "_scratch", "_listed"}
 CASES = [(config, "reference") for config in sorted(CONFIGS)]
@@ -68,7 +68,7 @@ def test_nothing_is_left_of_a_step(config: str, backend: str) -> None:
 @pytest.mark.parametrize("config", ["fraction", "released", "all", "gaussian-copy"])
 def test_nothing_is_left_where_memory_runs_out(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first buffer is there when the second one is not."""
-    from jaguar.fused.plan import Plan
+    from jaguar.backends.triton.plan import Plan
 
     bag = Bag([weights(dtype, 12, 10) for dtype in (torch.float32, torch.float64)])
     opt = make(config, bag.named_parameters(), backend="triton")

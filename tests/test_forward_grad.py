@@ -12,10 +12,10 @@ from test_trainer import scored
 from torch import Tensor, nn
 
 from jaguar import ForwardGrad
-from jaguar.directions import Gaussian
+from jaguar.cli.finetune.progress import Losses
+from jaguar.method.directions import Gaussian
+from jaguar.method.rng import Draw, Elements
 from jaguar.optimizers import tangents
-from jaguar.progress import Losses
-from jaguar.rng import Draw, Elements
 
 
 def along(opt: ForwardGrad, seed: int, step: int = 0) -> dict[Tensor, Tensor]:

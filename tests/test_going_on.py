@@ -9,7 +9,7 @@ import torch
 import transformers
 from test_checkpoints import bits, equal, make, resumed, rows, trainer
 
-from jaguar import checkpoints
+from jaguar.trainer import checkpoints
 
 
 @pytest.fixture(scope="module")

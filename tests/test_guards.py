@@ -15,11 +15,12 @@ import torch
 from conftest import CONFIGS, Bag, all_bits, bits, dtype_id, every_form, make, skipping, state_bits, warned, weights
 from torch import nn
 
-import jaguar.params
-from jaguar import ZOSGD, JaguarSignSGD, rules
-from jaguar.orthogonal import Orthogonal
-from jaguar.reference.coordinate import CoordinateProbe
-from jaguar.reference.probes import CopyProbe
+import jaguar.method.params
+from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.backends.reference.coordinate import CoordinateProbe
+from jaguar.backends.reference.probes import CopyProbe
+from jaguar.method import rules
+from jaguar.method.orthogonal import Orthogonal
 
 configs = pytest.mark.parametrize("config", CONFIGS)
 
@@ -27,7 +28,7 @@ configs = pytest.mark.parametrize("config", CONFIGS)
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors one by one, so that something can fail between them."""
-    monkeypatch.setattr("jaguar.reference.pieces._SMALL", -1)
+    monkeypatch.setattr("jaguar.backends.reference.pieces._SMALL", -1)
 
 
 def step_rule(config: str) -> str:
@@ -201,7 +202,7 @@ def test_a_failure_in_the_first_step_has_no_finished_step(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
 def test_a_failing_perturbation_is_taken_back(config: str, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not together:
-        monkeypatch.setattr("jaguar.reference.pieces._SMALL", -1)
+        monkeypatch.setattr("jaguar.backends.reference.pieces._SMALL", -1)
     bag = every_form(torch.bfloat16)
     params = list(bag.parameters())
     real, failed = rules.perturbed, 0
@@ -374,20 +375,20 @@ def test_the_slice_law_notices_a_stride_ignored(monkeypatch: pytest.MonkeyPatch)
     def wrong(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
         tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())[index] = values
 
-    monkeypatch.setattr("jaguar.reference.coordinate.scatter_", wrong)
+    monkeypatch.setattr("jaguar.backends.reference.coordinate.scatter_", wrong)
     with pytest.raises(AssertionError):
         test_measure.test_nothing_outside_a_slice_is_touched("fraction", "block", torch.float32)
 
 
 def test_the_dropout_law_notices_unseeded_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaguar.isolation.Isolation.evaluate", lambda self, closure, seed: closure())
+    monkeypatch.setattr("jaguar.optimizers.isolation.Isolation.evaluate", lambda self, closure, seed: closure())
     with pytest.raises(AssertionError):
         test_measure.test_dropout_masks_within_and_between_steps()
 
 
 def test_streams_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tensors with one stream move alike; the collision check is what keeps that from happening."""
-    monkeypatch.setattr(jaguar.params, "stream_of", lambda name: 3)
+    monkeypatch.setattr(jaguar.method.params, "stream_of", lambda name: 3)
     with pytest.raises(ValueError, match="stream"):
         JaguarSignSGD(
             [("a", weights(torch.float32, 5).requires_grad_()), ("b", weights(torch.float32, 6).requires_grad_())]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import jaguar
-from jaguar import isolation
+from jaguar.optimizers import isolation
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 from test_newton_schulz import with_spectrum
 from torch import Tensor
 
-from jaguar import iteration
-from jaguar.iteration import Task, batches, gram_segments, half_pays, orthogonalise
-from jaguar.reference.newton_schulz import newton_schulz, normalised
-from jaguar.schemes import SCHEMES, Coefficients
+from jaguar.backends.polar import schedule as iteration
+from jaguar.backends.polar.reference import newton_schulz, normalised
+from jaguar.backends.polar.schedule import Task, batches, gram_segments, half_pays, orthogonalise
+from jaguar.method.schemes import SCHEMES, Coefficients
 
 N_SMS = 132
 schemes = pytest.mark.parametrize("name", SCHEMES)

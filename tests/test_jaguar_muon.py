@@ -17,10 +17,11 @@ from conftest import all_bits, bits, numpy_of, skipping, state_bits
 from torch import Tensor, nn
 
 import jaguar
-from jaguar import JaguarMuon, JaguarSignSGD, ops
-from jaguar.directions import ReleasedBlock
-from jaguar.rng import Draw
-from jaguar.schemes import SCHEMES
+from jaguar import JaguarMuon, JaguarSignSGD
+from jaguar.backends import ops
+from jaguar.method.directions import ReleasedBlock
+from jaguar.method.rng import Draw
+from jaguar.method.schemes import SCHEMES
 
 F64 = {"ns_dtype": torch.float64}
 

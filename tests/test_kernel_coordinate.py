@@ -36,9 +36,9 @@ from kernels import (
     step_law,
 )
 
-from jaguar import ops
-from jaguar.directions import Coordinates
-from jaguar.fused.plan import Plan, Table
+from jaguar.backends import ops
+from jaguar.backends.triton.plan import Plan, Table
+from jaguar.method.directions import Coordinates
 from jaguar.triton_kernels import coordinate
 from jaguar.triton_kernels import tables as T
 

@@ -37,13 +37,13 @@ from kernels import (
 )
 from triton.runtime.interpreter import InterpreterBuilder
 
-from jaguar import ops
-from jaguar.directions import DENSE
-from jaguar.fused.numbers import arithmetic
-from jaguar.fused.plan import Plan
-from jaguar.fused.supported import unsupported
-from jaguar.rule import Buffer, Rule
-from jaguar.rules import SGD, AveragedSign
+from jaguar.backends import ops
+from jaguar.backends.triton.numbers import arithmetic
+from jaguar.backends.triton.plan import Plan
+from jaguar.backends.triton.supported import unsupported
+from jaguar.method.directions import DENSE
+from jaguar.method.rule import Buffer, Rule
+from jaguar.method.rules import SGD, AveragedSign
 from jaguar.triton_kernels import rules as kernels
 from jaguar.triton_kernels.launch import around
 

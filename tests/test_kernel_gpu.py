@@ -47,14 +47,15 @@ from test_kernel_rng import (  # noqa: F401  (collected here too, and then run o
 )
 from torch import Tensor
 
-from jaguar import ZOSGD, JaguarSignSGD, ops
-from jaguar.directions import DENSE, Coordinates
-from jaguar.estimators import TwoSided
-from jaguar.launches import StepInputs
-from jaguar.params import Slot
-from jaguar.rng import Draw, Purpose
-from jaguar.rule import rounded
-from jaguar.rules import AveragedSign, Sign
+from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.backends import ops
+from jaguar.backends.launches import StepInputs
+from jaguar.method.directions import DENSE, Coordinates
+from jaguar.method.estimators import TwoSided
+from jaguar.method.params import Slot
+from jaguar.method.rng import Draw, Purpose
+from jaguar.method.rule import rounded
+from jaguar.method.rules import AveragedSign, Sign
 from jaguar.triton_kernels import tables as T
 
 # The interpreter would run the kernels on the CPU, and prove nothing here.

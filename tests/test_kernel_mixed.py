@@ -28,8 +28,8 @@ from kernels import (
     step_law,
 )
 
-from jaguar.directions import Mixed
-from jaguar.rules import AlongMomentum
+from jaguar.method.directions import Mixed
+from jaguar.method.rules import AlongMomentum
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 

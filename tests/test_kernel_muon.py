@@ -31,10 +31,12 @@ from kernels import (
 )
 
 import jaguar
-from jaguar import JaguarMuon, fused, ops, reference
-from jaguar.orthogonal import MatrixStage
-from jaguar.params import Slot
-from jaguar.rules import AveragedSign
+from jaguar import JaguarMuon
+from jaguar.backends import ops, reference
+from jaguar.backends import triton as fused
+from jaguar.method.orthogonal import MatrixStage
+from jaguar.method.params import Slot
+from jaguar.method.rules import AveragedSign
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 

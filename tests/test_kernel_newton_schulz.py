@@ -19,9 +19,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from jaguar import ops
-from jaguar.fused import newton_schulz
-from jaguar.fused.newton_schulz import TritonProducts
+from jaguar.backends import ops
+from jaguar.backends.polar import triton as newton_schulz
+from jaguar.backends.polar.triton import TritonProducts
 from jaguar.triton_kernels import newton_schulz as kernels
 from jaguar.triton_kernels.launch import launch
 

@@ -17,8 +17,9 @@ from test_rng import BOUNDS, VECTORS, numbers
 from test_rounding import interesting, law, magnitudes
 from torch import Tensor
 
-from jaguar import ops, rng, rounding
-from jaguar.rng import Purpose
+from jaguar.backends import ops
+from jaguar.method import rng, rounding
+from jaguar.method.rng import Purpose
 from jaguar.triton_kernels import rng as kernel_rng
 from jaguar.triton_kernels import rounding as kernel_rounding
 from jaguar.triton_kernels.launch import launch

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 from kernels import bag_of, counted, everything, interpreted, jobs, parameters
 
-from jaguar import ZOSGD, JaguarSignSGD, bind, ops
-from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.estimators import TwoSided
-from jaguar.method import Method
-from jaguar.rules import AveragedSign
+from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.backends import bind, ops
+from jaguar.method.directions import Coordinates, ReleasedBlock
+from jaguar.method.estimators import TwoSided
+from jaguar.method.method import Method
+from jaguar.method.rules import AveragedSign
 from jaguar.triton_kernels.launch import around
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]

@@ -24,55 +24,23 @@ def modules(root: Path, package: str = "jaguar") -> Modules:
     return {".".join([package, *parts]).removesuffix(".__init__"): path for path, parts in files.items()}
 
 
-# Rooms (a file of jaguar/, or a folder), bottom to top: a file imports only from floors below its own room's, or from
-# its own folder.
-ENGINE_FLOORS = [
-    {"saved_values", "reached", "uploads"},
-    {"record", "journal", "interrupts", "module_state", "rng", "storage", "params", "schemes", "triton_kernels"},
-    {"samples", "isolation", "rounding", "iteration", "extension"},
-    {"directions"},
-    {"rule"},
-    {"rules", "estimators"},
-    {"step_size"},
-    {"launches", "method"},
-    {"kept", "orthogonal"},
-    {"reference"},
-    {"fused"},
-    {"ops"},
-    {"bind"},
-    {"polar"},
-    {"optimizers"},
-]
+# Rooms, bottom to top: a file imports from rooms on floors below its own room's, or from its own room.
+ENGINE_FLOORS = [{"record", "journal", "triton_kernels"}, {"method"}, {"backends"}, {"optimizers"}]
 # Language models and their tasks; they know nothing of the engine.
-TASK_FLOORS = [
-    {"choices", "errors", "literals", "tolerance", "untrusted"},
-    {"adapters", "tasks"},
-    {"scoring"},
-    {"models"},
-    {"data"},
-]
-TRAINER_FLOORS = [
-    {"attempts", "micro_batches", "saving", "training_args", "weights"},
-    {"staging"},
-    {"checkpoints", "model_card", "scored_trainer"},
-    {"exact_trainer"},
-    {"trainer"},
-    {"__init__"},  # the public names; whoever asks `jaguar` for one stands above all of them
-]
-COMMAND_FLOORS = [
-    {"presets", "report", "settings_file", "values"},
-    {"dry_run", "evaluation", "flag_groups", "method_card", "progress"},
-    {"trainer_flags"},
-    {"run"},
-    {"outcome"},
-    {"finetune"},
-    {"flags"},
-    {"cli"},
-    {"__main__"},
-]
-FLOORS = [*ENGINE_FLOORS, *TASK_FLOORS, *TRAINER_FLOORS, *COMMAND_FLOORS]
+TASK_FLOORS = [{"models"}, {"tasks"}, {"scoring"}]
+# Whoever asks `jaguar` for a public name stands above all that it names.
+TOP_FLOORS = [{"trainer"}, {"__init__"}, {"cli"}, {"__main__"}]
+FLOORS = [*ENGINE_FLOORS, *TASK_FLOORS, *TOP_FLOORS]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ENGINE_ROOMS, TASK_ROOMS = set().union(*ENGINE_FLOORS), set().union(*TASK_FLOORS)
+# Inside a room, a folder or a file that must not know what is above it: (who, whom).
+CLOSED = [
+    ("backends.polar", "backends.ops"),
+    ("backends.reference", "backends.triton"),
+    ("backends.reference", "backends.bind"),
+    ("backends.triton", "backends.bind"),
+    ("cli.finetune", "cli.main"),
+]
 MODULES = modules(ROOT) | modules(KERNELS, "jaguar.triton_kernels")
 NO_TORCH = {"record", "journal"}
 OUTSIDE_THE_ENGINE = {
@@ -145,19 +113,19 @@ def test_every_room_is_there() -> None:
 
 
 BROKEN = {
-    "cli": ("rules.py", "import jaguar.cli"),
+    "cli": ("rules.py", "import jaguar.cli.main"),
     "transformers": ("ops.py", "def f():\n    from transformers import Trainer"),
     "torch": ("record.py", "import torch.nn"),
-    "upwards": ("rng.py", "from jaguar.directions import Gaussian"),
+    "upwards": ("rng.py", "from jaguar.method.directions import Gaussian"),
     "leaf": ("optimizers/base.py", "from jaguar import scoring"),
     "neighbour": ("parts.py", "from jaguar.muon import MuonSteps"),
-    "for types": ("muon.py", "if TYPE_CHECKING:\n    from jaguar.ops import choose"),
+    "for types": ("muon.py", "if TYPE_CHECKING:\n    from jaguar.backends.ops import choose"),
     "a public name": ("optimizers/base.py", "from jaguar import Record"),
     "the package": ("training_args.py", "def f():\n    import jaguar"),
-    "from task to engine": ("tasks/task.py", "from jaguar import rng"),
-    "from scorer to model": ("scoring/scorer.py", "from jaguar.models import load"),
-    "from trainer to command": ("trainer.py", "from jaguar.flag_groups import DEFAULTS"),
-    "from run to cli": ("finetune.py", "if TYPE_CHECKING:\n    from jaguar import flags"),
+    "from task to engine": ("tasks/task.py", "from jaguar.method import rng"),
+    "from scorer to model": ("scoring/scorer.py", "from jaguar.models.load import load"),
+    "from trainer to command": ("trainer.py", "from jaguar.cli.flag_groups import DEFAULTS"),
+    "from run to cli": ("finetune.py", "if TYPE_CHECKING:\n    from jaguar.cli import flags"),
     "no room": ("novel.py", "import math"),
 }
 
@@ -231,7 +199,7 @@ def test_only_ops_names_the_backends() -> None:
         if room_of(path) not in ("fused", "ops"):
             assert not [n for n in imports(path) if n.startswith("jaguar.triton_kernels")]
         if room_of(path) not in ("ops", "bind", "reference", "fused", "optimizers"):
-            assert not [n for n in imports(path) if n.startswith("jaguar.reference")]
+            assert not [n for n in imports(path) if n.startswith("jaguar.backends.reference")]
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: p.name)
@@ -257,7 +225,7 @@ def test_reading_a_record_needs_no_torch(statement: str) -> None:
 
 
 def test_importing_the_engine_loads_no_leaf() -> None:
-    leaves = "'transformers', 'jaguar.cli', 'jaguar.scoring'"
+    leaves = "'transformers', 'jaguar.cli.main', 'jaguar.scoring'"
     code = f"import sys, jaguar.optimizers; sys.exit(any(m in sys.modules for m in ({leaves})))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=600).returncode == 0
 

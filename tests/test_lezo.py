@@ -11,8 +11,8 @@ from conftest import all_bits, bits, philox_ints, step_key_ints, stream_ints, we
 from torch import Tensor, nn
 
 import jaguar
-from jaguar.directions import Layers
-from jaguar.rng import Draw
+from jaguar.method.directions import Layers
+from jaguar.method.rng import Draw
 
 LAYERS, SEED = 8, 12345
 

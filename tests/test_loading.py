@@ -8,9 +8,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from jaguar.adapters import Adapter
-from jaguar.errors import said
-from jaguar.models import load
+from jaguar.models.adapters import Adapter
+from jaguar.models.errors import said
+from jaguar.models.load import load
 from jaguar.tasks.rows import hub_rows
 
 

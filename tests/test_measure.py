@@ -28,7 +28,7 @@ from conftest import (
 from torch import nn
 
 from jaguar import ZOSGD, JaguarSignSGD
-from jaguar.params import Shard
+from jaguar.method.params import Shard
 
 configs = pytest.mark.parametrize("config", CONFIGS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

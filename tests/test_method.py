@@ -11,11 +11,12 @@ import torch
 from conftest import TAU, Bag, all_bits, bits, weights
 
 import jaguar
-from jaguar import Method, ZerothOrder, directions, estimators, orthogonal, rules
-from jaguar.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
-from jaguar.estimators import OneSided, TwoSided
-from jaguar.rule import Rule
-from jaguar.rules import SGD, AveragedSign, Buffer, Sign
+from jaguar import Method, ZerothOrder
+from jaguar.method import directions, estimators, orthogonal, rules
+from jaguar.method.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock
+from jaguar.method.estimators import OneSided, TwoSided
+from jaguar.method.rule import Rule
+from jaguar.method.rules import SGD, AveragedSign, Buffer, Sign
 
 # Parts with their group values; new parts of the package join by themselves where they need no arguments.
 DIRECTIONS = {

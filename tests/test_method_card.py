@@ -13,8 +13,9 @@ from tiny import refused
 
 import jaguar
 import jaguar.optimizers
-from jaguar import cli, ops
-from jaguar.method_card import facts
+from jaguar.backends import ops
+from jaguar.cli import main as cli
+from jaguar.cli.method_card import facts
 from jaguar.optimizers.common import Common, keywords
 from jaguar.optimizers.names import FIRST_ORDER, METHODS, Named
 
@@ -202,7 +203,7 @@ def test_a_class_that_needs_a_model_gets_one(
     assert found["source"] == "somewhere, in two lines."
     assert found["state"] == "4 bytes per parameter in fp32, 2 in bf16"
     assert found["defaults"] == "lr=None (1e-3)\nmodel: must be given\ntau=0.001\nseed=0"
-    monkeypatch.setattr("jaguar.method_card.facts", {"zo-sgd": found}.get)
+    monkeypatch.setattr("jaguar.cli.method_card.facts", {"zo-sgd": found}.get)
     assert cli.main(["info", "--optim-zo=zo-sgd"]) == 0
     assert "equation:\n  x <- x\n\n  y <- [y]\nevaluations" in capsys.readouterr().out
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import refused
 
-from jaguar import cli
+from jaguar.cli import main as cli
 from jaguar.optimizers.names import METHODS
-from jaguar.trainer import ZOTrainer
+from jaguar.trainer.trainer import ZOTrainer
 
 # What makes four steps show what a method has: searches, a schedule, Algorithm 4 too.
 OPTIONS = {

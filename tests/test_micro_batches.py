@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from jaguar import ZOTrainer, ZOTrainingArguments
-from jaguar.micro_batches import Grain, MicroBatches
+from jaguar.trainer.micro_batches import Grain, MicroBatches
 
 
 @pytest.fixture(autouse=True)

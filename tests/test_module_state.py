@@ -22,7 +22,7 @@ import transformers
 from conftest import CONFIGS, Log, bits, make, weights
 from torch import Tensor, nn
 
-import jaguar.module_state
+import jaguar.optimizers.module_state
 from jaguar import ZOSGD, JaguarSignSGD
 
 
@@ -484,7 +484,7 @@ def test_frozen_parameters_that_keep_still_are_never_copied(monkeypatch: pytest.
     model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 1))
     opt = JaguarSignSGD(model[1].parameters(), coordinates=0.5)
     saved: list[Any] = []
-    monkeypatch.setattr(jaguar.module_state, "SavedTensor", lambda t: saved.append(t))
+    monkeypatch.setattr(jaguar.optimizers.module_state, "SavedTensor", lambda t: saved.append(t))
     for _ in range(10):
         opt.step(lambda: model(torch.ones(2, 4)).mean())
         model[0].load_state_dict(nn.Linear(4, 4).state_dict())
@@ -605,14 +605,14 @@ def test_an_optimizer_that_has_looked_is_copied_and_pickled_without_models() -> 
 
 def test_steady_state_has_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     hooked: list[int] = []
-    register = jaguar.module_state.register_module_forward_pre_hook
+    register = jaguar.optimizers.module_state.register_module_forward_pre_hook
     opt = ZOSGD((model := nn.Linear(3, 1)).parameters(), lr=0.0)
 
     def noted(hook: Any) -> Any:
         hooked.append(opt.steps_done)
         return register(hook)
 
-    monkeypatch.setattr(jaguar.module_state, "register_module_forward_pre_hook", noted)
+    monkeypatch.setattr(jaguar.optimizers.module_state, "register_module_forward_pre_hook", noted)
     for _ in range(130):
         opt.step(lambda: model(torch.ones(2, 3)).sum())
     assert hooked == [0, 1, 2, 4, 8, 16, 32, 64, 128]

@@ -21,14 +21,15 @@ from transformers import BertForSequenceClassification
 
 import jaguar
 import jaguar.optimizers
-from jaguar import cli, values
-from jaguar.dry_run import check
-from jaguar.literals import keyword_arguments
-from jaguar.method import Method
+from jaguar.cli import main as cli
+from jaguar.cli import values
+from jaguar.cli.finetune.dry_run import check
+from jaguar.cli.finetune.run import Run, compare, optimizer_settings
+from jaguar.method.method import Method
 from jaguar.optimizers.common import Common, keywords
 from jaguar.optimizers.names import FIRST_ORDER, HOME, METHOD, METHODS, Named
-from jaguar.run import Run, compare, optimizer_settings
-from jaguar.training_args import OPTIONS, ZOTrainingArguments
+from jaguar.trainer.arguments import OPTIONS, ZOTrainingArguments
+from jaguar.trainer.literals import keyword_arguments
 
 ROOT = Path(jaguar.__file__).parents[1]
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}

@@ -11,8 +11,8 @@ from conftest import dtype_id
 from torch import Tensor
 
 import jaguar
-from jaguar import ops
-from jaguar.schemes import SCHEMES, scalar_iterate
+from jaguar.backends import ops
+from jaguar.method.schemes import SCHEMES, scalar_iterate
 
 SHAPES = [(1, 1), (1, 9), (7, 1), (8, 2048), (2048, 8), (5, 5), (64, 100), (100, 64), (3, 6, 10), (4, 33, 7)]
 schemes = pytest.mark.parametrize("name", SCHEMES)
@@ -253,7 +253,7 @@ def test_bf16_on_a_cpu_without_products_in_bf16(
     real = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda a, *rest, **scale: seen.append(a) or real(a, *rest, **scale))
     for has in (False, True):
-        module = sys.modules["jaguar.reference.newton_schulz"]  # whose name is also its function's
+        module = sys.modules["jaguar.backends.polar.reference"]  # whose name is also its function's
         monkeypatch.setattr(module, "multiplies_bf16", lambda: has)  # noqa: B023
         out = jaguar.newton_schulz(G, dtype=torch.bfloat16, coefficients=coefficients, backend="reference")
         assert {a.dtype for a in seen} == {torch.bfloat16 if has else torch.float32}

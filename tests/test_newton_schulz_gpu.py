@@ -16,8 +16,9 @@ from conftest import TAU, Bag, bits, dtype_id, state_bits, weights
 from torch import Tensor
 
 import jaguar
-from jaguar import JaguarMuon, ops
-from jaguar.schemes import SCHEMES
+from jaguar import JaguarMuon
+from jaguar.backends import ops
+from jaguar.method.schemes import SCHEMES
 
 # The interpreter would run the kernels on the CPU, and prove nothing here.
 pytestmark = [

@@ -34,7 +34,7 @@ from laws import ONE_DIRECTION
 from test_rounding import law
 
 from jaguar import ZOSGD, JaguarSignSGD, Record
-from jaguar.params import Shard
+from jaguar.method.params import Shard
 
 configs = pytest.mark.parametrize("config", CONFIGS)
 

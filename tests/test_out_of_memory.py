@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jaguar import JaguarMuon, ZOMuon, ops, param_groups, reference
-from jaguar.iteration import Task, batches, orthogonalise, take
-from jaguar.schemes import SCHEMES
+from jaguar import JaguarMuon, ZOMuon, param_groups
+from jaguar.backends import ops
+from jaguar.backends.polar import reference
+from jaguar.backends.polar.schedule import Task, batches, orthogonalise, take
+from jaguar.method.schemes import SCHEMES
 
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "jaguar": (JaguarMuon, {"coordinates": 0.2, "lr": 1e-2}),
@@ -57,7 +59,10 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     real = torch.empty
 
     def empty(*words: Any, **more: Any) -> Tensor:
-        if sys._getframe(1).f_globals["__name__"] in ("jaguar.iteration", "jaguar.reference.newton_schulz"):
+        if sys._getframe(1).f_globals["__name__"] in (
+            "jaguar.backends.polar.schedule",
+            "jaguar.backends.polar.reference",
+        ):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*words, **more)
 

@@ -17,8 +17,9 @@ from tiny import refused
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
-from jaguar import cli, staging
-from jaguar.progress import Stop
+from jaguar.cli import main as cli
+from jaguar.cli.finetune.progress import Stop
+from jaguar.trainer import staging
 
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
 
@@ -205,7 +206,7 @@ def test_trials_of_a_search_have_folders_of_their_own(tmp_path: Path, monkeypatc
         locked.append(folder)
         raise RuntimeError
 
-    monkeypatch.setattr("jaguar.exact_trainer.only_run", only_run)
+    monkeypatch.setattr("jaguar.trainer.exact_trainer.only_run", only_run)
     with pytest.raises(RuntimeError):
         run.train(trial={})
     assert locked == [tmp_path / "run-3"]

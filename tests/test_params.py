@@ -9,8 +9,9 @@ import torch
 from conftest import every_form, stream_ints
 from torch import nn
 
-from jaguar import ZOSGD, JaguarSignSGD, ops
-from jaguar.params import build_slots, canonical_name, check_tensor, free_bytes, stream_of
+from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.backends import ops
+from jaguar.method.params import build_slots, canonical_name, check_tensor, free_bytes, stream_of
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -227,7 +228,7 @@ def test_equal_canonical_names() -> None:
 
 
 def test_stream_collision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaguar.params.stream_of", lambda name: 7)
+    monkeypatch.setattr("jaguar.method.params.stream_of", lambda name: 7)
     with pytest.raises(ValueError, match=r"'a' and 'b'.*stream id"):
         JaguarSignSGD([("a", leaf(2)), ("b", leaf(3))])
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, ZOSignSGD
-from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.params import Slot
-from jaguar.rng import Draw, Elements, Purpose, noise16, noise16_of, normals, normals_of, runs, signs, signs_of
+from jaguar.method.directions import Coordinates, ReleasedBlock
+from jaguar.method.params import Slot
+from jaguar.method.rng import Draw, Elements, Purpose, noise16, noise16_of, normals, normals_of, runs, signs, signs_of
 
 
 class Crowd(nn.Module):
@@ -53,7 +53,7 @@ def test_together_is_apart(config: str, dtype: torch.dtype, monkeypatch: pytest.
     kind, options = OPTIMIZERS[config]
     seen, pieces = [], []
     for small in (-1, 5, 1 << 14):
-        monkeypatch.setattr("jaguar.reference.pieces._SMALL", small)
+        monkeypatch.setattr("jaguar.backends.reference.pieces._SMALL", small)
         net = Crowd(dtype)
         opt = kind(net.named_parameters(), lr=1e-3, seed=5, backend="reference", **options)
         for _ in range(3):
@@ -93,7 +93,7 @@ def test_parts_of_a_large_sample_are_the_sample(direction: Any, monkeypatch: pyt
     for slot in (whole, shard):
         found = []
         for part in (1 << 20, 16):
-            monkeypatch.setattr("jaguar.samples.PART", part)
+            monkeypatch.setattr("jaguar.method.samples.PART", part)
             (chosen,) = direction.choose(Draw(1, 2), [slot], [[0]])
             parts = list(chosen.parts())
             assert chosen.count == sum(place.numel() for place, _ in parts)

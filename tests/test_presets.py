@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from jaguar.optimizers.names import METHODS
-from jaguar.presets import Preset, find, presets
 from jaguar.tasks import TASKS
-from jaguar.training_args import ZOTrainingArguments
+from jaguar.tasks.presets import Preset, find, presets
+from jaguar.trainer.arguments import ZOTrainingArguments
 
 ALL = presets()
 ADAPTERS = {"none": set(), "lora": {"lora_r", "lora_alpha"}, "prefix": {"num_virtual_tokens"}}
@@ -33,9 +33,9 @@ each = pytest.mark.parametrize("preset", ALL, ids=lambda preset: "-".join(key(pr
 
 
 def test_every_file_is_read() -> None:
-    names = {path.name for path in files("jaguar.presets").iterdir() if path.name.endswith((".yaml", ".yml"))}
+    names = {path.name for path in files("jaguar.tasks.presets").iterdir() if path.name.endswith((".yaml", ".yml"))}
     assert names == {"copa.yaml", "sst2.yaml", "winogrande.yaml"}
-    lengths = {name: len(yaml.safe_load(files("jaguar.presets").joinpath(name).read_text())) for name in names}
+    lengths = {name: len(yaml.safe_load(files("jaguar.tasks.presets").joinpath(name).read_text())) for name in names}
     assert Counter(f"{preset.task}.yaml" for preset in ALL) == lengths
     assert {preset.task for preset in ALL} <= set(TASKS)
 
@@ -125,5 +125,5 @@ def test_find_finds_nothing_else(wanted: tuple[str, str, str, str]) -> None:
 
 
 def test_presets_need_no_torch() -> None:
-    code = "import sys; from jaguar.presets import presets; presets(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from jaguar.tasks.presets import presets; presets(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0

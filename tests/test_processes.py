@@ -17,9 +17,11 @@ from test_ending import place as place
 from test_ending import words
 from transformers import TrainerControl, TrainerState
 
-from jaguar import checkpoints, cli, training_args
-from jaguar.progress import Stop
-from jaguar.staging import of
+from jaguar.cli import main as cli
+from jaguar.cli.finetune.progress import Stop
+from jaguar.trainer import arguments as training_args
+from jaguar.trainer import checkpoints
+from jaguar.trainer.staging import of
 
 # Within which a run has ended, all of its processes: what torchrun leaves them, and what starting Python takes.
 SECONDS = 90
@@ -94,7 +96,7 @@ def test_all_processes_end(place: Path, tmp_path: Path, how: str, instant: int) 
             sent(process, how)
             break
     rest, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0 and "jaguar/cli.py" not in rest  # torchrun has a traceback of its own
+    assert process.returncode != 0 and "jaguar/cli/main.py" not in rest  # torchrun has a traceback of its own
     assert subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode == 1, "one is still there"
     found = of(tmp_path / "out")
     if how == "SIGKILL of one":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaguar.flags import parse
+from jaguar.cli.flags import parse
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

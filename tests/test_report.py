@@ -11,8 +11,8 @@ import tiny
 from rich.console import Console
 from tiny import refused
 
-from jaguar import cli
-from jaguar.report import Points, StepBar, curves, score_table
+from jaguar.cli import main as cli
+from jaguar.cli.finetune.report import Points, StepBar, curves, score_table
 from jaguar.scoring import Scorer
 
 

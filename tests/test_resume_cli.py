@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny import refused
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from jaguar import cli, finetune, weights
-from jaguar.models import load
-from jaguar.run import STATE
+from jaguar.cli import main as cli
+from jaguar.cli.finetune import job as finetune
+from jaguar.cli.finetune.run import STATE
+from jaguar.models.load import load
+from jaguar.trainer import weights
 
 SIZES = {
     "vocab_size": 64,

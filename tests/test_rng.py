@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import DIRECTION, M32, ROUND, ROUND_STATE, noise_at, philox_ints, sign_at, step_key_ints, words_ints
 
-from jaguar import rng
-from jaguar.rng import Draw, Purpose
+from jaguar.method import rng
+from jaguar.method.rng import Draw, Purpose
 
 VECTORS = [  # Random123 1.14, kat_vectors, philox4x32 10
     ("0", "0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROUND, bits, dtype_id, noise_at, step_key_ints
 
-from jaguar import JaguarSignSGD, rng, rounding
-from jaguar.rng import Purpose
-from jaguar.rounding import compute_dtype, needs_noise, store
+from jaguar import JaguarSignSGD
+from jaguar.method import rng, rounding
+from jaguar.method.rng import Purpose
+from jaguar.method.rounding import compute_dtype, needs_noise, store
 
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e5m2]
 NOISE = torch.arange(1 << 16)

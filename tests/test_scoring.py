@@ -290,7 +290,7 @@ def test_a_sliding_window_shorter_than_the_prompt_rules_out_trees():
 def test_adapters_are_scored_by_their_own_forward(adapter):
     import peft
 
-    from jaguar.adapters import Adapter
+    from jaguar.models.adapters import Adapter
 
     data = examples("copa", "opt", 4)
     model = Adapter(adapter, num_virtual_tokens=3).applied(tiny.architecture("opt"), "causal")

@@ -17,9 +17,9 @@ import transformers.dynamic_module_utils
 from payloads import changed, filled
 from tiny import refused
 
-from jaguar import cli
-from jaguar.adapters import Adapter
-from jaguar.models import load
+from jaguar.cli import main as cli
+from jaguar.models.adapters import Adapter
+from jaguar.models.load import load
 
 ROOT = Path(__file__).parents[1]
 TRUST = "--trust_remote_code"

@@ -8,8 +8,8 @@ import pytest
 from test_flags import settled  # noqa: F401
 from tiny import refused
 
-from jaguar import settings_file
-from jaguar.presets import presets
+from jaguar.cli import settings_file
+from jaguar.tasks.presets import presets
 
 BASE = "model: lm\noutput_dir: out\nuse_cpu: true\n"
 

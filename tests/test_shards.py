@@ -14,8 +14,9 @@ from conftest import CONFIGS, DTYPES, TAU, Bag, bits, dtype_id, weights
 from laws import built
 from torch import Tensor
 
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Shard, params
-from jaguar.params import Slot
+from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Shard
+from jaguar.method import params
+from jaguar.method.params import Slot
 
 pytestmark = pytest.mark.filterwarnings("ignore:tau is too small")  # of the few elements of a part
 
@@ -105,10 +106,10 @@ def shard_law(
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors together, as they are; or one by one and piece by piece, as large ones are."""
     if request.param == "apart":
-        monkeypatch.setattr("jaguar.reference.pieces._SMALL", -1)
-        monkeypatch.setattr("jaguar.storage.CHUNK", 8)
-        monkeypatch.setattr("jaguar.reference.dense.CHUNK", 8)
-        monkeypatch.setattr("jaguar.samples.PART", 8)
+        monkeypatch.setattr("jaguar.backends.reference.pieces._SMALL", -1)
+        monkeypatch.setattr("jaguar.backends.reference.indexing.CHUNK", 8)
+        monkeypatch.setattr("jaguar.backends.reference.dense.CHUNK", 8)
+        monkeypatch.setattr("jaguar.method.samples.PART", 8)
 
 
 @pytest.mark.usefixtures("size")

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import jaguar
 from jaguar import Record
-from jaguar.estimators import OneSided, TwoSided
-from jaguar.model_card import card_arguments
+from jaguar.method.estimators import OneSided, TwoSided
+from jaguar.method.rule import Seen
+from jaguar.method.step_size import Estimates, differences, standard_errors
 from jaguar.optimizers.names import METHODS
-from jaguar.rule import Seen
-from jaguar.step_size import Estimates, differences, standard_errors
+from jaguar.trainer.model_card import card_arguments
 
 DIM, ROWS = 400, 16
 AUTO: dict[str, Any] = {"lr": "auto", "tau": "auto"}

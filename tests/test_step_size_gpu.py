@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jaguar
-from jaguar import ops
+from jaguar.backends import ops
 
 pytestmark = [
     pytest.mark.gpu,

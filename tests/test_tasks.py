@@ -5,8 +5,8 @@ import pytest
 import synthetic
 import tiny
 
-from jaguar.data import Data, class_names
-from jaguar.models import Loaded
+from jaguar.cli.finetune.data import Data, class_names
+from jaguar.models.load import Loaded
 from jaguar.tasks import COPA, SST2, TASKS, Encoder, MultipleChoice, Question, TextClassification, WinoGrande, described
 from jaguar.tasks.rows import Row, hub_rows, read_rows
 from jaguar.tasks.sampling import drawn, k_shot, train_and_dev

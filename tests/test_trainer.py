@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Scorer, ZOTrainer, ZOTrainingArguments
-from jaguar.adapters import Adapter
+from jaguar.models.adapters import Adapter
 from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.scoring import evaluate
 from jaguar.tasks import COPA, SST2, Encoder

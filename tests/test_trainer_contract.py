@@ -13,21 +13,12 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.hyperparameter_search import HPSearchBackend
 
-from jaguar import (
-    ZOSGD,
-    JaguarMuon,
-    JaguarSignSGD,
-    Method,
-    Scorer,
-    ZerothOrder,
-    ZOTrainer,
-    ZOTrainingArguments,
-)
-from jaguar.adapters import Adapter
-from jaguar.directions import Rademacher
-from jaguar.estimators import TwoSided
+from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Method, Scorer, ZerothOrder, ZOTrainer, ZOTrainingArguments
+from jaguar.method.directions import Rademacher
+from jaguar.method.estimators import TwoSided
+from jaguar.method.rules import Sign
+from jaguar.models.adapters import Adapter
 from jaguar.optimizers.guards import NonFiniteLoss
-from jaguar.rules import Sign
 from jaguar.scoring import evaluate
 from jaguar.tasks import COPA, SST2
 
@@ -484,7 +475,7 @@ def test_a_search_over_options(tmp_path, monkeypatch):
 def test_the_cache_is_emptied_every_so_many_steps(tmp_path, monkeypatch):
     emptied = []
     trainer = ZOTrainer(classifier(), arguments(tmp_path, 5, torch_empty_cache_steps=2), train_dataset=labelled())
-    monkeypatch.setattr("jaguar.trainer.clear_device_cache", lambda: emptied.append(trainer.state.global_step))
+    monkeypatch.setattr("jaguar.trainer.trainer.clear_device_cache", lambda: emptied.append(trainer.state.global_step))
     trainer.train()
     assert emptied == [0, 2, 4]
 

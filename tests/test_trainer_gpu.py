@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from jaguar import ZOTrainer, ZOTrainingArguments, ops
+from jaguar import ZOTrainer, ZOTrainingArguments
+from jaguar.backends import ops
 
 pytestmark = [
     pytest.mark.gpu,

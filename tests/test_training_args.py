@@ -9,7 +9,7 @@ import torch
 from transformers import BertForSequenceClassification, TrainingArguments
 
 from jaguar import ZOTrainer, ZOTrainingArguments
-from jaguar.training_args import WITHOUT_EFFECT
+from jaguar.trainer.arguments import WITHOUT_EFFECT
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
 

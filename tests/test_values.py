@@ -7,7 +7,7 @@ import math
 import pytest
 from test_tasks import TEXT, write
 
-from jaguar.data import Data
+from jaguar.cli.finetune.data import Data
 from jaguar.tasks.rows import hub_rows, read_rows
 
 MISSING = ["NaN", "null", "Infinity", "-Infinity"]

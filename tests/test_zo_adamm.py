@@ -12,7 +12,7 @@ from conftest import DTYPES, Bag, bits, numpy_of, sign_at, step_key_ints, stream
 from torch import Tensor
 
 import jaguar
-from jaguar import directions, estimators, rounding, rules
+from jaguar.method import directions, estimators, rounding, rules
 
 SHAPE, SEED, TAU = (6, 7), 12345, 2.0**-7
 LENGTHS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from jaguar import cli
+from jaguar.cli import main as cli
 
 TEMPLATE = r"Review: {text}\nSentiment:"
 

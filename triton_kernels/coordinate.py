@@ -1,7 +1,7 @@
 """Launches of coordinate directions: perturb, flip, restore, entry into state and step, one for all tensors.
 
 `sparse` has one lane per stratum and touches sampled elements only. `tiles` moves every element (update="all"): the
-strata that meet a tile first, a barrier, then the whole tile. Both are checked against `jaguar.reference.coordinate`.
+strata that meet a tile first, a barrier, then the whole tile. Both are checked against `backends.reference.coordinate`.
 A rule has one state buffer here, m, and ENTRY(m, g) is made along one direction after the other, g = weight * sign.
 """
 

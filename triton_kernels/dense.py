@@ -1,6 +1,6 @@
 """Launches of dense directions: perturb, flip and restore; entry into state and step. One launch for all tensors.
 
-z is made in registers and never stored. Checked against `jaguar.reference.dense`. MASKED: only tensors whose flag among
+z is made in registers and never stored. Checked against `backends.reference.dense`. MASKED: only tensors whose flag in
 `active` is 1 are read or written.
 """
 

@@ -1,6 +1,6 @@
 """The step along matrices that are given: x <- (1 - lr wd) x - lr O, one launch for all of them.
 
-Checked against `jaguar.reference.matrix`.
+Checked against `jaguar.backends.reference.matrix`.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """Launches of directions that are mixed with momentum: perturb, flip and restore; the step, which leaves the direction.
 
 The direction is made in registers from m and two draws, and never stored but as the m of the next step. Checked against
-`jaguar.reference.mixed`. MASKED: as in `jaguar.triton_kernels.dense`.
+`jaguar.backends.reference.mixed`. MASKED: as in `jaguar.triton_kernels.dense`.
 """
 
 import triton

@@ -1,9 +1,9 @@
-"""The random numbers of `jaguar.rng`, in registers: the same words, noise, signs and normals, bit for bit."""
+"""The random numbers of `jaguar.method.rng`, in registers: the same words, noise, signs and normals, bit for bit."""
 
 import triton
 import triton.language as tl
 
-# The purposes of `jaguar.rng.Purpose` that kernels draw for.
+# The purposes of `jaguar.method.rng.Purpose` that kernels draw for.
 DIRECTION = tl.constexpr(1)
 COORDINATES = tl.constexpr(2)
 ROWS = tl.constexpr(3)

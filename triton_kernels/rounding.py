@@ -1,4 +1,4 @@
-"""`jaguar.rounding` in registers: stored formats to fp32 and back, one rounding at the end.
+"""`jaguar.method.rounding` in registers: stored formats to fp32 and back, one rounding at the end.
 
 Formats are named "fp64", "fp32", "fp16", "bf16" and "e5m2". The last two are read and written as integers, and all that
 is stochastic is rounded by integer arithmetic: Triton's interpreter has no bf16, what it proves should be the code that

@@ -1,6 +1,6 @@
 """Tables that launches read from memory: one row per tensor, one row per program, keys and scalars of the step.
 
-The columns are named here, once for the kernels and for the host code that fills them (`jaguar.fused`). Everything
+The columns are named here, once for the kernels and for the host code that fills them (`backends.triton`). Everything
 that a kernel needs besides its compile-time options lies in device memory and is built once, so that a launch passes a
 handful of pointers whatever the number of tensors, and captured launches read the numbers that are there at replay.
 """

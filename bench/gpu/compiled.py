@@ -13,9 +13,9 @@ from torch import Tensor
 from gpu.parity import expect_bits
 from gpu.peers import LR
 from gpu.shapes import Named, cut
-from jaguar import rng, rounding, rules
-from jaguar.params import stream_of
-from jaguar.rng import Draw, Purpose
+from jaguar.method import rng, rounding, rules
+from jaguar.method.params import stream_of
+from jaguar.method.rng import Draw, Purpose
 
 
 class TooSlow(BaseException):

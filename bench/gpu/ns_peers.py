@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gpu.compiled import TooSlow, time_limit
-from jaguar import ops
-from jaguar.schemes import SCHEMES, Coefficients
+from jaguar.backends import ops
+from jaguar.method.schemes import SCHEMES, Coefficients
 
 EAGER = "torch eager, baddbmm"
 EACH = "torch eager, matrix by matrix"

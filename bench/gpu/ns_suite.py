@@ -21,8 +21,9 @@ from gpu.clock import CpuClock
 from gpu.memory import no_room, release
 from gpu.ns_cases import Case
 from gpu.ns_peers import NotHere
-from jaguar import ops, reference
-from jaguar.schemes import SCHEMES
+from jaguar.backends import ops
+from jaguar.backends.polar import reference
+from jaguar.method.schemes import SCHEMES
 
 Row = dict[str, Any]
 LIST = "newton-schulz"

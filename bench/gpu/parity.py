@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu.shapes import Named
-from jaguar.params import Shard
+from jaguar.method.params import Shard
 
 # Elements per window: a few programs of 8192, and a tail.
 _LENGTH = 20_000

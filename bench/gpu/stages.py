@@ -162,9 +162,9 @@ def build(seconds: float, logs: Path) -> Stage:
             )
         else:
             note = f"pip cannot build here ({log.name} says why); copied {len(wanted)} files; {extension}"
-    names = ["jaguar", "jaguar.fused", "jaguar.triton_kernels.launch"]
+    names = ["jaguar", "jaguar.backends.triton", "jaguar.triton_kernels.launch"]
     if not missing and nvcc and not failed:
-        names.insert(0, "torch")  # before the extension, as jaguar.extension does
+        names.insert(0, "torch")  # before the extension, as jaguar.backends.polar.cuda does
         names.append("jaguar._cuda")
     probe = f"import sys, {', '.join(names)}; sys.exit(0 if jaguar.__file__.startswith({str(TARGET)!r}) else 3)"
     if run([sys.executable, "-P", "-c", probe], 60.0, import_log):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from commits import ROOT
 from torch import Tensor, nn
 
-from jaguar.adapters import Adapter
-from jaguar.models import load, select_trainable
+from jaguar.models.adapters import Adapter
+from jaguar.models.load import load, select_trainable
 from jaguar.tasks import Encoder, TextClassification
 from jaguar.tasks.questions import Example
 from jaguar.tasks.rows import Row, read_rows

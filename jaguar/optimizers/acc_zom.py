@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from jaguar.directions import Sphere
-from jaguar.estimators import TwoPlaces
-from jaguar.method import Method
+from jaguar.method.directions import Sphere
+from jaguar.method.estimators import TwoPlaces
+from jaguar.method.method import Method
+from jaguar.method.rules import Recursive
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.rules import Recursive
 
 
 class AccZOM(ZerothOrder):

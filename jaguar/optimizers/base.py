@@ -9,24 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from jaguar import ops
-from jaguar.estimators import Probe
-from jaguar.interrupts import HeldInterrupts
-from jaguar.launches import StepInputs
-from jaguar.method import Method
-from jaguar.module_state import ModuleState
+from jaguar.backends import ops
+from jaguar.backends.launches import StepInputs
+from jaguar.method.estimators import Probe
+from jaguar.method.method import Method
+from jaguar.method.params import Kind, Shard, check_shards
+from jaguar.method.rule import Scalars, all_finite
+from jaguar.method.step_size import AUTO, Estimates, StepSize
 from jaguar.optimizers.checkpoint import Saved, check_complete, packed, unpacked
 from jaguar.optimizers.contract import with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, warn_of_skipped
+from jaguar.optimizers.interrupts import HeldInterrupts
 from jaguar.optimizers.measuring import Closure, Measuring
+from jaguar.optimizers.module_state import ModuleState
 from jaguar.optimizers.shown import shown
 from jaguar.optimizers.trained import Measured, Sizes, Trained
-from jaguar.params import Kind, Shard, check_shards
 from jaguar.record import Record
-from jaguar.rule import Scalars, all_finite
-from jaguar.step_size import AUTO, Estimates, StepSize
 
 
 class ZerothOrder(Measuring):

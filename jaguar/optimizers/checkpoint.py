@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from jaguar.method import Method
+from jaguar.method.method import Method
+from jaguar.method.params import Slot, canonical_name
 from jaguar.optimizers.state import buffers_of, copies_of
-from jaguar.params import Slot, canonical_name
 
 # Options that earlier versions did not have, and what they did.
 _SINCE = {"maximize": False}

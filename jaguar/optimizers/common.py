@@ -8,9 +8,9 @@ from typing import Any, TypedDict, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 
-from jaguar.estimators import RESTORES, Estimator
-from jaguar.estimators import estimator as make_estimator
-from jaguar.params import Shard
+from jaguar.method.estimators import RESTORES, Estimator
+from jaguar.method.estimators import estimator as make_estimator
+from jaguar.method.params import Shard
 
 
 class Common(TypedDict, total=False):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Unpack
 
-from jaguar.directions import dense
-from jaguar.estimators import Probe
-from jaguar.launches import StepInputs
-from jaguar.method import Method
+from jaguar.backends.launches import StepInputs
+from jaguar.method.directions import dense
+from jaguar.method.estimators import Probe
+from jaguar.method.method import Method
+from jaguar.method.rng import Draw
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
 from jaguar.optimizers.measuring import Evaluate
 from jaguar.optimizers.search import Projected, Search
 from jaguar.optimizers.trials import Trials
 from jaguar.record import Record
-from jaguar.rng import Draw
 
 # Path components of query and value projections, in the architectures that have them apart.
 _QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from jaguar.params import Shard, Slot, build_slots, identity
+from jaguar.method.params import Shard, Slot, build_slots, identity
 
 # Names that a table may have; looking for the modules of a tensor takes a tenth of a second.
 _TABLE = re.compile(r"#\d+|(?:.*\.)?[^.]*(?:weight|emb)[^.]*", re.IGNORECASE)

@@ -9,18 +9,18 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from jaguar.directions import Gaussian
-from jaguar.estimators import ForwardMode, Probe
-from jaguar.launches import StepInputs
-from jaguar.method import Method
+from jaguar.backends.launches import StepInputs
+from jaguar.method.directions import Gaussian
+from jaguar.method.estimators import ForwardMode, Probe
+from jaguar.method.method import Method
+from jaguar.method.params import Slot, identity
+from jaguar.method.rng import Draw, Elements
+from jaguar.method.rules import SGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
 from jaguar.optimizers.measuring import Evaluate
 from jaguar.optimizers.tangents import Tangents, say_once
 from jaguar.optimizers.trials import Trials
-from jaguar.params import Slot, identity
-from jaguar.rng import Draw, Elements
-from jaguar.rules import SGD
 
 
 class ForwardGrad(ZerothOrder):

@@ -6,7 +6,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 
-from jaguar.params import Slot
+from jaguar.method.params import Slot
 
 
 class Frozen:

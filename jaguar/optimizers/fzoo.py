@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jaguar.directions import Rademacher
-from jaguar.estimators import Normalised
-from jaguar.method import Method
+from jaguar.method.directions import Rademacher
+from jaguar.method.estimators import Normalised
+from jaguar.method.method import Method
+from jaguar.method.params import Shard
+from jaguar.method.rules import SGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.params import Shard
-from jaguar.rules import SGD
 
 
 class FZOO(ZerothOrder):

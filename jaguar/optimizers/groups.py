@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jaguar.params import canonical_name, check_tensor, identity, is_int, named_entries
-from jaguar.rule import COMMON, Range
+from jaguar.method.params import canonical_name, check_tensor, identity, is_int, named_entries
+from jaguar.method.rule import COMMON, Range
 
 
 def split_groups(params: Any) -> list[dict[str, Any]]:

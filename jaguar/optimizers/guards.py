@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaguar.launches import Lost, State
-from jaguar.params import Slot
+from jaguar.backends.launches import Lost, State
+from jaguar.method.params import Slot
+from jaguar.method.rule import Buffer
 from jaguar.record import Record
-from jaguar.rule import Buffer
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.method import Method
+from jaguar.method.directions import Coordinates, ReleasedBlock
+from jaguar.method.method import Method
+from jaguar.method.orthogonal import Orthogonal, ReleasedOrthogonal
+from jaguar.method.params import Shard
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts, refuse_with_released
-from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
-from jaguar.params import Shard
 
 
 class JaguarMuon(ZerothOrder):

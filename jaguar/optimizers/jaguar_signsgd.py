@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from jaguar.directions import Coordinates, ReleasedBlock
-from jaguar.method import Method
+from jaguar.method.directions import Coordinates, ReleasedBlock
+from jaguar.method.method import Method
+from jaguar.method.params import Shard
+from jaguar.method.rules import AveragedSign
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts, refuse_with_released
-from jaguar.params import Shard
-from jaguar.rules import AveragedSign
 
 _DEFAULT_LR = {"sampled": 1e-4, "all": 1e-6}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Unpack
 
-from jaguar.directions import Layers, dense
-from jaguar.method import Method
+from jaguar.method.directions import Layers, dense
+from jaguar.method.method import Method
+from jaguar.method.rules import SGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.rules import SGD
 
 
 class LeZO(ZerothOrder):

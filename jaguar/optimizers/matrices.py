@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from jaguar.method.params import Slot, identity
 from jaguar.optimizers.roles import Role, is_factor, roles_of
-from jaguar.params import Slot, identity
 
 
 def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:

@@ -11,25 +11,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from jaguar import rng
-from jaguar.bind import Bound
-from jaguar.estimators import Derivatives, Probe
-from jaguar.interrupts import HeldInterrupts
-from jaguar.isolation import Isolation
-from jaguar.launches import Lost, StepInputs
-from jaguar.method import Method
-from jaguar.module_state import ModuleState
+from jaguar.backends.bind import Bound
+from jaguar.backends.launches import Lost, StepInputs
+from jaguar.method import rng
+from jaguar.method.estimators import Derivatives, Probe
+from jaguar.method.method import Method
+from jaguar.method.params import Kind, Slot
+from jaguar.method.rng import Draw
+from jaguar.method.rule import Scalars, all_finite
+from jaguar.method.step_size import Estimates, standard_errors
 from jaguar.optimizers.contract import Contract
 from jaguar.optimizers.groups import Watch
 from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost
+from jaguar.optimizers.interrupts import HeldInterrupts
+from jaguar.optimizers.isolation import Isolation
+from jaguar.optimizers.module_state import ModuleState
 from jaguar.optimizers.state import Roster
 from jaguar.optimizers.trained import Measured, Sizes, Trained
 from jaguar.optimizers.trials import Trials, trial
-from jaguar.params import Kind, Slot
 from jaguar.record import Record
-from jaguar.rng import Draw
-from jaguar.rule import Scalars, all_finite
-from jaguar.step_size import Estimates, standard_errors
 
 Closure = Callable[[], Tensor]
 

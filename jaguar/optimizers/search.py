@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from jaguar import rng
+from jaguar.backends.reference.indexing import flat_, ranges
+from jaguar.method import rng
+from jaguar.method.params import Slot, is_int
+from jaguar.method.rng import Draw, Elements, Purpose
+from jaguar.method.rounding import compute_dtype, needs_noise, store
+from jaguar.method.rule import plain, rounded
+from jaguar.method.rules import SGD
 from jaguar.optimizers.trials import kept
-from jaguar.params import Slot, is_int
-from jaguar.rng import Draw, Elements, Purpose
-from jaguar.rounding import compute_dtype, needs_noise, store
-from jaguar.rule import plain, rounded
-from jaguar.rules import SGD
-from jaguar.storage import flat_, ranges
 
 
 def stretched(x: Tensor, start: Tensor, scale: float) -> Tensor:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from jaguar import ops
-from jaguar.directions import Sparse
-from jaguar.method import Method
+from jaguar.backends import ops
+from jaguar.method.directions import Sparse
+from jaguar.method.method import Method
+from jaguar.method.orthogonal import Orthogonal, ReleasedOrthogonal
+from jaguar.method.params import Slot
+from jaguar.method.rule import state_dtype
 from jaguar.optimizers.matrices import listed
 from jaguar.optimizers.state import buffers_of, copies_of
-from jaguar.orthogonal import Orthogonal, ReleasedOrthogonal
-from jaguar.params import Slot
-from jaguar.rule import state_dtype
 
 
 def shown(

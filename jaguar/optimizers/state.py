@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaguar.launches import State
-from jaguar.method import Method
+from jaguar.backends.launches import State
+from jaguar.method.method import Method
+from jaguar.method.params import Kind, Slot
+from jaguar.method.rule import Buffer, state_dtype
 from jaguar.optimizers.guards import check_storage
-from jaguar.params import Kind, Slot
-from jaguar.rule import Buffer, state_dtype
 
 _DTYPE = operator.attrgetter("dtype")
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from jaguar.params import Slot, identity
+from jaguar.method.params import Slot, identity
 
 _SAID: set[str] = set()
 

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from jaguar.bind import Bound, bind
-from jaguar.estimators import Derivatives, Probe, choose_restore
-from jaguar.launches import StepInputs
-from jaguar.method import Method
+from jaguar.backends.bind import Bound, bind
+from jaguar.backends.launches import StepInputs
+from jaguar.backends.uploads import refuse_capture
+from jaguar.method.estimators import Derivatives, Probe, choose_restore
+from jaguar.method.method import Method
+from jaguar.method.params import Kind, Slot
+from jaguar.method.rng import Draw
+from jaguar.method.rule import Scalars
 from jaguar.optimizers.freezing import Frozen
 from jaguar.optimizers.state import Roster, buffers_of, copies_of
-from jaguar.params import Kind, Slot
 from jaguar.record import Record
-from jaguar.rng import Draw
-from jaguar.rule import Scalars
-from jaguar.uploads import refuse_capture
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jaguar.estimators import Derivatives
-from jaguar.launches import Launches, StepInputs
+from jaguar.backends.launches import Launches, StepInputs
+from jaguar.method.estimators import Derivatives
 
 _PATTERNS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

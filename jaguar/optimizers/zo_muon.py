@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 
-from jaguar.directions import Gaussian, Orthonormal
-from jaguar.method import Method
+from jaguar.method.directions import Gaussian, Orthonormal
+from jaguar.method.method import Method
+from jaguar.method.orthogonal import DenseOrthogonal, SampledOrthogonal
+from jaguar.method.params import is_int
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.orthogonal import DenseOrthogonal, SampledOrthogonal
-from jaguar.params import is_int
 
 # Of Algorithm 4, whose E has entries of about 1 / sqrt(columns).
 _TAU_4 = 3e-2

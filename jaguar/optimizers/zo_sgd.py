@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from jaguar.directions import dense
-from jaguar.method import Method
+from jaguar.method.directions import dense
+from jaguar.method.method import Method
+from jaguar.method.params import Shard
+from jaguar.method.rules import SGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.params import Shard
-from jaguar.rules import SGD
 
 
 class ZOSGD(ZerothOrder):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from jaguar.directions import dense
-from jaguar.estimators import Conservative
-from jaguar.method import Method
+from jaguar.method.directions import dense
+from jaguar.method.estimators import Conservative
+from jaguar.method.method import Method
+from jaguar.method.rules import SGD
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.rules import SGD
 
 
 class ZOSGDCons(ZerothOrder):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from jaguar.directions import dense
-from jaguar.method import Method
+from jaguar.method.directions import dense
+from jaguar.method.method import Method
+from jaguar.method.rules import ScalarSign, Sign
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
-from jaguar.rules import ScalarSign, Sign
 
 
 class ZOSignSGD(ZerothOrder):

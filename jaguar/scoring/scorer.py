@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from jaguar.adapters import adds_tokens
+from jaguar.models.adapters import adds_tokens
+from jaguar.models.facts import first_position
 from jaguar.scoring import layout as layouts
 from jaguar.scoring.figures import row_losses
 from jaguar.scoring.layout import Layout
@@ -337,12 +338,3 @@ def _window(model: Any) -> float:
         return math.inf
     found = [getattr(config, name, None) for name in _WINDOWS]
     return min((w for w in found if isinstance(w, int) and w > 0), default=math.inf)
-
-
-def first_position(model: Any) -> int:
-    """The number that the model gives to a sequence's first position: RoBERTa's family begins after the padding id."""
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return table.padding_idx + 1
-    return 0

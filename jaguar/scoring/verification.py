@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from jaguar.errors import said
+from jaguar.models.errors import said
+from jaguar.models.tolerance import rounding
 from jaguar.tasks.questions import Choice, Example
-from jaguar.tolerance import rounding
 
 # Rows that share a forward pass: all of a batch, those of one length, or none.
 TOGETHER = ("padded", "equal", "one")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaguar.errors import said
+from jaguar.models.errors import said
 
 # How libraries print what is not there; as text (in a CSV file, or in quotes) these are words.
 _MISSING = ("none", "nan", "nat", "<na>", "inf", "infinity")

@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-from jaguar.schemes import ridge
+from jaguar.method.schemes import ridge
 
 from .harness import (
     CANARY,

@@ -1,0 +1,1 @@
+"""`jaguar finetune` and `jaguar eval`: data, the run, its figures and its pictures."""

@@ -1,0 +1,420 @@
+"""Flags: their spelling and their help, group by group; named as in TrainingArguments where it has them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaguar.cli import values
+from jaguar.cli.values import filled, finite, natural, number_or_auto, positive, seed
+from jaguar.models.choices import OPTIONS, SCHEDULES, TRAINABLE
+from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
+
+TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
+
+# What a run takes where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
+DEFAULTS: dict[str, Any] = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}
+EVAL_BATCH = 32
+# What a run has for fields of TrainingArguments instead of their own defaults; None: that depends on the other flags.
+OF_THE_RUN = DEFAULTS | {"per_device_eval_batch_size": EVAL_BATCH, "report_to": "none", "save_total_limit": 1}
+OF_THE_RUN |= {"disable_tqdm": True, "num_train_epochs": None, "eval_strategy": None, "save_strategy": None}
+OF_THE_RUN |= {"load_best_model_at_end": None, "dataloader_pin_memory": None}
+
+# What the authors' released step decides: neither a preset nor a user can say otherwise.
+RELEASED_FIXES = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
+RELEASED_FIXES |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
+
+
+def _flag(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
+
+
+class Switch(argparse.Action):
+    """A flag that may also be given as `--flag true` or `--flag false`; what is off is as if it were not there."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Any = None
+    ) -> None:
+        """Keeps what is on."""
+        if value:
+            setattr(namespace, self.dest, True)
+        else:
+            vars(namespace).pop(self.dest, None)
+
+
+class Together(argparse.Action):
+    """A flag with several mappings, which are one; a key has one value."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        """Keeps what they say together."""
+        found: dict[str, Any] = {}
+        for key, value in (pair for part in values for pair in part.items()):
+            if found.setdefault(key, value) != value:
+                raise argparse.ArgumentError(self, f"{key} has two values")
+        setattr(namespace, self.dest, found)
+
+
+def _switch(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    bare = {"nargs": "?", "const": True, "type": values.boolean, "metavar": "true|false"}
+    return (name,), {"action": Switch, "help": text} | bare
+
+
+def _option(name: str, text: str, default: str = "") -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An option of an optimizer that is one of a few words, each of which is in the help."""
+    text += f" (default: {default or OPTIONS[name][0]})"
+    return (f"--{name}",), {"choices": OPTIONS[name], "type": values.dtype, "help": text}
+
+
+def _method(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return _flag("--method", "--optim_zo", choices=tuple(METHODS), dest="optim_zo", help=text)
+
+
+_TRUST = _switch(
+    "--trust_remote_code",
+    "run Python files that come with the model, which its config.json names under auto_map; read them first (default: "
+    "such a model is refused, and nothing of it runs)",
+)
+
+_MODEL = (
+    "model",
+    None,
+    [
+        _flag(
+            "--model",
+            type=filled,
+            required=True,
+            metavar="DIR",
+            help="folder in Hugging Face form, or a name on the hub",
+        ),
+        _flag(
+            "--dtype",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            help="precision of the weights; auto: as saved (default: auto)",
+        ),
+        _switch("--load_in_4bit", "hold the frozen weights in 4 bits (NF4, bitsandbytes); with an adapter"),
+        _switch("--use_cpu", "stay on the CPU even if there is a GPU"),
+        _TRUST,
+    ],
+)
+
+_DATA = (
+    "task and data",
+    None,
+    [
+        _flag("--task", choices=TASKS, help="default: that of the model's folder, else text-classification"),
+        _flag("--test_file", type=filled, metavar="FILE", help="held-out rows, .csv or .jsonl"),
+        _flag(
+            "--dataset",
+            type=filled,
+            metavar="NAME|DIR",
+            help="data set of the hub, or a folder that `datasets` reads, in place of files (default: the task's own)",
+        ),
+        _flag("--text_column", type=filled, metavar="NAME", help="column of the text (default: text)"),
+        _flag("--label_column", type=filled, metavar="NAME", help="column of the label (default: label)"),
+        _flag(
+            "--choice_columns",
+            type=filled,
+            nargs="+",
+            metavar="NAME",
+            help="columns of multiple-choice's options; the label is the number of the right one, from 0, or its text "
+            "(default: choice1 choice2)",
+        ),
+        _flag(
+            "--template",
+            metavar="PROMPT",
+            type=values.unescaped,
+            help=r"prompt; {text} stands for the text, \n for a new line, {mask} for the place of a masked LM's answer "
+            "(default: as saved beside the model, else '{text}')",
+        ),
+        _flag(
+            "--verbalizers",
+            nargs="+",
+            metavar="WORD",
+            help="what a language model should say for each label, in the order of the sorted labels, with their "
+            "leading blank (default: as saved beside the model, else the labels)",
+        ),
+        _flag(
+            "--max_length",
+            type=positive,
+            metavar="N",
+            help="tokens of a prompt; longer texts lose their end (default: longer than the model takes is an error)",
+        ),
+        _flag(
+            "--num_eval",
+            type=positive,
+            metavar="N",
+            help="test rows (default: all; 1000 for sst2, copa and winogrande)",
+        ),
+        _flag(
+            "--train_set_seed",
+            type=natural,
+            metavar="N",
+            help="of the permutation that samples rows (default: 0)",
+        ),
+        _flag(
+            "--per_device_eval_batch_size",
+            type=positive,
+            metavar="N",
+            help=f"rows per forward pass when scoring (default: {EVAL_BATCH})",
+        ),
+    ],
+)
+
+_TRAINING_DATA = (
+    "training data and output",
+    "with dev rows, the best checkpoint by dev loss is kept (see --eval_steps)",
+    [
+        _flag(
+            "--train_file",
+            type=filled,
+            metavar="FILE",
+            help="rows to train on (and dev rows, see --num_dev), .csv or .jsonl",
+        ),
+        _flag("--dev_file", type=filled, metavar="FILE", help="dev rows (default: drawn from the training rows)"),
+        _flag(
+            "--num_train",
+            type=positive,
+            metavar="N",
+            help="training rows (default: all; 1000 for the three tasks)",
+        ),
+        _flag(
+            "--num_dev",
+            type=natural,
+            metavar="N",
+            help="dev rows (default: 0; 500 for sst2, 100 for copa and winogrande)",
+        ),
+        _flag(
+            "--num_k_shot",
+            type=positive,
+            metavar="K",
+            help="MeZO's k-shot protocol instead: K rows of each label to train on and K others as dev rows",
+        ),
+        _flag(
+            "--output_dir",
+            type=filled,
+            required=True,
+            metavar="DIR",
+            help="gets the tuned model or adapter, training_curves.png and metrics.json",
+        ),
+        _switch("--overwrite_output_dir", "allow an output folder that already holds a model"),
+        _flag(
+            "--resume_from_checkpoint",
+            type=filled,
+            metavar="DIR",
+            help="go on from a checkpoint that Ctrl-C or --save_steps left",
+        ),
+        _flag(
+            "--config",
+            type=filled,
+            metavar="FILE",
+            help="YAML or JSON with flags and their values; the command line wins",
+        ),
+        _switch("--no_preset", "do not take published settings"),
+    ],
+)
+
+_ADAPTER = (
+    "what trains",
+    None,
+    [
+        _flag(
+            "--train",
+            choices=TRAINABLE,
+            help="parameters of the model itself; norm: weights and biases of the normalisation layers (default: all)",
+        ),
+        _switch("--lora", "LoRA factors on queries and values instead, by PEFT"),
+        _flag("--lora_r", type=positive, metavar="N", help="rank (default: 8)"),
+        _flag("--lora_alpha", type=positive, metavar="N", help="scale is alpha / rank (default: 16)"),
+        _flag(
+            "--lora_target_modules",
+            type=filled,
+            nargs="+",
+            metavar="NAME",
+            help="modules that get factors: ends of names, a single pattern, or all-linear (default: PEFT's choice)",
+        ),
+        _switch("--prefix_tuning", "a trained prefix of keys and values instead"),
+        _switch("--prompt_tuning", "trained tokens before the prompt instead"),
+        _flag("--num_virtual_tokens", type=positive, metavar="N", help="length of prefix or prompt (default: 5)"),
+    ],
+)
+
+_TRAINING = (
+    "training",
+    None,
+    [
+        _method(f"optimizer; {FIRST_ORDER} is the first-order baseline, with backward passes (default: {METHOD})"),
+        _flag(
+            "--max_steps",
+            type=positive,
+            metavar="N",
+            help="steps, two forward passes each unless --estimator or --n_directions say otherwise; nine with fzoo, "
+            "five with zo-sgd-cons, four with acc-zom, one of dual numbers with forward-grad (default: 100)",
+        ),
+        _flag(
+            "--per_device_train_batch_size",
+            type=positive,
+            metavar="N",
+            help="rows per forward pass (default: 16)",
+        ),
+        _flag(
+            "--gradient_accumulation_steps",
+            type=positive,
+            metavar="N",
+            help="batches per step, all evaluated at the same points (default: 1)",
+        ),
+        _flag(
+            "--lr_scheduler_type",
+            choices=SCHEDULES,
+            metavar="NAME",
+            help=f"{', '.join(SCHEDULES)}; their options with --lr_scheduler_kwargs (default: linear)",
+        ),
+        _flag(
+            "--warmup_steps",
+            type=values.warm_up,
+            metavar="N|P",
+            help="steps over which lr rises from 0, or their share of the run (default: 0)",
+        ),
+        _flag(
+            "--eval_steps",
+            type=natural,
+            metavar="N",
+            help="score the dev rows every N steps and keep the best; without dev rows the held-out rows, for the "
+            "picture only; 0: before and after only (default: 0)",
+        ),
+        _flag(
+            "--logging_steps",
+            type=positive,
+            metavar="N",
+            help="a line, and a log entry, every N steps (default: 10)",
+        ),
+        _flag(
+            "--save_steps",
+            type=natural,
+            metavar="N",
+            help="a checkpoint every N steps; 0: only on Ctrl-C (default: 0)",
+        ),
+        _flag("--seed", type=seed, metavar="N", help="of directions, rounding noise and batch order (default: 0)"),
+    ],
+)
+
+_OPTIMIZER = (
+    "optimizer",
+    "an option that the chosen method does not have is refused",
+    [
+        _flag(
+            "--learning_rate",
+            type=number_or_auto,
+            metavar="X|auto",
+            help="length of a step; auto: from the losses, a factor of it scheduled (default: "
+            f"{'; '.join(f'{name} ' + ('auto' if row.automatic else row.lr) for name, row in METHODS.items())})",
+        ),
+        _flag(
+            "--tau",
+            type=number_or_auto,
+            metavar="X|auto",
+            help="length of the perturbation (default: auto where the learning rate is, by default; else 1e-3)",
+        ),
+        _flag(
+            "--weight_decay",
+            type=finite,
+            metavar="X",
+            help="decoupled, multiplied by the learning rate (default: 0)",
+        ),
+        _flag("--beta", type=finite, metavar="X", help="factor of momentum m <- beta m + (1 - beta) g (default: 0.9)"),
+        _flag("--momentum", type=finite, metavar="X", help="factor of momentum m <- momentum m + g (default: 0)"),
+        _flag(
+            "--coordinates",
+            type=values.coordinates,
+            metavar="K|P",
+            help="perturbed coordinates: 100 is a number over the whole set, 0.01 a fraction of every tensor "
+            "(1 is one, 1.0 is all; default: 0.01)",
+        ),
+        _option("layout", "coordinates by elements, or by rows x columns of each matrix"),
+        _option("signs", "of the perturbed coordinates: random, or all +1"),
+        _option("update", "the sign step moves the sampled coordinates, or every one"),
+        _flag(
+            "--ns_steps",
+            type=positive,
+            metavar="N",
+            help="Newton-Schulz iterations (default: 10 for cubic, 5 for quintic, 8 for polar_express)",
+        ),
+        _option("ns_coefficients", "of Newton-Schulz; the paper's are cubic"),
+        _option("ns_dtype", "of Newton-Schulz"),
+        _flag(
+            "--ns_period",
+            type=positive,
+            metavar="R",
+            help="orthogonalise 1/R of the matrices in each step, which move by R lr (default: 1)",
+        ),
+        _flag(
+            "--vector_lr",
+            type=finite,
+            metavar="X",
+            help="step of what Newton-Schulz does not move (default: a hundredth of lr)",
+        ),
+        _option("adjust_lr", "lr by the shape of the matrix", "lr as it is"),
+        _switch("--released", "what the authors' released code computes"),
+        _option("distribution", "of dense directions"),
+        _option(
+            "restore",
+            "how parameters get back from dense directions",
+            "copy where it needs under a tenth of the free memory, else module",
+        ),
+        _flag("--n_directions", type=positive, metavar="N", help="directions per step (default: 1; fzoo 8)"),
+        _option("estimator", "two evaluations per direction, or one more than there are directions"),
+        _flag("--rho_clip", type=finite, metavar="X", help="bound on the directional derivative (default: none)"),
+        _option("momentum_dtype", "what momentum is stored in", "as the weights; bfloat16 for float16"),
+        _option("rounding", "of weights and momentum stored in less than float32"),
+        _option("backend", "`jaguar info` says which can run here"),
+        _flag(
+            "--zo_options",
+            type=values.keywords,
+            nargs="+",
+            action=Together,
+            metavar="KEY=VALUE",
+            help="further arguments of the method's class, as in --zo_options 'betas=(0.9,0.999)' amsgrad=False, or a "
+            f"JSON object: {'; '.join(f'{name} {row.further}' for name, row in METHODS.items() if row.further)}; all "
+            "methods maximize",
+        ),
+    ],
+)
+
+FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER)
+EVAL = (_MODEL, _DATA)
+INFO = (
+    (
+        "model",
+        None,
+        [
+            _flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub"),
+            _TRUST,
+        ],
+    ),
+    (
+        "method",
+        None,
+        [_method("what it is and does, read from its class; an argument that has no flag is one of --zo_options")],
+    ),
+)
+
+
+def named(sections: Sequence[Any]) -> dict[str, str]:
+    """Every spelling of the flags -> the first one."""
+    return {name: names[0] for _, _, flags in sections for names, _ in flags for name in names}
+
+
+def unrecognized(words: Sequence[str], known: Iterable[str]) -> str:
+    """The error for words that are no flags, with the flag that was meant, if one is spelled alike."""
+    flag = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
+    alike = difflib.get_close_matches(flag, known, 1, 0.8) if flag else []
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {alike[0]}?" if alike else "")
+
+
+def underscored(word: str) -> str:
+    """A flag's one spelling, --max_steps, for --max-steps too; other words are left alone."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word

@@ -1,0 +1,290 @@
+"""The command line: jaguar finetune | eval | info."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+import jaguar
+from jaguar.cli.finetune.report import Outlet, say, to_nowhere
+from jaguar.cli.flag_groups import EVAL_BATCH
+from jaguar.cli.flags import parse
+from jaguar.models.choices import ADAPTERS
+from jaguar.models.errors import printable
+from jaguar.optimizers.interrupts import handled, interrupt, number_of
+
+
+class Refused(Exception):
+    """Bad input; the message is for the user."""
+
+
+class Failed(Exception):
+    """A run that was set up and could not be finished; the message is for the user."""
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Setting up checks every input, so a ValueError is a message to the user; later it would be a bug to be traced."""
+    from jaguar.backends.ops import Unavailable
+
+    try:
+        yield
+    # Libraries raise the last two for what lacks.
+    except (ValueError, OSError, Unavailable, ImportError, RuntimeError) as error:
+        raise Refused(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code.
+
+    0: done. 1: a run that failed. 2: bad input. 130, 143, 129: ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A run is worth more than what it prints.
+    with _outlets() if words[:1] == ["finetune"] else contextlib.nullcontext():
+        return _main(words)
+
+
+def _main(words: Sequence[str]) -> int:
+    name, console = "jaguar", Console()
+    try:
+        args = parse(words)
+        name = f"jaguar {args.command}"
+        command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        with handled(interrupt), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: not to our users
+            warnings.showwarning = lambda message, *_, **__: say(console, f"warning: {message}", "yellow")
+            return command(args, console)
+    except KeyboardInterrupt as stop:
+        _complain(f"{name}: stopped")
+        return 128 + number_of(stop)
+    except BrokenPipeError:  # whoever read the output has left: `jaguar info | head`
+        to_nowhere(sys.stdout)
+        return 141
+    except (Refused, Failed, OSError) as error:
+        if str(error):  # else another process of the run has said it
+            _complain(f"{name}: error: {' '.join(str(error).split())}")
+        return 2 if isinstance(error, Refused) else 1
+
+
+@contextlib.contextmanager
+def _outlets() -> Iterator[None]:
+    """Whoever prints in here, no error comes of it that nobody reads."""
+    out, error = (cast(IO[str], Outlet(file)) for file in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            yield
+        finally:
+            out.flush()
+            error.flush()
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the exit code says it too
+        print(printable(text), file=sys.stderr)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _split(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The given flags that are fields of a dataclass."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    given = {key: value for key, value in vars(args).items() if key in names}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _adapter(args: argparse.Namespace) -> Any:
+    from jaguar.models.adapters import Adapter
+
+    chosen = [kind for kind, flag in ADAPTERS.items() if flag in args]
+    if len(chosen) > 1:
+        raise Refused(f"--{ADAPTERS[chosen[0]]} and --{ADAPTERS[chosen[1]]}: choose one adapter")
+    kind = chosen[0] if chosen else "none"
+    values: dict[str, Any] = {}
+    for name, field, kinds in (
+        ("lora_r", "r", ("lora",)),
+        ("lora_alpha", "alpha", ("lora",)),
+        ("lora_target_modules", "target_modules", ("lora",)),
+        ("num_virtual_tokens", "num_virtual_tokens", ("prefix", "prompt")),
+    ):
+        if name not in args:
+            continue
+        if kind not in kinds:
+            raise Refused(f"--{name} needs {' or '.join(f'--{ADAPTERS[k]}' for k in kinds)}")
+        value = getattr(args, name)
+        values[field] = tuple(value) if isinstance(value, list) else value
+    return Adapter(kind, **values)
+
+
+def _finetune(args: argparse.Namespace, console: Console) -> int:
+    import torch
+
+    from jaguar.cli.finetune.data import Data
+    from jaguar.cli.finetune.job import Finetuning, Interrupted
+    from jaguar.cli.finetune.run import Run
+    from jaguar.models.errors import Damaged, said
+    from jaguar.optimizers.guards import NonFiniteLoss
+    from jaguar.trainer.arguments import ZOTrainingArguments
+
+    _quiet_transformers()
+    own = ("output_dir", "resume_from_checkpoint")
+    arguments = {key: value for key, value in _split(args, ZOTrainingArguments).items() if key not in own}
+    preset = args.preset_found
+    run = Run(
+        model=args.model,
+        output_dir=args.output_dir,
+        data=Data(**_split(args, Data)),
+        adapter=_adapter(args),
+        arguments=arguments | args.trainer,
+        train=getattr(args, "train", "all"),
+        dtype=getattr(args, "dtype", "auto"),
+        in_4bit="load_in_4bit" in args,
+        trust_remote_code="trust_remote_code" in args,
+        resume_from_checkpoint=getattr(args, "resume_from_checkpoint", None),
+        overwrite_output_dir="overwrite_output_dir" in args,
+        settings=f"settings of {preset.source}. {preset.note}".strip() if preset else "",
+    )
+    with contextlib.ExitStack() as alone:
+        with _refusals():
+            job = Finetuning(run, console, alone)
+        job.describe()
+        try:
+            job.train()
+            if job.leads:
+                job.finish()
+        except Interrupted as stop:
+            say(console, str(stop))
+            if getattr(sys.stdout, "lost", False):
+                _complain(str(stop))
+            return 128 + stop.number
+        except Damaged as error:
+            raise Refused(str(error)) from error
+        except (NonFiniteLoss, torch.OutOfMemoryError) as error:
+            raise Failed(str(error)) from error
+        except RuntimeError as error:
+            if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            raise Failed(f"another process of this run has ended, or cannot be reached ({said(error)})") from error
+    return 0
+
+
+def _eval(args: argparse.Namespace, console: Console) -> int:
+    from jaguar.cli.finetune.data import Data
+    from jaguar.cli.finetune.evaluation import evaluate_model
+
+    _quiet_transformers()
+    with _refusals():
+        evaluate_model(
+            args.model,
+            Data(**_split(args, Data)),
+            console,
+            dtype=getattr(args, "dtype", "auto"),
+            use_cpu="use_cpu" in args,
+            in_4bit="load_in_4bit" in args,
+            trust_remote_code="trust_remote_code" in args,
+            batch_size=getattr(args, "per_device_eval_batch_size", EVAL_BATCH),
+        )
+    return 0
+
+
+def _info(args: argparse.Namespace, console: Console) -> int:
+    if "optim_zo" not in args:
+        return _print_installation(args, console)
+    if "model" in args:
+        raise Refused("--model and --method: give one of them")
+    from jaguar.cli.method_card import facts
+
+    for heading, text in facts(args.optim_zo).items():
+        below = heading in ("equation", "backends", "defaults")
+        say(console, f"{heading}:\n{textwrap.indent(text, '  ')}" if below else f"{heading}: {text}")
+    return 0
+
+
+def _print_installation(args: argparse.Namespace, console: Console) -> int:
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from jaguar.backends import ops
+    from jaguar.backends.polar import cuda as extension
+    from jaguar.method import rng
+
+    table = Table(show_header=False, title=f"jaguar {jaguar.__version__}", title_justify="left")
+    table.add_row("python", platform.python_version())
+    for package in ("torch", "transformers", "peft", "triton", "numpy"):
+        try:
+            table.add_row(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("devices", ", ".join([f"CPU ({torch.get_num_threads()} threads)", *gpus]))
+    known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    healthy = list(rng.philox((0, 0), (0, 0, 0, 0))) == known
+    table.add_row(
+        "random numbers", f"{rng.TAG}, known answer {'met' if healthy else 'NOT MET: do not trust this installation'}"
+    )
+    table.add_row("CUDA extension", extension.note())
+    reasons = ops.unavailable()
+    for name in ops.NAMES[1:]:
+        table.add_row(f"backend {name}", f"no: {reasons[name]}" if name in reasons else "yes")
+    table.add_row(
+        "backend auto",
+        "triton for contiguous tensors on GPUs, reference for the rest"
+        if "triton" in ops.available() and not ops.interpreted()
+        else "reference",
+    )
+    found = [name for name in ops.fastest() if name not in reasons and not ops.interpreted()]
+    table.add_row(
+        "Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference"
+    )
+    own = "in bf16" if ops.multiplies_bf16() else "in fp32, rounded to bf16 (this CPU has no fast products in bf16)"
+    table.add_row("bf16 products on CPU", own)
+    console.print(table)
+    if "model" in args:
+        with _refusals():
+            _print_paths(args.model, "trust_remote_code" in args, console)
+    return 0 if healthy else 1
+
+
+def _print_paths(name: str, trust_remote_code: bool, console: Console) -> None:
+    """Which tensors of a model take which path of JAGUAR Muon."""
+    from jaguar.models.load import load
+    from jaguar.optimizers.matrices import collapsed
+
+    _quiet_transformers()
+    groups = jaguar.param_groups(load(name, use_cpu=True, trust_remote_code=trust_remote_code).model)
+    seen: set[int] = set()  # a tied head is there under its own name too, and moved once
+    table = Table(title=f"{name} under JAGUAR Muon", title_justify="left")
+    for column in ("moved by", "tensors", "shape", "count"):
+        table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+    for ns in (True, "flatten", False):
+        named = []
+        for group in groups:
+            for n, parameter in group["params"]:
+                if group["ns"] == ns and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named.append((n, parameter))
+        for pattern, shape, count in collapsed(named):
+            table.add_row("Newton-Schulz" if ns else "sign rule", pattern, shape, str(count))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+"""`ZOTrainer`: transformers' Trainer with forward passes only.
+
+Trainer's loop runs as it is. Its `training_step` measures the step into a record, its `optimizer.step()` applies the
+record; so schedules, callbacks, evaluation, checkpoints, resuming and logging are Trainer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+from transformers import Trainer, TrainerCallback
+
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.common import keywords
+from jaguar.optimizers.guards import NonFiniteLoss
+from jaguar.optimizers.matrices import param_groups
+from jaguar.optimizers.tangents import summed
+from jaguar.record import Record
+from jaguar.scoring import Scorer
+from jaguar.trainer.arguments import ZOTrainingArguments
+from jaguar.trainer.attempts import Attempt
+from jaguar.trainer.exact_trainer import ExactTrainer
+from jaguar.trainer.micro_batches import Grain, MicroBatches
+from jaguar.trainer.model_card import card_arguments
+from jaguar.trainer.scoring import ScoredTrainer, settled
+
+
+class ZOTrainer(ScoredTrainer, ExactTrainer):
+    """Trains with two (or `n_directions + 1`, ...) forward passes a step and no backward pass; otherwise a Trainer.
+
+        rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   f: the loss over all micro-batches of the step
+
+    The model is in evaluation mode (no dropout) while it is measured. Non-finite losses skip their step. On several
+    processes the losses are averaged, and every process takes the same step; the model is not wrapped in DDP.
+    `args.optim_zo="fo-sgd"` trains with backward passes instead, as Trainer does.
+
+    Args:
+        model: any module that Trainer takes; parameters with `requires_grad` train, so PEFT models work.
+        args: `ZOTrainingArguments`.
+        scorer: a `jaguar.Scorer` for data sets of `jaguar.tasks` examples; None: the loss is the model's own.
+        optimizers: a zeroth-order optimizer and a scheduler of your own, in place of what `args` say.
+        *more, **others: as of `transformers.Trainer`.
+
+    Raises:
+        TypeError: `args` or the optimizer are of another kind.
+        ValueError: the launcher's settings ask for gradients (DeepSpeed, FSDP, fp16 mixed precision).
+
+    Example, for a data set of `jaguar.tasks`:
+
+        task, encode = jaguar.tasks.SST2(), jaguar.tasks.Encoder(tokenizer, "causal", limit=2048)
+        rows = jaguar.tasks.rows.read_rows("train.csv", task.columns)
+        examples = encode([task.question(row, masked=False) for row in rows])
+        scorer = jaguar.Scorer(model, tokenizer.pad_token_id, "causal", task.objective)
+        jaguar.ZOTrainer(model, args, scorer=scorer, train_dataset=examples).train()
+
+    Source: step protocol of this package; MeZO (arXiv 2305.17333) for evaluation mode and accumulation-free steps.
+    Equivalent to: `Trainer` with `loss = optimizer.step(lambda: compute_loss(model, batch))`.
+    """
+
+    args: ZOTrainingArguments
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: ZOTrainingArguments | None = None,
+        *more: Any,
+        scorer: Scorer | None = None,
+        **others: Any,
+    ) -> None:
+        others = dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], more, strict=False)) | others
+        args = ZOTrainingArguments("tmp_trainer") if args is None else args
+        if not isinstance(args, ZOTrainingArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}; ZOTrainer takes jaguar.ZOTrainingArguments, which has the same "
+                "fields"
+            )
+        self.scorer = scorer
+        self._attempt: Attempt | None = None
+        self._window: list[Any] = []
+        self._logged: list[Record] = []
+        self._measured = self._skipped = 0  # steps of this call of `train`
+        self.forward_passes = 0  # of all steps, evaluations aside
+        if scorer is not None:
+            others = settled(scorer, args, others)
+        given = (others.get("optimizers") or (None, None))[0], (others.get("optimizer_cls_and_kwargs") or (None,))[0]
+        kinds = [kind if isinstance(kind, type) else type(kind) for kind in given if kind is not None]
+        self._has_own = any(issubclass(kind, ZerothOrder) for kind in kinds)
+        if kinds and not self._has_own and not args.first_order:
+            raise TypeError(
+                f"a {kinds[0].__name__} needs gradients; ZOTrainer takes optimizers of jaguar, and any other with "
+                "optim_zo='fo-sgd'"
+            )
+        if self._has_own or not args.first_order:
+            self._settle(args)
+        super().__init__(model, args, **others)
+        if scorer is not None or not self._loss_shifts_labels:
+            # Losses that do not heed num_items_in_batch (many heads take it as **kwargs) would be summed over
+            # micro-batches.
+            self.model_accepts_loss_kwargs = False
+
+    @staticmethod
+    def _settle(args: ZOTrainingArguments) -> None:
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # DataParallel would copy the perturbed weights to every GPU in every evaluation
+            warnings.warn("one process uses one GPU; for several, start one process each with torchrun", stacklevel=4)
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    @property
+    def _zeroth_order(self) -> bool:
+        return self._has_own or not self.args.first_order  # a hyperparameter search may change the latter
+
+    @property
+    def zeroth_order(self) -> ZerothOrder:
+        """The optimizer, out of accelerate's wrapper.
+
+        Raises:
+            TypeError: there is none yet, or it is the first-order baseline.
+        """
+        inner = bare(self.optimizer)
+        if not isinstance(inner, ZerothOrder):
+            raise TypeError(f"the optimizer is a {type(inner).__name__}; create_optimizer() comes first")
+        return inner
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer that `args.optim_zo` names; with `by_role`, of groups from `jaguar.param_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            if self.optimizer_cls_and_kwargs and not self._zeroth_order:
+                return super().create_optimizer(model)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            by_role = getattr(kind, "by_role", False)
+            groups = param_groups(model, self.args.weight_decay) if by_role else self._decay_groups(model)
+            if "model" in keywords(kind):  # one that watches the modules
+                options["model"] = model
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: ZOTrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+        """The class that `args.optim_zo` names and its options.
+
+        Raises:
+            ValueError: the optimizer does not know one of them.
+        """
+        args.check_options()
+        return args.optimizer_class, args.optimizer_options()
+
+    def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trainer's two groups, with and without weight decay, by name; one group where there is no decay."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("no parameter of the model has requires_grad=True: there is nothing to train")
+        decay = self.args.weight_decay
+        if not decay:
+            return [{"params": named, "weight_decay": 0.0}]
+        decaying = set(self.get_decay_parameter_names(model))
+        parts = [(n, p) for n, p in named if n in decaying], [(n, p) for n, p in named if n not in decaying]
+        return [{"params": part, "weight_decay": wd} for part, wd in zip(parts, (decay, 0.0), strict=True) if part]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's accelerator, without what only gradients need."""
+        super().create_accelerator_and_postprocess()
+        if not self._zeroth_order:
+            return
+        for name in ("deepspeed", "fsdp"):
+            if getattr(self, f"is_{name}_enabled"):
+                raise ValueError(f"the launcher's configuration enables {name}, which forward-only training cannot use")
+        if self.accelerator.scaler is not None:
+            raise ValueError(
+                "the launcher's configuration has fp16 mixed precision, whose scaler needs gradients; use bf16"
+            )
+        prepare = self.accelerator.prepare_model
+        # Autocast and compilation stay; DDP, whose buckets are for gradients, does not come.
+        self.accelerator.prepare_model = lambda model, device_placement=None, evaluation_mode=False: prepare(
+            model, device_placement, evaluation_mode=True
+        )
+
+    def _prepare_for_training(self, *args: Any, **others: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **others)  # type: ignore[no-untyped-call]
+        if self._zeroth_order and (still := _running_statistics(self.model)):
+            warnings.warn(
+                f"the running statistics of {len(still)} modules ({still[0]}{', ...' * (len(still) > 1)}) do not move: "
+                "the model is measured in evaluation mode, where they are constants",
+                stacklevel=2,
+            )
+        if self._zeroth_order and self.args.world_size > 1:  # what DDP would have done
+            for group in self.zeroth_order.param_groups:
+                for parameter in group["params"]:
+                    dist.broadcast(parameter.detach(), 0)
+        return prepared
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **others: Any) -> Any:
+        """Trainer's.
+
+        Raises:
+            NonFiniteLoss: no step of the run had a finite loss, or `max_skipped` in a row had none.
+        """
+        self._attempt = None
+        output = super().train(*args, **others)
+        if self._measured and self._skipped == self._measured:
+            raise NonFiniteLoss(
+                f"no step was taken: the loss was not finite in any of {self._measured} steps; the model is as it was"
+            )
+        return output
+
+    def _inner_training_loop(self, *args: Any, **others: Any) -> Any:
+        """Trainer's; what `auto_find_batch_size` starts again begins where the first attempt began."""
+        if self._zeroth_order and self.args.auto_find_batch_size:
+            if self._attempt is None:
+                self._attempt = Attempt(self)
+            else:
+                self._attempt.restore(self)
+        self._window, self._logged = [], []
+        self._measured = self._skipped = 0
+        autocast, share = self.accelerator.mixed_precision != "no", getattr(self, "loss_is_scaled_for_ga", None)
+        assert self.model is not None
+        self._micro_batches = MicroBatches.of(self.model, share, autocast, self.args.torch_compile)
+        self._grain = Grain()
+        try:
+            return super()._inner_training_loop(*args, **others)
+        finally:
+            # Something may have stopped a step between its losses and its update.
+            if isinstance(optimizer := bare(self.optimizer), ZerothOrder):
+                with contextlib.suppress(RuntimeError):  # of one that is broken nothing can be taken back
+                    optimizer.discard_()
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody may look at the model between the losses of a step and its update."""
+        hooks = self.zeroth_order._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+        if hooks or type(self).training_step is not ZOTrainer.training_step:
+            return True
+        looks = [callback.on_pre_optimizer_step for callback in self.callback_handler.callbacks]
+        return any(getattr(look, "__func__", look) is not TrainerCallback.on_pre_optimizer_step for look in looks)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Measures the step when its last micro-batch has come; Trainer's `optimizer.step()` then applies the record.
+
+        Returns:
+            Mean of the measured losses, or 0 for the micro-batches before the last.
+        """
+        if not self._zeroth_order:
+            self.forward_passes += 1
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._window.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        # What a stream left over at its end is no part of the next window.
+        window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
+        model.eval()  # unequal dropout masks would drown the difference of the losses
+        optimizer = self.zeroth_order
+        measure = optimizer.measure if self._is_watched else optimizer.measure_
+        record = measure(lambda: self._loss_of(window, model, num_items_in_batch))
+        self._logged.append(record)
+        self._measured, self._skipped = self._measured + 1, self._skipped + record.skipped
+        self.forward_passes += len(window) * self.zeroth_order.method.estimator.evaluations(record.losses)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        # Not torch.tensor, whose copy to a GPU waits for what runs there.
+        return torch.full((), self.zeroth_order.loss(record), device=self.args.device)
+
+    def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
+        """The loss over the micro-batches of a step, and over all processes, as of one large batch.
+
+        With an automatic step it is a vector with that mean: an element for every row, or for every micro-batch where
+        the loss is the model's own.
+        """
+        by_row = self.zeroth_order.estimates is not None
+        if self.scorer is not None:
+            read = self.scorer.losses if by_row else self.scorer.loss
+            parts = [read(batch, model) for batch in window]
+            self.zeroth_order.watch_dtype(self._grain.dtype(parts[0][0]))
+            parts = [(loss.double(), weight.double()) for loss, weight in parts]
+        else:
+            parts = self._micro_batches.parts(
+                window,
+                num_items_in_batch,
+                functools.partial(self._raw_loss, model),
+                processes=self.args.world_size,
+                spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
+            )
+        device = self.args.device
+        if by_row:
+            return self._rows([torch.cat([part[i].reshape(-1).to(device) for part in parts]) for i in (0, 1)])
+        nothing = torch.zeros((), dtype=torch.float64)
+        total, weight = (functools.reduce(_added, [part[i] for part in parts] or [nothing]) for i in (0, 1))
+        total = total.to(device)
+        # What was counted on the host goes there by a launch, which waits for nothing.
+        on_host = weight.device.type == "cpu" != device.type
+        weight = torch.full((), float(weight), dtype=weight.dtype, device=device) if on_host else weight.to(device)
+        if self.args.world_size > 1:
+            total, weight = summed(torch.stack([total.reshape(()), weight]))
+        return total / weight
+
+    def _rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Losses whose mean is that of all rows of all processes, from what each adds to a sum and to its divisor."""
+        both = torch.stack(list(parts))
+        if self.args.world_size > 1:
+            both = self.accelerator.gather(self.accelerator.pad_across_processes(both.T.contiguous())).T  # padded by 0
+            both = both[:, both[1] > 0]
+        if both.shape[1] < 2:
+            raise ValueError(
+                "an automatic step compares rows, and this model says the loss of its batch only: give a scorer, or "
+                "gradient_accumulation_steps of 2 or more, whose micro-batches are compared, or learning_rate and tau "
+                "as numbers"
+            )
+        return both[0] * (both.shape[1] / both[1].sum())
+
+    def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
+        """What `compute_loss` says of a micro-batch."""
+        # Trainer would multiply the loss by the processes, which DDP's mean takes back.
+        kept, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+        finally:
+            self.args.average_tokens_across_devices = kept
+        if loss.numel() != 1:
+            raise ValueError(f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}; take its mean")
+        self.zeroth_order.watch_dtype(self._grain.dtype(loss))
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return None if self._zeroth_order else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return None if self._zeroth_order else super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """2 operations a parameter and token in each forward pass; Trainer's 6 count a backward pass."""
+        counted = super().floating_point_ops(inputs)
+        return counted // 3 * self.zeroth_order.method.estimator.n_losses if self._zeroth_order else counted
+
+    # -- logs and evaluation ---------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's logs, with the root mean square of rho, the steps skipped, and the mean of the losses.
+
+        Losses that are not finite are left out of the mean, unless `logging_nan_inf_filter` is False.
+        """
+        if self._zeroth_order and "loss" in logs and self._logged:
+            finite = [record for record in self._logged if not record.skipped]
+            shown = finite if self.args.logging_nan_inf_filter else self._logged
+            logs["loss"] = math.fsum(map(self.zeroth_order.loss, shown)) / len(shown) if shown else math.nan
+            rhos = [rho for record in finite for rho in self.zeroth_order.rho(record)]
+            logs["projected_grad"] = math.sqrt(math.fsum(r * r for r in rhos) / len(rhos)) if rhos else math.nan
+            self._logged = []
+            logs |= self._automatic()
+        if self._zeroth_order and ("loss" in logs or "train_loss" in logs) and self.zeroth_order.n_skipped:
+            logs["skipped_steps"] = self.zeroth_order.n_skipped
+        super().log(logs, start_time)
+
+    def _automatic(self) -> dict[str, float]:
+        """What an automatic step took, and what it goes by."""
+        found, record = self.zeroth_order.estimates, self.zeroth_order.last_record
+        if found is None or record is None:
+            return {}
+        logs = {"learning_rate": record.lrs[0], "tau": record.taus[0], "curvature": found.curvature}
+        return logs | {"signal_share": found.share}
+
+    def create_model_card(self, *args: Any, **others: Any) -> None:
+        """Trainer's, with the optimizer that ran and its learning rate."""
+        kept = self.args
+        self.args = card_arguments(kept, bare(self.create_optimizer()))
+        try:
+            super().create_model_card(*args, **others)
+        finally:
+            self.args = kept
+
+
+def _running_statistics(model: Any) -> list[str]:
+    """Modules whose statistics a forward pass in training mode moves: BatchNorm and its kin."""
+    return [
+        f"{name} of type {type(module).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+    ]
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    return total.to(part.device) + part
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer out of accelerate's wrapper, which hides its methods."""
+    while type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
