@@ -70,9 +70,9 @@ def _measured(args: argparse.Namespace, begin: float, suite: Any) -> int:
     from gpu import shapes
     from gpu.clock import CudaClock
 
-    from jaguar.backends import ops
+    from jaguar.backends import availability
 
-    if ops.interpreted():
+    if availability.interpreted():
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)
         return 2
     found = result.load(args.into) if args.into else {"rows": [], "stages": []}

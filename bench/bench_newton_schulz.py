@@ -52,15 +52,15 @@ def competitors(device: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]
     """Arguments of jaguar.newton_schulz by name, and why the others cannot run."""
     import torch
 
-    from jaguar.backends import ops
+    from jaguar.backends import availability
 
     found: dict[str, dict[str, Any]] = {
         f"reference, {name}": {"backend": "reference", "dtype": dtype}
         for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    omitted = dict(ops.unavailable())
+    omitted = dict(availability.unavailable())
     for name in ("cuda", "triton"):
-        runs_on = "cpu" if name == "triton" and ops.interpreted() else "cuda"
+        runs_on = "cpu" if name == "triton" and availability.interpreted() else "cuda"
         if name not in omitted and torch.device(device).type != runs_on:
             omitted[name] = f"it runs on {runs_on} tensors, and these are on {device}"
         if name not in omitted:
@@ -90,7 +90,7 @@ def rows(shapes: Sequence[Sequence[int]], device: str) -> Iterator[dict[str, Any
     import torch
 
     import jaguar
-    from jaguar.backends import ops
+    from jaguar.backends import availability
     from jaguar.method.schemes import SCHEMES
 
     found, _ = competitors(device)
@@ -100,7 +100,7 @@ def rows(shapes: Sequence[Sequence[int]], device: str) -> Iterator[dict[str, Any
             for scheme in SCHEMES:
                 exact = jaguar.newton_schulz(G, coefficients=scheme, dtype=torch.float64, backend="reference")
                 for by, how in found.items():
-                    if how["backend"] == "triton" and ops.interpreted() and math.prod(shape) > _TINY:
+                    if how["backend"] == "triton" and availability.interpreted() and math.prod(shape) > _TINY:
                         continue
                     O = jaguar.newton_schulz(G, coefficients=scheme, **how)  # noqa: E741
                     about = {"shape": list(shape), "spectrum": spectrum, "scheme": scheme, "by": by}
@@ -122,7 +122,7 @@ def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> 
     from rich.progress import track
     from rich.table import Table
 
-    from jaguar.backends import ops
+    from jaguar.backends import availability
     from jaguar.method.schemes import SCHEMES
 
     console = Console(stderr=True)
@@ -130,7 +130,7 @@ def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> 
     count = len(shapes) * len(SPECTRA) * len(SCHEMES) * len(runners)
     found = list(track(rows(shapes, device), "Newton-Schulz", total=count, console=console))
     notes = [f"{name}: omitted, {reason}" for name, reason in omitted.items()]
-    if "triton" in runners and ops.interpreted():
+    if "triton" in runners and availability.interpreted():
         notes.append(f"triton: in its interpreter, shapes of at most {_TINY} elements")
     table = Table(*_COLUMNS, title="Newton-Schulz")
     for row in found:
@@ -167,9 +167,9 @@ def speed(args: argparse.Namespace, begin: float) -> int:
     from gpu import ns_report, ns_suite
     from gpu.clock import CudaClock
 
-    from jaguar.backends import ops
+    from jaguar.backends import availability
 
-    if ops.interpreted():
+    if availability.interpreted():
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)
         return 2
     found = result.load(args.into) if args.into else {"rows": []}

@@ -20,14 +20,14 @@ import interpreter  # noqa: F401 (twice as fast)
 from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
-from jaguar.backends import bind, ops
+from jaguar.backends import availability, ops
 from jaguar.backends import triton as fused
 from jaguar.backends.launches import Launches, StepInputs
+from jaguar.backends.orthogonal import MatrixStage
 from jaguar.backends.triton.plan import Plan, Table
 from jaguar.method.directions import DENSE, Coordinates, Direction, ReleasedBlock
 from jaguar.method.estimators import OneSided, Probe, TwoSided
 from jaguar.method.method import Method
-from jaguar.method.orthogonal import MatrixStage
 from jaguar.method.params import Slot
 from jaguar.method.rng import Draw
 from jaguar.method.rule import Rule, rounded
@@ -35,7 +35,9 @@ from jaguar.method.rules import SGD, AveragedSign, Sign
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import around
 
-interpreted = pytest.mark.skipif(not ops.interpreted(), reason="runs kernels on CPU tensors, in Triton's interpreter")
+interpreted = pytest.mark.skipif(
+    not availability.interpreted(), reason="runs kernels on CPU tensors, in Triton's interpreter"
+)
 
 SEED, STEP = 12345, 7
 GROUPS = [
@@ -231,7 +233,7 @@ def steps_of(backend: str, method: Method, slots: list[Slot], restore: str = "co
     """What `bind` makes of one backend."""
     ops.require(backend, method, slots, GROUPS)
     numbers = None if backend == "reference" else fused.Numbers(slots, method)
-    return Steps(slots, bind._launches(backend, method, slots, slots, restore, numbers), numbers)
+    return Steps(slots, ops.named(backend).bind(method, slots, slots, restore, numbers), numbers)
 
 
 class Twins:

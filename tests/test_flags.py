@@ -16,7 +16,7 @@ from tiny import refused
 from transformers import TrainingArguments
 
 import jaguar
-from jaguar.backends.ops import NAMES
+from jaguar.backends.availability import NAMES
 from jaguar.cli import flag_groups
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data

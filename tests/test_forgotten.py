@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import CONFIGS, Bag, make, weights
 
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.launches import Launches
 
 DRAWN_AND_SAVED = {"_samples", "_drawn", "_momenta", "_buffers", "_scratch", "_listed"}
 CASES = [(config, "reference") for config in sorted(CONFIGS)]
-if ops.interpreted():
+if availability.interpreted():
     CASES += [(config, "triton") for config in ("fraction", "released", "all", "rademacher-copy", "layers")]
 
 
@@ -64,7 +64,7 @@ def test_nothing_is_left_of_a_step(config: str, backend: str) -> None:
         assert bool(drawn) == (backend == "reference" or config == "released")
 
 
-@pytest.mark.skipif(not ops.interpreted(), reason="runs kernels on CPU tensors")
+@pytest.mark.skipif(not availability.interpreted(), reason="runs kernels on CPU tensors")
 @pytest.mark.parametrize("config", ["fraction", "released", "all", "gaussian-copy"])
 def test_nothing_is_left_where_memory_runs_out(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first buffer is there when the second one is not."""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import jaguar
 from jaguar import JaguarMuon, JaguarSignSGD
-from jaguar.backends import ops
+from jaguar.backends import availability
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.directions import ReleasedBlock
 from jaguar.method.rng import Draw
 from jaguar.method.schemes import SCHEMES
@@ -105,9 +106,9 @@ def test_a_step_lowers_the_loss_of_a_matrix_problem() -> None:
 
 def test_one_newton_schulz_per_matrix_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = ops.reference.newton_schulz
+    real = polar_run.reference.newton_schulz
     monkeypatch.setattr(
-        ops.reference, "newton_schulz", lambda G, *rest: (seen.append(tuple(G.shape)), real(G, *rest))[1]
+        polar_run.reference, "newton_schulz", lambda G, *rest: (seen.append(tuple(G.shape)), real(G, *rest))[1]
     )
     p = model(torch.float32)
     opt = JaguarMuon(groups(p), coordinates=0.5)
@@ -344,8 +345,8 @@ def test_truths_of_other_types_are_the_same_truths(ns: Any, tmp_path: Any) -> No
 def test_kernels_that_cannot_do_it_are_refused_before_anything_moves(
     options: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "unavailable", dict)
-    with pytest.raises(ops.Unavailable, match=f"backend='cuda' cannot orthogonalise this: .*{match}"):
+    monkeypatch.setattr(availability, "unavailable", dict)
+    with pytest.raises(availability.Unavailable, match=f"backend='cuda' cannot orthogonalise this: .*{match}"):
         JaguarMuon(matrix_group(), backend="cuda", **options)
 
 
@@ -353,7 +354,7 @@ def test_one_batch_of_factors_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyP
     p = {f"m{i}": torch.randn(4, 4 + i).requires_grad_() for i in range(4)}
     opt = JaguarMuon([{"params": p.items(), "ns": True}], coordinates=0.5)
     alive: list[Any] = []
-    real = ops.reference.newton_schulz
+    real = polar_run.reference.newton_schulz
 
     def watched(*arguments: Any) -> Tensor:
         assert all(ref() is None for ref in alive)
@@ -361,7 +362,7 @@ def test_one_batch_of_factors_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyP
         alive.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(ops.reference, "newton_schulz", watched)
+    monkeypatch.setattr(polar_run.reference, "newton_schulz", watched)
     opt.step(lambda: sum(t.square().sum() for t in p.values()))
     assert len(alive) == 4
 
@@ -452,16 +453,16 @@ def test_repr_says_which_tensor_took_which_path() -> None:
 
 
 def test_cuda_is_refused_where_it_is_not_and_by_those_who_do_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "cuda" not in ops.available():
-        with pytest.raises(ops.Unavailable, match="backend='cuda' is not available"):
+    if "cuda" not in availability.available():
+        with pytest.raises(availability.Unavailable, match="backend='cuda' is not available"):
             JaguarMuon(matrix_group(), backend="cuda")
-    monkeypatch.setattr(ops, "unavailable", dict)
-    with pytest.raises(ops.Unavailable, match="has Newton-Schulz only"):
+    monkeypatch.setattr(availability, "unavailable", dict)
+    with pytest.raises(availability.Unavailable, match="has Newton-Schulz only"):
         JaguarSignSGD([torch.ones(3, requires_grad=True)], backend="cuda")
 
 
 def test_it_works_without_triton_and_csrc_and_says_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "unavailable", lambda: {"cuda": "not built", "triton": "not installed"})
+    monkeypatch.setattr(availability, "unavailable", lambda: {"cuda": "not built", "triton": "not installed"})
     p = model(torch.float32)
     before = {n: t.detach().clone() for n, t in p.items()}
     with warnings.catch_warnings():

@@ -36,7 +36,7 @@ from kernels import (
     step_law,
 )
 
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.triton.plan import Plan, Table
 from jaguar.method.directions import Coordinates
 from jaguar.triton_kernels import coordinate
@@ -108,7 +108,7 @@ def test_many_tensors_in_one_launch(update: str) -> None:
 
 def test_released_blocks_of_several_directions_are_refused() -> None:
     """They overlap anywhere, so programs would meet in the same elements."""
-    with pytest.raises(ops.Unavailable, match="released=True with several directions has no kernel"):
+    with pytest.raises(availability.Unavailable, match="released=True with several directions has no kernel"):
         coordinate_twins([Form((300,), torch.float32)], DIRECTIONS["released"], n=2)
 
 

@@ -37,7 +37,7 @@ from kernels import (
 )
 from triton.runtime.interpreter import InterpreterBuilder
 
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.triton.numbers import arithmetic
 from jaguar.backends.triton.plan import Plan
 from jaguar.backends.triton.supported import unsupported
@@ -348,5 +348,5 @@ def test_what_has_no_kernel_is_named() -> None:
         arithmetic(Fifth())
     with pytest.raises(RuntimeError, match="Four has 4 state buffers, and kernels move 3"):
         arithmetic(Four())
-    with pytest.raises(ops.Unavailable, match="three_step"):
+    with pytest.raises(availability.Unavailable, match="three_step"):
         Twins([Form((3,), torch.float32)], method, "none")

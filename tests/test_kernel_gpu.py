@@ -48,7 +48,7 @@ from test_kernel_rng import (  # noqa: F401  (collected here too, and then run o
 from torch import Tensor
 
 from jaguar import ZOSGD, JaguarSignSGD
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.launches import StepInputs
 from jaguar.method.directions import DENSE, Coordinates
 from jaguar.method.estimators import TwoSided
@@ -61,7 +61,9 @@ from jaguar.triton_kernels import tables as T
 # The interpreter would run the kernels on the CPU, and prove nothing here.
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or ops.interpreted(), reason="needs a GPU and compiled kernels"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or availability.interpreted(), reason="needs a GPU, compiled kernels"
+    ),
 ]
 
 DEVICE = "cuda"
@@ -269,7 +271,7 @@ def test_tensors_that_are_not_contiguous_go_to_the_reference(cls: type) -> None:
     params = [torch.nn.Parameter(strided), torch.nn.Parameter(values[1].to(DEVICE))]
     assert not params[0].is_contiguous()
     options = {"lr": 1e-2, "tau": TAU, "seed": 3} | ({"coordinates": 0.1} if cls is JaguarSignSGD else {})
-    with pytest.raises(ops.Unavailable, match="cannot take #0: it is not contiguous"):
+    with pytest.raises(availability.Unavailable, match="cannot take #0: it is not contiguous"):
         cls(params, backend="triton", **options)
     opt = cls(params, **options)
     replay = cls([torch.nn.Parameter(v.clone()) for v in values], backend="reference", **options)

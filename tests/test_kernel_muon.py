@@ -32,9 +32,10 @@ from kernels import (
 
 import jaguar
 from jaguar import JaguarMuon
-from jaguar.backends import ops, reference
+from jaguar.backends import reference
 from jaguar.backends import triton as fused
-from jaguar.method.orthogonal import MatrixStage
+from jaguar.backends.orthogonal import MatrixStage
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.params import Slot
 from jaguar.method.rules import AveragedSign
 
@@ -160,7 +161,7 @@ def test_steps_with_the_same_newton_schulz_are_equal(
     dtype: torch.dtype, period: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The optimizer as users make it; only Newton-Schulz, which rounds differently, runs on the reference for both."""
-    monkeypatch.setattr(ops, "assigned", lambda *_: "reference")
+    monkeypatch.setattr(polar_run, "assigned", lambda *_: "reference")
     net = Net(dtype)
     runs = []
     for backend in ("reference", "triton"):
@@ -200,7 +201,7 @@ def test_whole_steps_stay_near_the_reference() -> None:
 @pytest.mark.parametrize("update", ["sampled", "all"])
 def test_launches(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net(torch.float32)
-    monkeypatch.setattr(ops, "assigned", lambda *_: "reference")
+    monkeypatch.setattr(polar_run, "assigned", lambda *_: "reference")
     opt = JaguarMuon(jaguar.param_groups(net), coordinates=0.1, tau=TAU, update=update, ns_steps=2, backend="triton")
     opt.step(net)
     with counted(run=True) as launches:

@@ -19,13 +19,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.polar import triton as newton_schulz
 from jaguar.backends.polar.triton import TritonProducts
 from jaguar.triton_kernels import newton_schulz as kernels
 from jaguar.triton_kernels.launch import launch
 
-DEVICE = "cpu" if ops.interpreted() else "cuda"
+DEVICE = "cpu" if availability.interpreted() else "cuda"
 BAND = 8192  # more than any tile, so that stores without a mask end in it
 INPUTS = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

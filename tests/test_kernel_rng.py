@@ -17,7 +17,7 @@ from test_rng import BOUNDS, VECTORS, numbers
 from test_rounding import interesting, law, magnitudes
 from torch import Tensor
 
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.method import rng, rounding
 from jaguar.method.rng import Purpose
 from jaguar.triton_kernels import rng as kernel_rng
@@ -28,7 +28,7 @@ from jaguar.triton_kernels.tables import FORMATS
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 
 # These tests run on a GPU too: test_kernel_gpu imports them.
-DEVICE, BLOCK = ("cpu", 1 << 16) if ops.interpreted() else ("cuda", 1024)
+DEVICE, BLOCK = ("cpu", 1 << 16) if availability.interpreted() else ("cuda", 1024)
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e5m2]
 MILLION = 10**6
 STARTS = [0, 8192, 2**31 - 8192, 2**31, 2**32 + 8192, 2**35, 2**40 + 8192]

@@ -25,7 +25,8 @@ pytest.importorskip("triton")
 from kernels import bag_of, counted, everything, interpreted, jobs, parameters
 
 from jaguar import ZOSGD, JaguarSignSGD
-from jaguar.backends import bind, ops
+from jaguar.backends import availability, bind, ops
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.directions import Coordinates, ReleasedBlock
 from jaguar.method.estimators import TwoSided
 from jaguar.method.method import Method
@@ -156,11 +157,11 @@ def test_launches_of_a_dense_step(options: dict, expected: list[str], planned: l
 def test_step_is_measure_and_apply_on_both_backends(
     config: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "assigned", lambda *_: "reference")  # of Newton-Schulz, whose sums have an order of each
+    monkeypatch.setattr(polar_run, "assigned", lambda *_: "reference")  # sums of Newton-Schulz have an order
     runs = []
     opt = make(config, bag_of(dtype).named_parameters())
-    if reason := ops.undrawable(opt.method, opt.param_groups):
-        with pytest.raises(ops.Unavailable, match=re.escape(reason)):
+    if reason := availability.undrawable(opt.method, opt.param_groups):
+        with pytest.raises(availability.Unavailable, match=re.escape(reason)):
             make(config, bag_of(dtype).named_parameters(), backend="triton")
         return
     for backend in ("triton", "triton", "reference"):
@@ -288,8 +289,8 @@ def test_auto_gives_gpus_to_triton_and_says_what_it_does_not(monkeypatch: pytest
             name=name, kept=None, width=None, tensor=SimpleNamespace(is_contiguous=lambda: contiguous, **where)
         )
 
-    monkeypatch.setattr(ops, "unavailable", dict)
-    monkeypatch.setattr(ops, "interpreted", lambda: False)
+    monkeypatch.setattr(availability, "unavailable", dict)
+    monkeypatch.setattr(availability, "interpreted", lambda: False)
     slots = [slot("whole", True), slot("turned", False)]
     method, several = Method(Coordinates(0.1), AveragedSign()), TwoSided(2)
     assert ops.assign("auto", method, slots, [{}]) == ["triton", "reference"]
@@ -302,7 +303,7 @@ def test_auto_gives_gpus_to_triton_and_says_what_it_does_not(monkeypatch: pytest
     ]
     with pytest.warns(UserWarning, match=r"moves 1 of 2 tensors, slowly: turned is not contiguous"):
         bind._say_slow("auto", method, slots, [{}], ["triton", "reference"])
-    with pytest.raises(ops.Unavailable, match="turned: it is not contiguous"):
+    with pytest.raises(availability.Unavailable, match="turned: it is not contiguous"):
         ops.require("triton", method, slots, [{}])
 
 
@@ -484,7 +485,7 @@ def test_half_precision_momentum_that_somebody_put_there() -> None:
 @pytest.mark.parametrize("form", ["transposed", "slice"])
 def test_tensors_that_are_not_contiguous_are_named(form: str) -> None:
     bag = Bag([weights(torch.float32, 5), FORMS[form](torch.float32)])
-    with pytest.raises(ops.Unavailable, match=r"cannot take p1: it is not contiguous.*backend='auto'"):
+    with pytest.raises(availability.Unavailable, match=r"cannot take p1: it is not contiguous.*backend='auto'"):
         JaguarSignSGD(bag.named_parameters(), backend="triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,7 @@ from tiny import refused
 
 import jaguar
 import jaguar.optimizers
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.cli import main as cli
 from jaguar.cli.method_card import facts
 from jaguar.optimizers.common import Common, keywords
@@ -128,23 +128,23 @@ def test_every_backend_is_named_with_its_reason() -> None:
     for name, row in METHODS.items():
         lines = facts(name)["backends"].splitlines()
         if row.cls:
-            assert [line.split(":")[0] for line in lines] == list(ops.NAMES[1:])
+            assert [line.split(":")[0] for line in lines] == list(availability.NAMES[1:])
             assert lines[0] == "reference: yes"
     assert "cuda: no: " in facts("zo-sgd")["backends"] and "cuda: yes" in facts("jaguar-muon")["backends"]
 
 
 def test_what_a_machine_lacks_is_told_apart_from_what_a_method_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "unavailable", dict)
+    monkeypatch.setattr(availability, "unavailable", dict)
     assert "triton: yes\n" in facts("zo-sgd")["backends"] and facts("jaguar-muon")["backends"].endswith("cuda: yes")
-    monkeypatch.setattr(ops, "unavailable", lambda: {"triton": "no GPU"})
+    monkeypatch.setattr(availability, "unavailable", lambda: {"triton": "no GPU"})
     assert "triton: yes, but not here: no GPU\n" in facts("zo-sgd")["backends"]
-    monkeypatch.setattr(ops, "undrawable", lambda method, groups: "it has no kernel")
+    monkeypatch.setattr(availability, "undrawable", lambda method, groups: "it has no kernel")
     assert "triton: no: backend='triton' cannot draw this: it has no kernel" in facts("zo-sgd")["backends"]
 
     def not_installed(method: Any, groups: Any) -> None:
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(ops, "undrawable", not_installed)
+    monkeypatch.setattr(availability, "undrawable", not_installed)
     assert "triton: not here: no GPU\n" in facts("zo-sgd")["backends"]
 
 

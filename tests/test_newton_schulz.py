@@ -11,7 +11,8 @@ from conftest import dtype_id
 from torch import Tensor
 
 import jaguar
-from jaguar.backends import ops
+from jaguar.backends import availability
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES, scalar_iterate
 
 SHAPES = [(1, 1), (1, 9), (7, 1), (8, 2048), (2048, 8), (5, 5), (64, 100), (100, 64), (3, 6, 10), (4, 33, 7)]
@@ -190,9 +191,9 @@ def test_bad_input_is_refused(arguments: tuple, error: type[Exception], match: s
 
 
 def test_a_backend_that_is_not_there_is_refused_with_the_reason() -> None:
-    if "cuda" in ops.available():
+    if "cuda" in availability.available():
         pytest.skip("the extension is here")
-    with pytest.raises(ops.Unavailable, match=r"backend='cuda' is not available: .+; available: reference"):
+    with pytest.raises(availability.Unavailable, match=r"backend='cuda' is not available: .+; available: reference"):
         jaguar.newton_schulz(torch.ones(3, 3), backend="cuda")
 
 
@@ -217,17 +218,17 @@ def test_auto_takes_the_fastest_and_says_once_when_it_is_slow(
     expected = fastest if expected == "fastest" else expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(ops, "unavailable", lambda: dict.fromkeys(missing, "not built"))
-    ops._say_slow.cache_clear()
-    assert ops.assigned("auto", torch.ones(2, 2), 10, torch.bfloat16) == "reference"
-    assert ops.assigned("auto", OnGpu(), 10, torch.float32) == "reference"
-    assert ops.assigned("auto", OnGpu(), 33, torch.bfloat16) == "reference"
+    monkeypatch.setattr(availability, "unavailable", lambda: dict.fromkeys(missing, "not built"))
+    polar_run._say_slow.cache_clear()
+    assert polar_run.assigned("auto", torch.ones(2, 2), 10, torch.bfloat16) == "reference"
+    assert polar_run.assigned("auto", OnGpu(), 10, torch.float32) == "reference"
+    assert polar_run.assigned("auto", OnGpu(), 33, torch.bfloat16) == "reference"
     if expected == "reference":
         with pytest.warns(UserWarning, match="reference backend, several times slower than it could: not built"):
-            assert ops.assigned("auto", OnGpu(), 10, torch.bfloat16) == expected
+            assert polar_run.assigned("auto", OnGpu(), 10, torch.bfloat16) == expected
     for _ in range(2):
-        assert ops.assigned("auto", OnGpu(), 10, torch.bfloat16) == expected  # a second warning would be an error
-    ops._say_slow.cache_clear()
+        assert polar_run.assigned("auto", OnGpu(), 10, torch.bfloat16) == expected  # a second warning would be an error
+    polar_run._say_slow.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -235,10 +236,10 @@ def test_auto_takes_the_fastest_and_says_once_when_it_is_slow(
 )
 def test_named_kernels_refuse_what_they_cannot_do(steps: int, dtype: torch.dtype, match: str) -> None:
     for name in ("cuda", "triton"):
-        with pytest.raises(ops.Unavailable, match=f"backend='{name}' cannot orthogonalise this: .*{match}"):
-            ops.assigned(name, OnGpu(), steps, dtype)
-    with pytest.raises(ops.Unavailable, match="the matrix is on cpu"):
-        ops.assigned("cuda", torch.ones(2, 2), 3, torch.bfloat16)
+        with pytest.raises(availability.Unavailable, match=f"backend='{name}' cannot orthogonalise this: .*{match}"):
+            polar_run.assigned(name, OnGpu(), steps, dtype)
+    with pytest.raises(availability.Unavailable, match="the matrix is on cpu"):
+        polar_run.assigned("cuda", torch.ones(2, 2), 3, torch.bfloat16)
 
 
 @pytest.mark.parametrize("coefficients", ["cubic", "quintic"])

@@ -17,13 +17,16 @@ from torch import Tensor
 
 import jaguar
 from jaguar import JaguarMuon
-from jaguar.backends import ops
+from jaguar.backends import availability
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES
 
 # The interpreter would run the kernels on the CPU, and prove nothing here.
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or ops.interpreted(), reason="needs a GPU and compiled kernels"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or availability.interpreted(), reason="needs a GPU, compiled kernels"
+    ),
 ]
 
 DEVICE = "cuda"
@@ -38,8 +41,8 @@ SEVERAL = [(256, 256), (200, 1000), (1000, 72), (16, 2048)]
 @pytest.fixture(scope="module", params=["cuda", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Module-wide, so that pytest runs everything on one of them first."""
-    if request.param in ops.unavailable():
-        pytest.skip(ops.unavailable()[request.param])
+    if request.param in availability.unavailable():
+        pytest.skip(availability.unavailable()[request.param])
     return str(request.param)
 
 
@@ -95,7 +98,7 @@ class Spy:
 
     def __init__(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
-        kind = type(ops._products(backend))
+        kind = type(polar_run._products(backend))
         for name in ("prepare", "product", "small_"):
             monkeypatch.setattr(kind, name, self._counted(name, getattr(kind, name)))
 
@@ -108,7 +111,7 @@ class Spy:
 
 
 def orthogonalised(matrices: Sequence[Tensor], backend: str, scheme: str = "cubic") -> list[Tensor]:
-    run = ops.NewtonSchulz(backend, steps=None, coefficients=scheme, dtype=torch.bfloat16)
+    run = polar_run.NewtonSchulz(backend, steps=None, coefficients=scheme, dtype=torch.bfloat16)
     outs: list[Tensor] = [matrices[0]] * len(matrices)
     for where, found in run(matrices):
         for i, factor in zip(where, found, strict=True):
@@ -183,9 +186,9 @@ def test_magnitudes(scale: float, backend: str) -> None:
 def test_refusals(backend: str) -> None:
     with pytest.raises(TypeError, match=r"torch\.int32"):
         jaguar.newton_schulz(torch.ones(3, 3, dtype=torch.int32, device=DEVICE), backend=backend)
-    with pytest.raises(ops.Unavailable, match="the matrix is on cpu"):
+    with pytest.raises(availability.Unavailable, match="the matrix is on cpu"):
         jaguar.newton_schulz(torch.ones(3, 3), backend=backend)
-    with pytest.raises(ops.Unavailable, match="16 bits"):
+    with pytest.raises(availability.Unavailable, match="16 bits"):
         jaguar.newton_schulz(torch.ones(3, 3, device=DEVICE), dtype=torch.float32, backend=backend)
 
 
@@ -264,7 +267,7 @@ def product_is_right(shape: tuple[int, int, int, int], backend: str, triangle: b
     for dtype, beta in kinds:
         out = Guarded((batch, m, n), dtype, transposed and not triangle)
         extra = {} if beta == 0.0 else {"beta": beta, "c": c}
-        ops._products(backend).product(out.inside, a, b, alpha=0.7, triangle=triangle, **extra)
+        polar_run._products(backend).product(out.inside, a, b, alpha=0.7, triangle=triangle, **extra)
         A, B, C = (x.cpu().double() for x in (a, b, c))
         exact = 0.7 * (A @ B) + beta * C
         unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
@@ -295,7 +298,7 @@ def test_small_preparation(dtype: torch.dtype, backend: str) -> None:
         n, m = min(rows, columns), max(rows, columns)
         out = Guarded((2, n, m), torch.float16)
         statistics = torch.full((2, 2, 64), math.nan, device=DEVICE)
-        ops._products(backend).prepare(matrices, out.inside, statistics, 1.0)
+        polar_run._products(backend).prepare(matrices, out.inside, statistics, 1.0)
         for x, G in zip(out.inside, matrices, strict=True):
             exact = (G if rows <= columns else G.mT).cpu().double()
             exact = exact / torch.linalg.matrix_norm(exact)
@@ -309,7 +312,7 @@ def test_small_matrices_on_chip(backend: str) -> None:
     matrices = [normal(shape, i).bfloat16() for i, shape in enumerate(shapes)]
     whole = [torch.full((2 * BAND + G.numel(),), math.nan, dtype=torch.bfloat16, device=DEVICE) for G in matrices]
     outs = [w[BAND:-BAND].view(G.shape) for w, G in zip(whole, matrices, strict=True)]
-    ops._products(backend).small_(matrices, outs, SCHEMES["cubic"].coefficients(), 1.0)
+    polar_run._products(backend).small_(matrices, outs, SCHEMES["cubic"].coefficients(), 1.0)
     for w, G, O in zip(whole, matrices, outs, strict=True):  # noqa: E741
         assert relative(O.cpu(), exactly(G.cpu())) < 8e-3, G.shape
         assert bool(w[:BAND].isnan().all()) and bool(w[-BAND:].isnan().all())
@@ -371,7 +374,7 @@ def test_a_whole_step_is_near_the_references(backend: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_csrc_and_triton_agree(scheme: str) -> None:
-    if missing := {"cuda", "triton"} & set(ops.unavailable()):
+    if missing := {"cuda", "triton"} & set(availability.unavailable()):
         pytest.skip(f"{', '.join(missing)} cannot run here")
     for shape in (*SEVERAL, (8, 256, 1024)):
         G = normal(shape).bfloat16()

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jaguar import JaguarMuon, ZOMuon, param_groups
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.polar import reference
+from jaguar.backends.polar import run as polar_run
 from jaguar.backends.polar.schedule import Task, batches, orthogonalise, take
 from jaguar.method.schemes import SCHEMES
 
@@ -27,7 +28,7 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "without momentum": (ZOMuon, {"lr": 1e-2, "restore": "copy"}),
 }
 CASES: list[Any] = [(method, "reference") for method in METHODS]
-if ops.interpreted():
+if availability.interpreted():
     CASES += [("jaguar", "triton"), pytest.param("without momentum", "triton", marks=pytest.mark.slow)]
 
 
@@ -148,10 +149,10 @@ def test_a_call_allocates_nothing_after_its_memory_was_taken(dtype: torch.dtype,
     assert seen.found
 
 
-@pytest.mark.skipif(not ops.interpreted(), reason="runs kernels on CPU tensors, in Triton's interpreter")
+@pytest.mark.skipif(not availability.interpreted(), reason="runs kernels on CPU tensors, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=dtype_id)
 def test_the_memory_of_a_call_changes_no_bit(dtype: torch.dtype) -> None:
-    run = ops.NewtonSchulz("triton", steps=2, coefficients="quintic", dtype=torch.bfloat16)
+    run = polar_run.NewtonSchulz("triton", steps=2, coefficients="quintic", dtype=torch.bfloat16)
     matrices = matrices_of(dtype)[::3]
 
     def factors() -> Iterator[tuple[int, bytes]]:

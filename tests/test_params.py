@@ -10,7 +10,7 @@ from conftest import every_form, stream_ints
 from torch import nn
 
 from jaguar import ZOSGD, JaguarSignSGD
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.method.params import build_slots, canonical_name, check_tensor, free_bytes, stream_of
 
 
@@ -286,7 +286,7 @@ def test_bad_options_of_zosgd(key: str, value: object) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_named_backend_runs_or_raises(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "interpreted", lambda: False)
+    monkeypatch.setattr(availability, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=rf"backend='{backend}' is not available: .*available: reference"):
         JaguarSignSGD([leaf(2)], backend=backend)

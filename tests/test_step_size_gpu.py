@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import jaguar
-from jaguar.backends import ops
+from jaguar.backends import availability
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or ops.interpreted(), reason="needs a GPU and compiled kernels"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or availability.interpreted(), reason="needs a GPU, compiled kernels"
+    ),
 ]
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (jaguar.ZOSGD, {"distribution": "rademacher"}),

@@ -9,11 +9,13 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from jaguar import ZOTrainer, ZOTrainingArguments
-from jaguar.backends import ops
+from jaguar.backends import availability
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or ops.interpreted(), reason="needs a GPU and compiled kernels"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or availability.interpreted(), reason="needs a GPU, compiled kernels"
+    ),
 ]
 
 

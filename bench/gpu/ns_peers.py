@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu.compiled import TooSlow, time_limit
-from jaguar.backends import ops
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES, Coefficients
 
 EAGER = "torch eager, baddbmm"
@@ -137,7 +137,7 @@ def muon(G: Tensor, steps: int) -> Callable[[], list[Tensor]]:
 
 def own(backend: str, scheme: str, steps: int) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Our kernels on one backend: matrices -> polar factors in the same order."""
-    run = ops.NewtonSchulz(backend, steps=steps, coefficients=scheme, dtype=torch.bfloat16)
+    run = polar_run.NewtonSchulz(backend, steps=steps, coefficients=scheme, dtype=torch.bfloat16)
 
     def call(matrices: Sequence[Tensor]) -> list[Tensor]:
         outs: list[Tensor] = [matrices[0]] * len(matrices)

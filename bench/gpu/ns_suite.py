@@ -21,8 +21,9 @@ from gpu.clock import CpuClock
 from gpu.memory import no_room, release
 from gpu.ns_cases import Case
 from gpu.ns_peers import NotHere
-from jaguar.backends import ops
+from jaguar.backends import availability
 from jaguar.backends.polar import reference
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES
 
 Row = dict[str, Any]
@@ -53,7 +54,7 @@ def run(
         left: () -> seconds that may still be spent.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    missing = ops.unavailable()
+    missing = availability.unavailable()
     for name in ns_peers.OWN:
         if name in missing:
             yield _row("dropped", "all", ns_peers.OWN[name], reason=f"not available: {missing[name]}")
@@ -262,7 +263,7 @@ def _product_rows(batch: int, n: int, backends: Sequence[str], clock: CpuClock) 
     field = _Field(name, partial(_worst, exact))
     own = []
     for backend in backends:
-        product = ops._products(backend).product
+        product = polar_run._products(backend).product
         for triangle in (False, True):
             out = torch.empty_like(X)
             own.append(f"{ns_peers.OWN[backend]}, {'triangle' if triangle else 'full'}")

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from jaguar.backends import ops, reference
+from jaguar.backends import availability, ops, reference
+from jaguar.backends.availability import Groups
 from jaguar.backends.kept import KeptProbe, Rows
 from jaguar.backends.launches import Launches, Lost, Moves, State, StepInputs
-from jaguar.method.directions import Mixed, Sparse
+from jaguar.backends.orthogonal import MatrixStage, stacked
 from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
-from jaguar.method.orthogonal import MatrixStage, Orthogonal, stacked
+from jaguar.method.orthogonal import Orthogonal
 from jaguar.method.params import Slot
 
 if TYPE_CHECKING:  # kernels are imported where there are some
@@ -25,13 +26,13 @@ if TYPE_CHECKING:  # kernels are imported where there are some
 Part = tuple[Sequence[int], Launches]
 
 
-def bind(method: Method, slots: Sequence[Slot], groups: ops.Groups, backend: str, restore: str) -> Bound:
+def bind(method: Method, slots: Sequence[Slot], groups: Groups, backend: str, restore: str) -> Bound:
     """The launches of a method over its tensors.
 
     Args:
         slots: in canonical order, in their roles.
         groups: their parameter groups.
-        backend: which `ops.choose` returned.
+        backend: which `availability.choose` returned.
         restore: how dense directions get back: "copy", "module" or "walk".
 
     Raises:
@@ -41,16 +42,19 @@ def bind(method: Method, slots: Sequence[Slot], groups: ops.Groups, backend: str
     names = ops.assign(backend, method, slots, groups)
     _say_slow(backend, method, slots, groups, names)
     matrices = isinstance(method.rule, Orthogonal)
-    kernels = backend == "triton" or (matrices and backend != "reference" and "triton" not in ops.unavailable())
+    missing = availability.unavailable()
+    kernels = backend == "triton" or (matrices and backend != "reference" and "triton" not in missing)
     numbers: Numbers | None = None
     if kernels or "triton" in names:
-        from jaguar.backends import triton as fused
+        from jaguar.backends.triton import Numbers as Table
 
-        numbers = fused.Numbers(slots, method)
+        numbers = Table(slots, method)
     parts: list[Part] = []
     for name in dict.fromkeys(names):
         where = [i for i, chosen in enumerate(names) if chosen == name]
-        parts.append((where, _launches(name, method, [slots[i] for i in where], slots, restore, numbers)))
+        make = ops.named(name).bind
+        assert make is not None
+        parts.append((where, make(method, [slots[i] for i in where], slots, restore, numbers)))
     stage = None
     if isinstance(method.rule, Orthogonal):
         moves = _MatrixMoves(backend, method, numbers)
@@ -59,30 +63,14 @@ def bind(method: Method, slots: Sequence[Slot], groups: ops.Groups, backend: str
     return Bound(slots, parts, numbers, stage, restore == "module")
 
 
-def _launches(
-    name: str, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: Numbers | None
-) -> Launches:
-    sparse, mixed = (isinstance(method.direction, kind) for kind in (Sparse, Mixed))
-    if name == "reference":
-        if sparse:
-            return reference.CoordinateLaunches(method, slots)
-        return (reference.MixedLaunches if mixed else reference.DenseLaunches)(method, slots, restore)
-    from jaguar.backends import triton as fused
-
-    assert numbers is not None
-    if sparse:
-        return fused.CoordinateLaunches(method, slots, everything, numbers)
-    return (fused.MixedLaunches if mixed else fused.DenseLaunches)(method, slots, restore, numbers)
-
-
-def _say_slow(backend: str, method: Method, slots: Sequence[Slot], groups: ops.Groups, names: Sequence[str]) -> None:
+def _say_slow(backend: str, method: Method, slots: Sequence[Slot], groups: Groups, names: Sequence[str]) -> None:
     """Warns where "auto" leaves a GPU's tensors to the reference."""
     slow = [s for s, name in zip(slots, names, strict=True) if name == "reference" and s.tensor.is_cuda]
-    if slow and backend in ("auto", "cuda") and "triton" not in ops.unavailable():
-        reasons = [f"{slot.name} {ops.unfit(slot)}" for slot in slots if ops.unfit(slot)]
+    if slow and backend in ("auto", "cuda") and "triton" not in availability.unavailable():
+        reasons = [f"{slot.name} {availability.unfit(slot)}" for slot in slots if availability.unfit(slot)]
         warnings.warn(
             f"the reference backend moves {len(slow)} of {len(slots)} tensors, slowly: "
-            + (reasons[0] if reasons else f"{ops.undrawable(method, groups)}"),
+            + (reasons[0] if reasons else f"{availability.undrawable(method, groups)}"),
             stacklevel=2,
         )
 
@@ -220,14 +208,14 @@ class _MatrixMoves:
         self._reference = reference.MatrixLaunches(method)
         self._kernels: Moves | None = None
         if numbers is not None:
-            from jaguar.backends import triton as fused
+            from jaguar.backends.triton import MatrixLaunches
 
-            self._kernels = fused.MatrixLaunches(method, numbers)
+            self._kernels = MatrixLaunches(method, numbers)
 
     def move_(self, slots: Sequence[Slot], factors: Sequence[Tensor], inputs: StepInputs) -> None:
         """x <- (1 - lr wd) x - lr O."""
         fused = self._kernels is not None
-        by_kernel = [self._named or (fused and slot.tensor.is_cuda and not ops.unfit(slot)) for slot in slots]
+        by_kernel = [self._named or (fused and slot.tensor.is_cuda and not availability.unfit(slot)) for slot in slots]
         for moves, wanted in ((self._kernels, True), (self._reference, False)):
             where = [i for i, kernel in enumerate(by_kernel) if kernel is wanted]
             if where and moves is not None:

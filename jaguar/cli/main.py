@@ -35,7 +35,7 @@ class Failed(Exception):
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """Setting up checks every input, so a ValueError is a message to the user; later it would be a bug to be traced."""
-    from jaguar.backends.ops import Unavailable
+    from jaguar.backends.availability import Unavailable
 
     try:
         yield
@@ -222,8 +222,10 @@ def _print_installation(args: argparse.Namespace, console: Console) -> int:
 
     import torch
 
-    from jaguar.backends import ops
+    from jaguar.backends import availability
     from jaguar.backends.polar import cuda as extension
+    from jaguar.backends.polar.reference import multiplies_bf16
+    from jaguar.backends.polar.run import fastest
     from jaguar.method import rng
 
     table = Table(show_header=False, title=f"jaguar {jaguar.__version__}", title_justify="left")
@@ -241,20 +243,20 @@ def _print_installation(args: argparse.Namespace, console: Console) -> int:
         "random numbers", f"{rng.TAG}, known answer {'met' if healthy else 'NOT MET: do not trust this installation'}"
     )
     table.add_row("CUDA extension", extension.note())
-    reasons = ops.unavailable()
-    for name in ops.NAMES[1:]:
+    reasons = availability.unavailable()
+    for name in availability.NAMES[1:]:
         table.add_row(f"backend {name}", f"no: {reasons[name]}" if name in reasons else "yes")
     table.add_row(
         "backend auto",
         "triton for contiguous tensors on GPUs, reference for the rest"
-        if "triton" in ops.available() and not ops.interpreted()
+        if "triton" in availability.available() and not availability.interpreted()
         else "reference",
     )
-    found = [name for name in ops.fastest() if name not in reasons and not ops.interpreted()]
+    found = [name for name in fastest() if name not in reasons and not availability.interpreted()]
     table.add_row(
         "Newton-Schulz auto", f"{found[0]} for matrices on GPUs, reference for the rest" if found else "reference"
     )
-    own = "in bf16" if ops.multiplies_bf16() else "in fp32, rounded to bf16 (this CPU has no fast products in bf16)"
+    own = "in bf16" if multiplies_bf16() else "in fp32, rounded to bf16 (this CPU has no fast products in bf16)"
     table.add_row("bf16 products on CPU", own)
     console.print(table)
     if "model" in args:

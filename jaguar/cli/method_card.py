@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from jaguar import optimizers
-from jaguar.backends import ops
+from jaguar.backends import availability, ops
 from jaguar.optimizers.common import keywords
 from jaguar.optimizers.names import METHODS
 
@@ -37,7 +37,7 @@ def facts(name: str) -> dict[str, str]:
         "evaluations per step": costs[0][0],
         "state": _per_parameter(state for _, state in costs),
         "source": _source(kind),
-        "backends": "\n".join(f"{backend}: {_verdict(backend, made[0])}" for backend in ops.NAMES[1:]),
+        "backends": "\n".join(f"{backend}: {_verdict(backend, made[0])}" for backend in availability.NAMES[1:]),
         "defaults": "\n".join(_defaults(kind, row.lr)),
     }
 
@@ -156,10 +156,10 @@ def _held_by_sgd(dtype: torch.dtype) -> tuple[str, str]:
 
 def _verdict(backend: str, optimizer: Any) -> str:
     """Whether a backend has the method, and whether that can run here."""
-    reason = ops.unavailable().get(backend)
+    reason = availability.unavailable().get(backend)
     try:
         ops.require(backend, optimizer.method, [], optimizer.param_groups)  # no tensors: the machine does not matter
-    except ops.Unavailable as error:
+    except availability.Unavailable as error:
         return f"no: {error}"
     except ImportError:  # without Triton there are no kernels to look at
         return f"not here: {reason}"

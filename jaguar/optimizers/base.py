@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from jaguar.backends import ops
+from jaguar.backends import availability, ops
 from jaguar.backends.launches import StepInputs
 from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
@@ -80,7 +80,7 @@ class ZerothOrder(Measuring):
             group_values |= {key: 1.0 for key in method.step_size.chosen if group_values.get(key, AUTO) == AUTO}
         self.method = method
         self._estimates = Estimates() if method.step_size is not None else None
-        self._seed, self._backend = checked_seed(seed), ops.choose(backend)
+        self._seed, self._backend = checked_seed(seed), availability.choose(backend)
         self._step = self._skipped = self._skipped_in_a_row = self._stayed = self._n_frozen = 0
         self._last_finite: int | None = None
         self._broken = False

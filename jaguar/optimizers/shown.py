@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from jaguar.backends import ops
+from jaguar.backends.polar import run as polar_run
 from jaguar.method.directions import Sparse
 from jaguar.method.method import Method
 from jaguar.method.orthogonal import Orthogonal, ReleasedOrthogonal
@@ -85,7 +86,7 @@ def _matrices(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[
     if not isinstance(rule, Orthogonal):
         return []
     matrices = [slot for slot in slots if rule.is_matrix(slot, groups[slot.group])]
-    names = [ops.assigned(backend, s.tensor, rule.steps, rule.ns_dtype) for s in matrices]
+    names = [polar_run.assigned(backend, s.tensor, rule.steps, rule.ns_dtype) for s in matrices]
     how = f"{rule.ns_coefficients}, {rule.steps} steps, {rule.ns_dtype}"
     how += "" if rule.adjust_lr is None else f", lr adjusted as {rule.adjust_lr}"
     turns = f", each in 1 of {rule.ns_period} steps" if rule.ns_period > 1 else ""

@@ -56,7 +56,7 @@ class Trained:
 
     Args:
         method: what is computed.
-        backend: which `ops.choose` returned.
+        backend: which `availability.choose` returned.
         restore: how dense directions get back: "copy", "module" or None.
 
     Attributes:

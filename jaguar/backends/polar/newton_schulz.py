@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jaguar.backends import ops
+from jaguar.backends.availability import choose
+from jaguar.backends.polar.run import NewtonSchulz
 
 
 def newton_schulz(
@@ -38,7 +39,7 @@ def newton_schulz(
     Raises:
         TypeError: G is no floating-point tensor.
         ValueError: its shape, or an option, is not one of those above.
-        jaguar.backends.ops.Unavailable: the named backend cannot do this; the message has the reason.
+        jaguar.backends.availability.Unavailable: the named backend cannot do this; the message has the reason.
 
     Source: arXiv 2506.04430, Algorithm 2; quintic: K. Jordan, Muon, 2024; polar_express: arXiv 2505.16932.
     Equivalent to: `U, _, Vh = torch.linalg.svd(G, full_matrices=False); U @ Vh`, for many steps.
@@ -56,7 +57,7 @@ def newton_schulz(
             f"newton_schulz takes a matrix (m, n) or a batch (b, m, n), got shape {tuple(G.shape)} on {G.device}; "
             "flatten other weights to (first, rest)"
         )
-    run = ops.NewtonSchulz(ops.choose(backend), steps=steps, coefficients=coefficients, dtype=dtype)
+    run = NewtonSchulz(choose(backend), steps=steps, coefficients=coefficients, dtype=dtype)
     with torch.no_grad():
         out = torch.empty(G.shape, dtype=G.dtype, device=G.device)
         matrices = (G if G.dim() == 3 else G.unsqueeze(0)).detach().unbind() if G.numel() else ()
