@@ -1,19 +1,52 @@
-"""The README is true: its Python runs, its paths exist, its commands parse."""
+"""The README and the pages of docs/ are true: their Python runs, their links resolve, their commands parse."""
+
+from __future__ import annotations
 
 import re
 import shlex
+import tomllib
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from jaguar.cli.flags import parse
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+TEXT = TEXTS["README.md"]
+# test_docs.py runs the blocks of this one.
+OWN_TEST = "docs/adding-a-method.md"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.S)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
+
+
+def promised(block: str) -> list[str]:
+    """What the comments behind calls of print say that it prints."""
+    return re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.M)
+
+
+def anchors(text: str) -> set[str]:
+    """The names that links give to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def unresolved(link: str, page: Path, texts: dict[str, str]) -> str | None:
+    """The reason why a link leads nowhere; None: it leads somewhere."""
+    name, _, anchor = link.partition("#")
+    target = (page.parent / name).resolve() if name else page
+    if not target.exists():
+        return f"{name} does not exist"
+    known = texts.get(target.relative_to(ROOT).as_posix())
+    if anchor and (known is None or anchor not in anchors(known)):
+        return f"{target.name} has no heading #{anchor}"
+    return None
 
 
 def test_the_python_runs(capsys, tmp_path, monkeypatch):
@@ -32,21 +65,60 @@ def test_the_python_runs(capsys, tmp_path, monkeypatch):
     assert type(names["optimizer"]).__name__ == "JaguarMuon"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))))
-def test_linked_files_exist(path):
-    assert (ROOT / path).exists()
+WITH_PYTHON = [name for name, text in TEXTS.items() if name not in ("README.md", OWN_TEST) and blocks("python", text)]
 
 
-def test_the_commands_parse(tmp_path, monkeypatch):
-    commands = re.findall(r"^jaguar (.*?[^\\])$", "\n".join(blocks("sh")), flags=re.S | re.M)
-    assert len(commands) == 5
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
+    """Its blocks in order, as one program; what follows a print as a comment is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "page"}
+    for block in blocks("python", TEXTS[name]):
+        with redirect_stdout(StringIO()) as out:
+            exec(compile(block, name, "exec"), names)
+        if said := promised(block):
+            assert out.getvalue().splitlines() == said
+
+
+LINKS = [(name, link) for name, text in TEXTS.items() for link in re.findall(r"\]\(((?!http)[^)]+)\)", text)]
+
+
+@pytest.mark.parametrize(("name", "link"), sorted(set(LINKS)))
+def test_links_resolve(name, link):
+    assert unresolved(link, ROOT / name, TEXTS) is None
+
+
+@pytest.mark.parametrize("link", ["no-such.md", "docs/gpu.md#no-such-heading", "#no-such-heading"])
+def test_a_broken_link_is_found(link):
+    assert unresolved(link, README, TEXTS)
+
+
+COMMANDS = [
+    (name, command.replace("\\\n", " "))
+    for name, text in TEXTS.items()
+    for command in re.findall(r"^jaguar (.*?[^\\])$", "\n".join(blocks("sh", text)), flags=re.S | re.M)
+]
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_the_commands_parse(name, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("model: m\noutput_dir: o\n")
-    for command in commands:
-        assert not parse(shlex.split(command.replace("\\\n", " "))).trainer
+    assert not parse(shlex.split(command, comments=True)).trainer
 
 
-def test_the_make_targets_exist():
+def test_there_are_commands():
+    assert len([name for name, _ in COMMANDS if name == "README.md"]) >= 4
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_commands_name_exists(name):
+    """Targets of make, scripts, extras of the package."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, flags=re.M))
-    assert targets and all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets)
+    targets = set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXTS[name], flags=re.M))
+    assert all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets)
+    scripts = set(re.findall(r"python (\w+/\w+\.py)", TEXTS[name]))
+    assert all((ROOT / script).exists() for script in scripts)
+    extras = {extra for found in re.findall(r"'\.\[([\w,]+)\]'", TEXTS[name]) for extra in found.split(",")}
+    assert extras <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    assert name != "README.md" or {"demo", "test"} <= targets
