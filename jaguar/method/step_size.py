@@ -33,6 +33,8 @@ _SHORTEST = 40
 # Before it was measured, g'Cg / E[rho^2] is thought to be B / (B + _NOISE) for batches of B rows, as strongly as if
 # _PRIOR steps had said so.
 _NOISE, _PRIOR = 100.0, 40.0
+# So often a mean is taken again with the standard error that it has itself.
+_ROUNDS = 3
 # tau is at most this share of 2 |rho| / tr(CH), where the curvature alone would make the difference of two losses, and
 # at least so many resolutions of the loss / |rho|.
 _MOST, _LEAST = 0.3, 5.0
@@ -82,23 +84,29 @@ class Estimates:
     def sure_share(self) -> float:
         """`share` as a mean with what was thought before, and not below a tenth of that.
 
-        Its standard error is about (1 - share) sqrt(2 / weight): the nearer to 1, the less the prior has to say.
+        Its standard error is about (1 - share) sqrt(2 / weight): the nearer to 1, the less the prior has to say. That is
+        of this mean itself, not of what was measured, which a lucky step may have brought near 1.
         """
         before = self.rows / (self.rows + _NOISE)
-        weight = self.weight / (self.weight + _PRIOR * (1.0 - min(max(self.share, 0.0), 1.0)) ** 2)
-        return min(1.0, max(0.1 * before, weight * self.share + (1.0 - weight) * before))
+        mean = self.share
+        for _ in range(_ROUNDS):
+            weight = self.weight / (self.weight + _PRIOR * (1.0 - min(max(mean, 0.0), 1.0)) ** 2)
+            mean = weight * self.share + (1.0 - weight) * before
+        return min(1.0, max(0.1 * before, mean))
 
     @property
     def sure_curvature(self) -> float:
         """`curvature` and its standard error; infinite where nothing is known of it.
 
-        The error is that of the looks among each other, or that of the rows in one look where it is larger: a few looks
+        The variance is that of the looks among each other, and as of two looks more that of the rows in one: a few looks
         may agree by chance, and one alone may be near 0.
         """
         if not self.looks:
             return math.inf
         variance = self.spread - self.curvature**2 if self.looks > 1.0 else self.spread
-        variance = max(variance, self.doubt)
+        variance = max(0.0, variance * self.looks + 2.0 * self.doubt) / (self.looks + 2.0)
+        if self.looks <= 1.0:
+            variance = max(self.spread, self.doubt)
         above = max(self.curvature, 0.0) + math.sqrt(variance / self.looks)
         return above if above > 0.0 else math.inf
 
