@@ -77,7 +77,7 @@ class Search:
     @property
     def clock(self) -> str:
         """The processor whose seconds the journal has, on whichever machine the table is written."""
-        devices = {about["device"] for about in self.journal.abouts} or {self.work.device.type}
+        devices = {about.get("device", "cpu") for about in self.journal.abouts} or {self.work.device.type}
         return "CPU" if devices == {"cpu"} else "GPU"
 
     def left(self) -> str:
