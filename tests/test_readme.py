@@ -8,6 +8,7 @@ import tomllib
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -23,7 +24,8 @@ OWN_TEST = "docs/adding-a-method.md"
 
 
 def blocks(language: str, text: str = TEXT) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
+    """In lists they are indented."""
+    return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```", text, flags=re.S | re.M)]
 
 
 def promised(block: str) -> list[str]:
@@ -33,7 +35,7 @@ def promised(block: str) -> list[str]:
 
 def anchors(text: str) -> set[str]:
     """The names that links give to a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M)
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
