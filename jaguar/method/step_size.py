@@ -84,8 +84,8 @@ class Estimates:
     def sure_share(self) -> float:
         """`share` as a mean with what was thought before, and not below a tenth of that.
 
-        Its standard error is about (1 - share) sqrt(2 / weight): the nearer to 1, the less the prior has to say. That is
-        of this mean itself, not of what was measured, which a lucky step may have brought near 1.
+        Its standard error is about (1 - share) sqrt(2 / weight): the nearer to 1, the less the prior has to say. That
+        is of this mean itself, not of what was measured, which a lucky step may have brought near 1.
         """
         before = self.rows / (self.rows + _NOISE)
         mean = self.share
@@ -98,8 +98,8 @@ class Estimates:
     def sure_curvature(self) -> float:
         """`curvature` and its standard error; infinite where nothing is known of it.
 
-        The variance is that of the looks among each other, and as of two looks more that of the rows in one: a few looks
-        may agree by chance, and one alone may be near 0.
+        The variance is that of the looks among each other, and as of two looks more that of the rows in one: a few
+        looks may agree by chance, and one alone may be near 0.
         """
         if not self.looks:
             return math.inf
