@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -102,9 +103,22 @@ def markdown(title: str, table: Sequence[Mapping[str, Any]], baseline: str, cloc
     return "\n".join(lines) + "\n"
 
 
+# What a command says of its share of the work alone.
+_SHARE = re.compile(r" --(part|commit|minutes) \S+")
+
+
 def about(parts: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the runs were made by; of several parts of a search the last."""
-    return [", ".join(f"{key} {value}" for key, value in parts[-1].items() if value) + "\n"] if parts else []
+    """What the runs were made by: all values that the parts of a search have, in their order."""
+    found: dict[str, dict[str, None]] = {}
+    for part in parts:
+        for key, value in part.items():
+            text = _SHARE.sub("", value) if key == "command" else value
+            found.setdefault(key, {})[text] = None
+    return (
+        [", ".join(f"{key} {' and '.join(values)}" for key, values in found.items() if any(values)) + "\n"]
+        if found
+        else []
+    )
 
 
 def _with_se(text: str, se: float | None) -> str:
