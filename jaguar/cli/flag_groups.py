@@ -7,12 +7,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaguar import tasks
 from jaguar.cli import values
 from jaguar.cli.values import filled, finite, natural, number_or_auto, positive, seed
 from jaguar.models.choices import OPTIONS, SCHEDULES, TRAINABLE
-from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
+from jaguar.optimizers.names import METHODS
+from jaguar.trainer.options import OptimizerOptions
 
-TASKS = ("sst2", "copa", "winogrande", "text-classification", "multiple-choice")
+TASKS = tuple(tasks.TASKS)
 
 # What a run takes where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
 DEFAULTS: dict[str, Any] = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}
@@ -27,7 +29,19 @@ RELEASED_FIXES = {"coordinates", "layout", "signs", "update", "beta", "vector_lr
 RELEASED_FIXES |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
 
 
+# Annotation of a field of `OptimizerOptions` -> its flag's type; and what is of one field alone.
+_TYPES: dict[str, dict[str, Any]] = {
+    "int | None": {"type": positive, "metavar": "N"},
+    "float | None": {"type": finite, "metavar": "X"},
+    "float": {"type": finite, "metavar": "X"},
+    "float | str | None": {"type": number_or_auto, "metavar": "X|auto"},
+}
+
+
 def _flag(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """A flag of the command; its default is shown if it is one of a run."""
+    if (value := OF_THE_RUN.get(names[0][2:])) is not None:
+        options["help"] += f" (default: {value})"
     return names, options
 
 
@@ -63,15 +77,35 @@ def _switch(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     return (name,), {"action": Switch, "help": text} | bare
 
 
-def _option(name: str, text: str, default: str = "") -> tuple[tuple[str, ...], dict[str, Any]]:
-    """An option of an optimizer that is one of a few words, each of which is in the help."""
-    text += f" (default: {default or OPTIONS[name][0]})"
-    return (f"--{name}",), {"choices": OPTIONS[name], "type": values.dtype, "help": text}
+def _of_field(name: str, *names: str, default: str = "") -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The flag of an argument of the optimizers.
+
+    Args:
+        names: other spellings that come before the field's name.
+        default: of the command, as the help shows it.
+    """
+    given = OptimizerOptions.__dataclass_fields__[name]
+    kind, text = OptimizerOptions.__annotations__[name], given.metadata["help"]
+    if kind == "bool":
+        return _switch(f"--{name}", text)
+    if default or given.default is not None:
+        text += f" (default: {default or given.default})"
+    options = {"choices": OPTIONS[name], "type": values.dtype} if name in OPTIONS else _TYPES.get(kind, {})
+    return (*names, f"--{name}"), options | _OWN_TYPES.get(name, {}) | {"help": text}
 
 
-def _method(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return _flag("--method", "--optim_zo", choices=tuple(METHODS), dest="optim_zo", help=text)
-
+_OWN_TYPES: dict[str, dict[str, Any]] = {
+    "optim_zo": {"choices": tuple(METHODS), "dest": "optim_zo"},
+    "coordinates": {"type": values.coordinates, "metavar": "K|P"},
+    "ns_period": {"metavar": "R"},
+    "zo_options": {"type": values.keywords, "nargs": "+", "action": Together, "metavar": "KEY=VALUE"},
+}
+# The defaults of the optimizers differ from these: a run chooses lr and tau from the losses where it can.
+_DEFAULTS_HERE = {
+    "learning_rate": "; ".join(f"{name} {'auto' if row.automatic else row.lr}" for name, row in METHODS.items()),
+    "tau": "auto where the learning rate is, by default; else 1e-3",
+    "weight_decay": "0",
+}
 
 _TRUST = _switch(
     "--trust_remote_code",
@@ -159,7 +193,7 @@ _DATA = (
             "--per_device_eval_batch_size",
             type=positive,
             metavar="N",
-            help=f"rows per forward pass when scoring (default: {EVAL_BATCH})",
+            help="rows per forward pass when scoring",
         ),
     ],
 )
@@ -242,23 +276,24 @@ _ADAPTER = (
     ],
 )
 
+_METHOD = _of_field("optim_zo", "--method")
 _TRAINING = (
     "training",
     None,
     [
-        _method(f"optimizer; {FIRST_ORDER} is the first-order baseline, with backward passes (default: {METHOD})"),
+        _METHOD,
         _flag(
             "--max_steps",
             type=positive,
             metavar="N",
             help="steps, two forward passes each unless --estimator or --n_directions say otherwise; nine with fzoo, "
-            "five with zo-sgd-cons, four with acc-zom, one of dual numbers with forward-grad (default: 100)",
+            "five with zo-sgd-cons, four with acc-zom, one of dual numbers with forward-grad",
         ),
         _flag(
             "--per_device_train_batch_size",
             type=positive,
             metavar="N",
-            help="rows per forward pass (default: 16)",
+            help="rows per forward pass",
         ),
         _flag(
             "--gradient_accumulation_steps",
@@ -289,7 +324,7 @@ _TRAINING = (
             "--logging_steps",
             type=positive,
             metavar="N",
-            help="a line, and a log entry, every N steps (default: 10)",
+            help="a line, and a log entry, every N steps",
         ),
         _flag(
             "--save_steps",
@@ -297,7 +332,7 @@ _TRAINING = (
             metavar="N",
             help="a checkpoint every N steps; 0: only on Ctrl-C (default: 0)",
         ),
-        _flag("--seed", type=seed, metavar="N", help="of directions, rounding noise and batch order (default: 0)"),
+        _flag("--seed", type=seed, metavar="N", help="of directions, rounding noise and batch order"),
     ],
 )
 
@@ -305,84 +340,13 @@ _OPTIMIZER = (
     "optimizer",
     "an option that the chosen method does not have is refused",
     [
-        _flag(
-            "--learning_rate",
-            type=number_or_auto,
-            metavar="X|auto",
-            help="length of a step; auto: from the losses, a factor of it scheduled (default: "
-            f"{'; '.join(f'{name} ' + ('auto' if row.automatic else row.lr) for name, row in METHODS.items())})",
-        ),
-        _flag(
-            "--tau",
-            type=number_or_auto,
-            metavar="X|auto",
-            help="length of the perturbation (default: auto where the learning rate is, by default; else 1e-3)",
-        ),
-        _flag(
-            "--weight_decay",
-            type=finite,
-            metavar="X",
-            help="decoupled, multiplied by the learning rate (default: 0)",
-        ),
-        _flag("--beta", type=finite, metavar="X", help="factor of momentum m <- beta m + (1 - beta) g (default: 0.9)"),
-        _flag("--momentum", type=finite, metavar="X", help="factor of momentum m <- momentum m + g (default: 0)"),
-        _flag(
-            "--coordinates",
-            type=values.coordinates,
-            metavar="K|P",
-            help="perturbed coordinates: 100 is a number over the whole set, 0.01 a fraction of every tensor "
-            "(1 is one, 1.0 is all; default: 0.01)",
-        ),
-        _option("layout", "coordinates by elements, or by rows x columns of each matrix"),
-        _option("signs", "of the perturbed coordinates: random, or all +1"),
-        _option("update", "the sign step moves the sampled coordinates, or every one"),
-        _flag(
-            "--ns_steps",
-            type=positive,
-            metavar="N",
-            help="Newton-Schulz iterations (default: 10 for cubic, 5 for quintic, 8 for polar_express)",
-        ),
-        _option("ns_coefficients", "of Newton-Schulz; the paper's are cubic"),
-        _option("ns_dtype", "of Newton-Schulz"),
-        _flag(
-            "--ns_period",
-            type=positive,
-            metavar="R",
-            help="orthogonalise 1/R of the matrices in each step, which move by R lr (default: 1)",
-        ),
-        _flag(
-            "--vector_lr",
-            type=finite,
-            metavar="X",
-            help="step of what Newton-Schulz does not move (default: a hundredth of lr)",
-        ),
-        _option("adjust_lr", "lr by the shape of the matrix", "lr as it is"),
-        _switch("--released", "what the authors' released code computes"),
-        _option("distribution", "of dense directions"),
-        _option(
-            "restore",
-            "how parameters get back from dense directions",
-            "copy where it needs under a tenth of the free memory, else module",
-        ),
-        _flag("--n_directions", type=positive, metavar="N", help="directions per step (default: 1; fzoo 8)"),
-        _option("estimator", "two evaluations per direction, or one more than there are directions"),
-        _flag("--rho_clip", type=finite, metavar="X", help="bound on the directional derivative (default: none)"),
-        _option("momentum_dtype", "what momentum is stored in", "as the weights; bfloat16 for float16"),
-        _option("rounding", "of weights and momentum stored in less than float32"),
-        _option("backend", "`jaguar info` says which can run here"),
-        _flag(
-            "--zo_options",
-            type=values.keywords,
-            nargs="+",
-            action=Together,
-            metavar="KEY=VALUE",
-            help="further arguments of the method's class, as in --zo_options 'betas=(0.9,0.999)' amsgrad=False, or a "
-            f"JSON object: {'; '.join(f'{name} {row.further}' for name, row in METHODS.items() if row.further)}; all "
-            "methods maximize",
-        ),
+        _of_field(name, default=_DEFAULTS_HERE.get(name, ""))
+        for name in OptimizerOptions.__dataclass_fields__
+        if name != "optim_zo"
     ],
 )
 
+_ABOUT_METHOD = "what it is and does, read from its class; an argument that has no flag is one of --zo_options"
 FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER)
 EVAL = (_MODEL, _DATA)
 INFO = (
@@ -397,7 +361,7 @@ INFO = (
     (
         "method",
         None,
-        [_method("what it is and does, read from its class; an argument that has no flag is one of --zo_options")],
+        [(_METHOD[0], _METHOD[1] | {"help": _ABOUT_METHOD})],
     ),
 )
 

@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 from jaguar import optimizers
 from jaguar.optimizers.common import keywords
-from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
+from jaguar.optimizers.names import FIRST_ORDER, METHODS
 from jaguar.trainer.literals import keyword_arguments
+from jaguar.trainer.options import OptimizerOptions
 
 _NO_GRADIENTS = "forward-only training has no gradients"
 _NO_BACKWARD = "there is no backward pass whose memory it could save"
@@ -45,12 +46,8 @@ WITHOUT_EFFECT = _WITHOUT_EFFECT_ANYWHERE | {
 }
 
 
-def _option(help_text: str) -> Any:
-    return field(default=None, metadata={"help": help_text})
-
-
 @dataclass
-class ZOTrainingArguments(TrainingArguments):
+class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` with an optimizer of this package; None keeps that optimizer's default.
 
     `learning_rate=None` (the default) is the optimizer's own, not Trainer's 5e-5. What does nothing here says so
@@ -69,37 +66,8 @@ class ZOTrainingArguments(TrainingArguments):
     Equivalent to: `TrainingArguments(...)`.
     """
 
-    learning_rate: float | str | None = _option(  # type: ignore[assignment]
-        "length of a step, or auto: from the losses; default: the optimizer's own"
-    )
-    max_grad_norm: float | None = _option(  # type: ignore[assignment]
-        "bound on the norm of the gradients of fo-sgd; default: 1.0"
-    )
-    optim_zo: str = field(default=METHOD, metadata={"help": f"optimizer: {', '.join(METHODS)}"})
-    tau: float | str | None = _option("length of the perturbation, or auto: from the losses")
-    beta: float | None = _option("factor of momentum m <- beta m + (1 - beta) g")
-    momentum: float | None = _option("factor of momentum m <- momentum m + g")
-    coordinates: float | str | None = _option("perturbed coordinates: 100 is a number, 0.01 a fraction")
-    layout: str | None = _option("uniform or block")
-    signs: str | None = _option("rademacher or ones")
-    update: str | None = _option("sampled or all")
-    ns_steps: int | None = _option("Newton-Schulz iterations")
-    ns_coefficients: str | None = _option("cubic, quintic or polar_express")
-    ns_dtype: str | None = _option("dtype of Newton-Schulz: bfloat16, float32 or float64")
-    ns_period: int | None = _option("orthogonalise 1/R of the matrices in each step")
-    vector_lr: float | None = _option("step of what Newton-Schulz does not move")
-    adjust_lr: str | None = _option("original or match_rms_adamw")
-    released: bool = field(default=False, metadata={"help": "what the authors' released code computes"})
-    distribution: str | None = _option("of dense directions: gaussian or rademacher")
-    restore: str | None = _option("how dense directions get back: copy, module or walk")
-    n_directions: int | None = _option("directions per step")
-    estimator: str | None = _option("two-sided or one-sided")
-    rho_clip: float | None = _option("bound on the directional derivative")
-    momentum_dtype: str | None = _option("float32, bfloat16 or float8_e5m2")
-    rounding: str | None = _option("stochastic or nearest, for weights stored in less than float32")
-    backend: str | None = _option("auto, or a name that `jaguar info` lists")
-    zo_options: dict | str | None = field(  # type: ignore[type-arg]
-        default=None, metadata={"help": "further arguments of the optimizer's class: JSON, or key=value,key=value"}
+    max_grad_norm: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bound on the norm of the gradients of fo-sgd; None: 1.0"}
     )
 
     def __post_init__(self) -> None:
