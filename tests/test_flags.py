@@ -13,7 +13,7 @@ import tiny
 import torch
 import transformers
 from tiny import refused
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 import jaguar
 from jaguar.backends.availability import NAMES
@@ -25,6 +25,8 @@ from jaguar.method import schemes
 from jaguar.method.estimators import ESTIMATORS
 from jaguar.models import choices
 from jaguar.optimizers.names import METHODS
+from jaguar.trainer.arguments import OPTIONS
+from jaguar.trainer.options import OptimizerOptions
 
 # Kind of a flag -> what is legal, and what is not.
 KINDS = {
@@ -495,6 +497,13 @@ def test_help_shows_the_defaults_of_the_optimizers():
             found = re.search(r"default: ([^)]*)", _text(said.get(name, name)))
             numbers = [float(word) for word in re.findall(r"\d[\d.]*(?:e-\d+)?", found[1])]
             assert default in found[1].split() or float(default) in numbers, (cls, name)
+
+
+def test_the_flags_of_the_optimizers_are_the_fields_of_the_arguments():
+    fields_of_it = {action.dest: action for action in HfArgumentParser(jaguar.ZOTrainingArguments)._actions}
+    for name in OptimizerOptions.__dataclass_fields__:
+        assert name in OURS | {"optim_zo"} and _text(name).startswith(fields_of_it[name].help)
+    assert {"optim_zo", "zo_options", *OPTIONS} <= OptimizerOptions.__dataclass_fields__.keys()
 
 
 def test_help_shows_the_defaults_of_the_command(capsys):

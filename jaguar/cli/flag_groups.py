@@ -29,22 +29,6 @@ RELEASED_FIXES = {"coordinates", "layout", "signs", "update", "beta", "vector_lr
 RELEASED_FIXES |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
 
 
-# Annotation of a field of `OptimizerOptions` -> its flag's type; and what is of one field alone.
-_TYPES: dict[str, dict[str, Any]] = {
-    "int | None": {"type": positive, "metavar": "N"},
-    "float | None": {"type": finite, "metavar": "X"},
-    "float": {"type": finite, "metavar": "X"},
-    "float | str | None": {"type": number_or_auto, "metavar": "X|auto"},
-}
-
-
-def _flag(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """A flag of the command; its default is shown if it is one of a run."""
-    if (value := OF_THE_RUN.get(names[0][2:])) is not None:
-        options["help"] += f" (default: {value})"
-    return names, options
-
-
 class Switch(argparse.Action):
     """A flag that may also be given as `--flag true` or `--flag false`; what is off is as if it were not there."""
 
@@ -72,40 +56,52 @@ class Together(argparse.Action):
         setattr(namespace, self.dest, found)
 
 
+def _flag(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """A flag of the command; its default is shown if it is one of a run."""
+    if (value := OF_THE_RUN.get(names[0][2:])) is not None:
+        options["help"] += f" (default: {value})"
+    return names, options
+
+
 def _switch(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     bare = {"nargs": "?", "const": True, "type": values.boolean, "metavar": "true|false"}
     return (name,), {"action": Switch, "help": text} | bare
 
 
-def _of_field(name: str, *names: str, default: str = "") -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The flag of an argument of the optimizers.
-
-    Args:
-        names: other spellings that come before the field's name.
-        default: of the command, as the help shows it.
-    """
-    given = OptimizerOptions.__dataclass_fields__[name]
-    kind, text = OptimizerOptions.__annotations__[name], given.metadata["help"]
-    if kind == "bool":
-        return _switch(f"--{name}", text)
-    if default or given.default is not None:
-        text += f" (default: {default or given.default})"
-    options = {"choices": OPTIONS[name], "type": values.dtype} if name in OPTIONS else _TYPES.get(kind, {})
-    return (*names, f"--{name}"), options | _OWN_TYPES.get(name, {}) | {"help": text}
-
-
-_OWN_TYPES: dict[str, dict[str, Any]] = {
+# Annotation of a field of `OptimizerOptions` -> type of its flag.
+_TYPES: dict[str, dict[str, Any]] = {
+    "str": {},
+    "str | None": {"type": values.dtype},
+    "int | None": {"type": positive, "metavar": "N"},
+    "float": {"type": finite, "metavar": "X"},
+    "float | None": {"type": finite, "metavar": "X"},
+    "float | str | None": {"type": number_or_auto, "metavar": "X|auto"},
+    "dict | str | None": {"type": values.keywords, "nargs": "+", "action": Together, "metavar": "KEY=VALUE"},
+}
+# Field -> parts of its flag that its annotation does not say.
+_PARTS: dict[str, dict[str, Any]] = {name: {"choices": words} for name, words in OPTIONS.items()}
+_PARTS |= {
     "optim_zo": {"choices": tuple(METHODS), "dest": "optim_zo"},
     "coordinates": {"type": values.coordinates, "metavar": "K|P"},
     "ns_period": {"metavar": "R"},
-    "zo_options": {"type": values.keywords, "nargs": "+", "action": Together, "metavar": "KEY=VALUE"},
 }
-# The defaults of the optimizers differ from these: a run chooses lr and tau from the losses where it can.
+# Defaults that are the command's, not the optimizer's: a run chooses lr and tau from the losses where it can.
 _DEFAULTS_HERE = {
     "learning_rate": "; ".join(f"{name} {'auto' if row.automatic else row.lr}" for name, row in METHODS.items()),
     "tau": "auto where the learning rate is, by default; else 1e-3",
-    "weight_decay": "0",
 }
+
+
+def _of_field(name: str, *names: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The flag of an argument of the optimizers; `names` are other spellings, shown before the field's own name."""
+    field, kind = OptimizerOptions.__dataclass_fields__[name], OptimizerOptions.__annotations__[name]
+    text = field.metadata["help"]
+    if kind == "bool":
+        return _switch(f"--{name}", text)
+    if (default := _DEFAULTS_HERE.get(name, field.default)) is not None:
+        text += f" (default: {default})"
+    return (*names, f"--{name}"), _TYPES[kind] | _PARTS.get(name, {}) | {"help": text}
+
 
 _TRUST = _switch(
     "--trust_remote_code",
@@ -113,17 +109,12 @@ _TRUST = _switch(
     "such a model is refused, and nothing of it runs)",
 )
 
+_FOLDER = _flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub")
 _MODEL = (
     "model",
     None,
     [
-        _flag(
-            "--model",
-            type=filled,
-            required=True,
-            metavar="DIR",
-            help="folder in Hugging Face form, or a name on the hub",
-        ),
+        (_FOLDER[0], _FOLDER[1] | {"required": True}),
         _flag(
             "--dtype",
             choices=("auto", "float32", "bfloat16", "float16"),
@@ -187,7 +178,7 @@ _DATA = (
             "--train_set_seed",
             type=natural,
             metavar="N",
-            help="of the permutation that samples rows (default: 0)",
+            help="seed of the permutation that samples rows (default: 0)",
         ),
         _flag(
             "--per_device_eval_batch_size",
@@ -332,37 +323,22 @@ _TRAINING = (
             metavar="N",
             help="a checkpoint every N steps; 0: only on Ctrl-C (default: 0)",
         ),
-        _flag("--seed", type=seed, metavar="N", help="of directions, rounding noise and batch order"),
+        _flag("--seed", type=seed, metavar="N", help="seed of directions, rounding noise and batch order"),
     ],
 )
 
 _OPTIMIZER = (
     "optimizer",
     "an option that the chosen method does not have is refused",
-    [
-        _of_field(name, default=_DEFAULTS_HERE.get(name, ""))
-        for name in OptimizerOptions.__dataclass_fields__
-        if name != "optim_zo"
-    ],
+    [_of_field(name) for name in OptimizerOptions.__dataclass_fields__ if name != "optim_zo"],
 )
 
 _ABOUT_METHOD = "what it is and does, read from its class; an argument that has no flag is one of --zo_options"
 FINETUNE = (_MODEL, _DATA, _TRAINING_DATA, _ADAPTER, _TRAINING, _OPTIMIZER)
 EVAL = (_MODEL, _DATA)
 INFO = (
-    (
-        "model",
-        None,
-        [
-            _flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub"),
-            _TRUST,
-        ],
-    ),
-    (
-        "method",
-        None,
-        [(_METHOD[0], _METHOD[1] | {"help": _ABOUT_METHOD})],
-    ),
+    ("model", None, [_FOLDER, _TRUST]),
+    ("method", None, [(_METHOD[0], _METHOD[1] | {"help": _ABOUT_METHOD})]),
 )
 
 

@@ -23,6 +23,8 @@ from jaguar.optimizers.names import METHOD
 if TYPE_CHECKING:
     from jaguar.cli import settings_file
 
+COMMANDS = ("finetune", "eval", "info")
+
 FINETUNE = """\
 Fine-tunes a language model with forward passes only: SST-2, COPA, WinoGrande, or labelled text of your own.
 
@@ -112,9 +114,7 @@ def make_parser() -> Parser:
         description="Fine-tuning of language models with forward passes only.",
     )
     parser.add_argument("--version", action="version", version=f"jaguar {jaguar.__version__}")
-    commands = parser.add_subparsers(
-        required=True, metavar="finetune | eval | info", dest="command", parser_class=Parser
-    )
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(COMMANDS), dest="command", parser_class=Parser)
     for name, short, text, sections, usage in (
         (
             "finetune",
@@ -152,6 +152,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     words = [groups.underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
+    if words[:1] not in [[word] for word in (*COMMANDS, "-h", "--help", "--version")]:
+        given = f"{words[0]!r} is no command" if words else "a command is missing"
+        parser.error(f"{given}; there is: {', '.join(COMMANDS)}")
     _refuse_two_values(words)
     preset = None
     if words[:1] == ["finetune"]:

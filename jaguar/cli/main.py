@@ -10,18 +10,17 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, cast
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 import jaguar
-from jaguar.cli.finetune.report import Outlet, say, to_nowhere
 from jaguar.cli.flag_groups import EVAL_BATCH
 from jaguar.cli.flags import parse
+from jaguar.cli.output import complain, outlets, say, to_nowhere
 from jaguar.models.choices import ADAPTERS
-from jaguar.models.errors import printable
 from jaguar.optimizers.interrupts import handled, interrupt, number_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Refused(Exception):
@@ -51,15 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # A run is worth more than what it prints.
-    with _outlets() if words[:1] == ["finetune"] else contextlib.nullcontext():
+    with outlets() if words[:1] == ["finetune"] else contextlib.nullcontext():
         return _main(words)
 
 
 def _main(words: Sequence[str]) -> int:
-    name, console = "jaguar", Console()
+    name = "jaguar"
     try:
         args = parse(words)
-        name = f"jaguar {args.command}"
+        from rich.console import Console  # here: parsing and --help do without
+
+        name, console = f"jaguar {args.command}", Console()
         command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         with handled(interrupt), warnings.catch_warnings():
@@ -67,32 +68,15 @@ def _main(words: Sequence[str]) -> int:
             warnings.showwarning = lambda message, *_, **__: say(console, f"warning: {message}", "yellow")
             return command(args, console)
     except KeyboardInterrupt as stop:
-        _complain(f"{name}: stopped")
+        complain(f"{name}: stopped")
         return 128 + number_of(stop)
     except BrokenPipeError:  # whoever read the output has left: `jaguar info | head`
         to_nowhere(sys.stdout)
         return 141
     except (Refused, Failed, OSError) as error:
         if str(error):  # else another process of the run has said it
-            _complain(f"{name}: error: {' '.join(str(error).split())}")
+            complain(f"{name}: error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, Refused) else 1
-
-
-@contextlib.contextmanager
-def _outlets() -> Iterator[None]:
-    """Whoever prints in here, no error comes of it that nobody reads."""
-    out, error = (cast(IO[str], Outlet(file)) for file in (sys.stdout, sys.stderr))
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            yield
-        finally:
-            out.flush()
-            error.flush()
-
-
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the exit code says it too
-        print(printable(text), file=sys.stderr)
 
 
 def _quiet_transformers() -> None:
@@ -171,7 +155,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         except Interrupted as stop:
             say(console, str(stop))
             if getattr(sys.stdout, "lost", False):
-                _complain(str(stop))
+                complain(str(stop))
             return 128 + stop.number
         except Damaged as error:
             raise Refused(str(error)) from error
@@ -221,6 +205,7 @@ def _print_installation(args: argparse.Namespace, console: Console) -> int:
     from importlib import metadata
 
     import torch
+    from rich.table import Table
 
     from jaguar.backends import availability
     from jaguar.backends.polar import cuda as extension
@@ -266,7 +251,9 @@ def _print_installation(args: argparse.Namespace, console: Console) -> int:
 
 
 def _print_paths(name: str, trust_remote_code: bool, console: Console) -> None:
-    """Which tensors of a model take which path of JAGUAR Muon."""
+    """Prints which tensors of a model take which path of JAGUAR Muon."""
+    from rich.table import Table
+
     from jaguar.models.load import load
     from jaguar.optimizers.matrices import collapsed
 

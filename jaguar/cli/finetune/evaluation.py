@@ -15,7 +15,8 @@ from rich.console import Console
 
 import jaguar
 from jaguar.cli.finetune.data import Data
-from jaguar.cli.finetune.report import row_bar, say, score_table
+from jaguar.cli.finetune.report import row_bar, score_table
+from jaguar.cli.output import say
 from jaguar.models.load import Loaded, load
 from jaguar.scoring import Scorer, evaluate
 from jaguar.tasks import Example, Task

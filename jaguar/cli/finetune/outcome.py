@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from jaguar.cli.finetune.evaluation import peak_memory, versions
-from jaguar.cli.finetune.report import Points, draw_curves, say, score_table
+from jaguar.cli.finetune.report import Points, draw_curves, score_table
+from jaguar.cli.output import say
 from jaguar.scoring import Scores, paired_se
 from jaguar.tasks import Example
 from jaguar.trainer.trainer import bare

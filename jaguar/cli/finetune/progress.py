@@ -10,7 +10,8 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from jaguar.cli.finetune.report import StepBar, say
+from jaguar.cli.finetune.report import StepBar
+from jaguar.cli.output import say
 from jaguar.optimizers.interrupts import handled, interrupt
 from jaguar.trainer.trainer import bare
 

@@ -1,12 +1,9 @@
-"""What people look at: a progress bar, a table, and a picture of the run."""
+"""Progress bars, the table of figures, and a picture of the run."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,52 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaguar.models.errors import printable
+from jaguar.cli.output import say
 
 _WINDOW = 25  # steps in the running means
-
-
-class Outlet:
-    """A text file that may be written to when nobody reads it any more: a pipe into `head`, a terminal that was closed.
-
-    Attributes:
-        lost: nobody does; what is written goes nowhere.
-    """
-
-    def __init__(self, file: Any) -> None:
-        # Python has none where it was closed from the beginning.
-        self._file, self.lost = io.StringIO() if file is None else file, file is None
-
-    def write(self, text: str) -> int:
-        """Writes, or does nothing."""
-        self._try(lambda: self._file.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes, or does nothing."""
-        self._try(self._file.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def _try(self, work: Callable[[], object]) -> None:
-        try:
-            if not self.lost:
-                work()
-        except OSError:
-            self.lost = True
-            to_nowhere(self._file)
-
-
-def to_nowhere(file: Any) -> None:
-    """Lets what is written to a file from now on, and what Python still holds of it, go nowhere."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-def say(console: Console, text: str, style: str | None = None) -> None:
-    """Prints a line as it is: paths are not markup, and a command stays one line that can be copied."""
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
