@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import refused
 from transformers import AutoModelForCausalLM
 
+import jaguar
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.models.load import Loaded
@@ -414,7 +415,7 @@ def test_info_counts_every_parameter_once(tmp_path, capsys):
 
 def test_what_to_install_is_on_an_index():
     """The package itself is not, so its extras cannot be asked for by name."""
-    sources = [path.read_text() for path in Path(cli.__file__).parent.rglob("*.py")]
+    sources = [path.read_text() for path in Path(jaguar.__file__).parent.rglob("*.py")]
     named = {word for text in sources for word in re.findall(r"pip install ([^\s:,;)\"]+)", text)}
     assert named >= {"peft", "triton", "datasets", "bitsandbytes"} and not [n for n in named if "jaguar" in n]
 
