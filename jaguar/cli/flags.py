@@ -153,8 +153,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = [groups.underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
     if words[:1] not in [[word] for word in (*COMMANDS, "-h", "--help", "--version")]:
-        given = f"{words[0]!r} is no command" if words else "a command is missing"
-        parser.error(f"{given}; there is: {', '.join(COMMANDS)}")
+        wrong = f"{words[0]!r} is no command" if words else "a command is missing"
+        parser.error(f"{wrong}; there is: {', '.join(COMMANDS)}")
     _refuse_two_values(words)
     preset = None
     if words[:1] == ["finetune"]:
