@@ -16,7 +16,7 @@ from jaguar.cli.flags import parse
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 TEXT = TEXTS["README.md"]
 # test_docs.py runs the blocks of this one.
@@ -51,25 +51,48 @@ def unresolved(link: str, page: Path, texts: dict[str, str]) -> str | None:
     return None
 
 
-def test_the_python_runs(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.warn", lambda *a, **k: None)  # torch's, on machines without a GPU to pin memory for
-    first, *more = blocks("python")
-    assert len(first.strip().splitlines()) <= 12
+def test_the_python_runs(capsys):
+    (block,) = blocks("python")
+    assert len(block.strip().splitlines()) <= 12
     names: dict = {}
-    exec(compile(first, "README.md", "exec"), names)
+    exec(compile(block, "README.md", "exec", dont_inherit=True), names)
     assert "Record(step=499" in capsys.readouterr().out
-    script, fragment = more
-    by_itself: dict = {}  # as it is copied: what it uses it must import
-    exec(compile(script, "README.md", "exec"), by_itself)
-    assert "eval_loss" in capsys.readouterr().out and type(by_itself["trainer"]).__name__ == "ZOTrainer"
-    exec(compile(fragment, "README.md", "exec"), names)  # goes on from the first
-    assert type(names["optimizer"]).__name__ == "JaguarMuon"
+
+
+# torch's, on machines without a GPU to pin memory for
+pins_memory = pytest.mark.filterwarnings("ignore:.*pin_memory")
+
+
+@pins_memory
+@pytest.mark.parametrize("trains", ["with gradients", "forward only"])
+def test_the_diff_is_all_that_a_script_needs(trains, tmp_path, monkeypatch):
+    """It is applied to the trainer page's script, as that would be for transformers."""
+    monkeypatch.chdir(tmp_path)
+    removed, added = re.fullmatch(r"-(.*)\n\+(.*)\n", blocks("diff")[0]).groups()
+    (script,) = blocks("python", TEXTS["docs/trainer.md"])
+    assert script.count(added) == 1
+    names: dict = {}
+    has_gradients = trains == "with gradients"
+    source = script.replace(added, removed) if has_gradients else script
+    exec(compile(source, "script", "exec", dont_inherit=True), names)
+    trainer = names["trainer"]
+    assert type(trainer).__name__ == ("Trainer" if has_gradients else "ZOTrainer")
+    assert trainer.state.global_step == 20
+    assert hasattr(trainer, "zeroth_order") is not has_gradients
+
+
+def test_the_first_screen_shows_it_working():
+    """What it is for, a command, results and code; nothing about how it came to be."""
+    assert len(TEXT.splitlines()) <= 130
+    first = "\n".join(TEXT.splitlines()[:40])
+    assert "make demo" in first and "| `SEED=0` |" in first and "print(loss.item()" in first
+    assert not re.search(r"version|changelog|since|was (added|moved|wrong)|no longer|used to|\b0\.\d\.0\b", first, re.I)
 
 
 WITH_PYTHON = [name for name, text in TEXTS.items() if name not in ("README.md", OWN_TEST) and blocks("python", text)]
 
 
+@pins_memory
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
     """Its blocks in order, as one program; what follows a print as a comment is what it prints."""
@@ -77,7 +100,7 @@ def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
     names: dict = {"__name__": "page"}
     for block in blocks("python", TEXTS[name]):
         with redirect_stdout(StringIO()) as out:
-            exec(compile(block, name, "exec"), names)
+            exec(compile(block, name, "exec", dont_inherit=True), names)
         if said := promised(block):
             assert out.getvalue().splitlines() == said
 
