@@ -14,10 +14,10 @@ from jaguar.backends.availability import Groups
 from jaguar.backends.kept import KeptProbe, Rows
 from jaguar.backends.launches import Launches, Lost, Moves, State, StepInputs
 from jaguar.backends.orthogonal import MatrixStage, stacked
-from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
 from jaguar.method.orthogonal import Orthogonal
 from jaguar.method.params import Slot
+from jaguar.method.probe import Probe
 
 if TYPE_CHECKING:  # kernels are imported where there are some
     from jaguar.backends.triton import Numbers

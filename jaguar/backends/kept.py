@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from jaguar.method.estimators import Probe
 from jaguar.method.params import identity
+from jaguar.method.probe import Probe
 
 
 class Rows:

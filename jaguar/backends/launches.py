@@ -8,8 +8,8 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from jaguar.method.estimators import Probe
 from jaguar.method.params import Kind, Slot
+from jaguar.method.probe import Probe
 from jaguar.method.rng import Draw
 from jaguar.method.rule import Scalars
 

@@ -3,63 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar
 
 from jaguar.method.directions import Direction
-from jaguar.method.params import Slot, free_bytes, is_int
+from jaguar.method.params import is_int
+from jaguar.method.probe import Probe, Trial, evaluated
 from jaguar.method.rule import plain, rounded
 from jaguar.record import mean
-
-# (tau, double) -> one derivative per direction.
-Derivatives: TypeAlias = Callable[[float, bool], list[float]]
-
-
-class Trial(Protocol):
-    """Other places to look at: each a context in which the parameters are there, and after which they are back."""
-
-    def __call__(self, derivatives: Derivatives) -> AbstractContextManager[None]:
-        """Where a step along these derivatives would take them, bit for bit."""
-
-    def previous(self) -> AbstractContextManager[None]:
-        """Where the last step began, which the rule keeps in its copy "previous"; before the first, where they are."""
-
-
-class Probe(Protocol):
-    """Moves the parameters along one direction and back."""
-
-    def to(self, scale: float) -> None:
-        """Parameters become x + scale tau e."""
-
-    def finish(self) -> None:
-        """The evaluations are done: parameters become x, bit for bit (a walk stays where it is)."""
-
-    def abort(self) -> None:
-        """Parameters become x, also if `to` failed half-way (a walk: but for its roundings)."""
-
-
-@contextmanager
-def _taken_back(probe: Probe, held: bool) -> Iterator[None]:
-    """Ends the probe, whatever happens: BaseException, because Ctrl-C must not leave the parameters moved either.
-
-    A held probe is left where it is if nothing happens: its end is up to the caller.
-    """
-    try:
-        yield
-        if not held:
-            probe.finish()
-    except BaseException:
-        probe.abort()
-        raise
-
-
-RESTORES = ("copy", "module", "walk")
-
-# A copy of the trained tensors is taken where it needs less than this share of the free memory.
-_COPY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -364,23 +317,6 @@ class Conservative(TwoSided):
         return [side * r for r in self.rho(losses, tau, double)]
 
 
-def evaluated(
-    points: Sequence[float], evaluate: Callable[[], float], probes: Sequence[Probe], hold: bool = False
-) -> tuple[float, ...]:
-    """The loss at every point of every probe, in order; whatever fails, the probe is taken back.
-
-    Args:
-        hold: leave the last probe where it is; the caller ends it.
-    """
-    losses = []
-    for probe in probes:
-        with _taken_back(probe, hold and probe is probes[-1]):
-            for point in points:
-                probe.to(point)
-                losses.append(evaluate())
-    return tuple(losses)
-
-
 ESTIMATORS: dict[str, type[Estimator]] = {kind.name: kind for kind in (TwoSided, OneSided)}
 
 
@@ -393,12 +329,3 @@ def estimator(name: str, n_directions: int = 1, rho_clip: float | None = None) -
     if name not in ESTIMATORS:
         raise ValueError(f"estimator={name!r}: choose {' or '.join(map(repr, ESTIMATORS))}")
     return ESTIMATORS[name](n_directions, rho_clip)
-
-
-def choose_restore(slots: Sequence[Slot]) -> str:
-    """ "copy" where the trained tensors need under a tenth of the free memory of their device, else "module"."""
-    for device in {slot.tensor.device for slot in slots}:
-        size = sum(slot.count * slot.tensor.element_size() for slot in slots if slot.tensor.device == device)
-        if size > _COPY_SHARE * free_bytes(device):
-            return "module"
-    return "copy"

@@ -12,8 +12,9 @@ import torch
 
 from jaguar.method import rng
 from jaguar.method.directions import Direction, Mixed, Sparse
-from jaguar.method.estimators import Derivatives, Estimator, TwoSided
+from jaguar.method.estimators import Estimator, TwoSided
 from jaguar.method.params import Kind, Slot
+from jaguar.method.probe import Derivatives
 from jaguar.method.rule import COMMON, Range, Rule, Scalars, plain, rounded
 from jaguar.method.rules import AlongMomentum
 from jaguar.method.step_size import StepSize

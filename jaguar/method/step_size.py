@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from jaguar.method.estimators import Estimator, OneSided, Probe, TwoSided, evaluated
+from jaguar.method.estimators import Estimator, OneSided, TwoSided
+from jaguar.method.probe import Probe, evaluated
 from jaguar.method.rule import Rule, Seen
 from jaguar.record import Record
 

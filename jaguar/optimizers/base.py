@@ -11,9 +11,9 @@ from torch import Tensor
 
 from jaguar.backends import availability, ops
 from jaguar.backends.launches import StepInputs
-from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
 from jaguar.method.params import Kind, Shard, check_shards
+from jaguar.method.probe import Probe
 from jaguar.method.rule import Scalars, all_finite
 from jaguar.method.step_size import AUTO, Estimates, StepSize
 from jaguar.optimizers.checkpoint import Saved, check_complete, packed, unpacked

@@ -8,9 +8,10 @@ from typing import Any, TypedDict, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 
-from jaguar.method.estimators import RESTORES, Estimator
+from jaguar.method.estimators import Estimator
 from jaguar.method.estimators import estimator as make_estimator
 from jaguar.method.params import Shard
+from jaguar.method.probe import RESTORES
 
 
 class Common(TypedDict, total=False):

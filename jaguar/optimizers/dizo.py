@@ -7,8 +7,8 @@ from typing import Any, Unpack
 
 from jaguar.backends.launches import StepInputs
 from jaguar.method.directions import dense
-from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
+from jaguar.method.probe import Probe
 from jaguar.method.rng import Draw
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from jaguar.backends.launches import StepInputs
 from jaguar.method.directions import Gaussian
-from jaguar.method.estimators import ForwardMode, Probe
+from jaguar.method.estimators import ForwardMode
 from jaguar.method.method import Method
 from jaguar.method.params import Slot, identity
+from jaguar.method.probe import Probe
 from jaguar.method.rng import Draw, Elements
 from jaguar.method.rules import SGD
 from jaguar.optimizers.base import ZerothOrder

@@ -14,9 +14,9 @@ from torch import Tensor
 from jaguar.backends.bind import Bound
 from jaguar.backends.launches import Lost, StepInputs
 from jaguar.method import rng
-from jaguar.method.estimators import Derivatives, Probe
 from jaguar.method.method import Method
 from jaguar.method.params import Kind, Slot
+from jaguar.method.probe import Derivatives, Probe
 from jaguar.method.rng import Draw
 from jaguar.method.rule import Scalars, all_finite
 from jaguar.method.step_size import Estimates, standard_errors

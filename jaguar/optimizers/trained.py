@@ -12,9 +12,9 @@ from torch import Tensor
 from jaguar.backends.bind import Bound, bind
 from jaguar.backends.launches import StepInputs
 from jaguar.backends.uploads import refuse_capture
-from jaguar.method.estimators import Derivatives, Probe, choose_restore
 from jaguar.method.method import Method
 from jaguar.method.params import Kind, Slot
+from jaguar.method.probe import Derivatives, Probe, choose_restore
 from jaguar.method.rng import Draw
 from jaguar.method.rule import Scalars
 from jaguar.optimizers.freezing import Frozen

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jaguar.backends.launches import Launches, StepInputs
-from jaguar.method.estimators import Derivatives
+from jaguar.method.probe import Derivatives
 
 _PATTERNS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

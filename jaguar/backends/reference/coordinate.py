@@ -15,7 +15,7 @@ from jaguar.backends.reference.common import Common, moved
 from jaguar.backends.reference.indexing import flat_, gather, ranges, scatter_
 from jaguar.backends.reference.pieces import Piece
 from jaguar.method.directions import Sparse
-from jaguar.method.estimators import Probe
+from jaguar.method.probe import Probe
 from jaguar.method.rng import Draw
 from jaguar.method.rounding import compute_dtype
 from jaguar.method.rule import Scalars

@@ -16,8 +16,8 @@ from jaguar.backends.reference.pieces import Piece
 from jaguar.backends.reference.probes import CopyProbe, ModuleProbe, WalkProbe
 from jaguar.method import rules
 from jaguar.method.directions import Dense, Orthonormal
-from jaguar.method.estimators import Probe
 from jaguar.method.params import Slot
+from jaguar.method.probe import Probe
 from jaguar.method.rng import Draw
 from jaguar.method.rounding import compute_dtype
 

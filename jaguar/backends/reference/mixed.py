@@ -15,8 +15,8 @@ from jaguar.backends.reference.indexing import ranges
 from jaguar.backends.reference.pieces import Piece
 from jaguar.method import rules
 from jaguar.method.directions import Mixed
-from jaguar.method.estimators import Probe
 from jaguar.method.params import Slot
+from jaguar.method.probe import Probe
 from jaguar.method.rng import Draw, Purpose
 from jaguar.method.rounding import compute_dtype
 from jaguar.method.rule import rounded, state_dtype

@@ -16,9 +16,9 @@ from jaguar.backends.triton.numbers import Numbers, arithmetic
 from jaguar.backends.triton.plan import Launch, Options, Plan, Pool, Table, alignment
 from jaguar.backends.triton.probes import SavedProbe
 from jaguar.method.directions import Coordinates, ReleasedBlock
-from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
 from jaguar.method.params import Slot
+from jaguar.method.probe import Probe
 from jaguar.triton_kernels import coordinate as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK, INTERPRETED, LEAST_LANES, STRATA, WIDE, WIDE_TILE, launch

@@ -16,9 +16,9 @@ from jaguar.backends.triton.numbers import Numbers, arithmetic
 from jaguar.backends.triton.plan import Cut, Launch, Options, Plan, Table, alignment, formats
 from jaguar.backends.triton.probes import SavedProbe, WalkProbe
 from jaguar.method.directions import Dense
-from jaguar.method.estimators import Probe
 from jaguar.method.method import Method
 from jaguar.method.params import Slot
+from jaguar.method.probe import Probe
 from jaguar.triton_kernels import dense as kernels
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK, dense_tile, launch
