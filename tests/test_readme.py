@@ -113,6 +113,11 @@ def test_links_resolve(name, link):
     assert unresolved(link, ROOT / name, TEXTS) is None
 
 
+@pytest.mark.parametrize("name", [name for name in TEXTS if name.startswith("docs/")])
+def test_every_page_is_linked_from_the_first(name):
+    assert f"]({name}" in TEXT
+
+
 @pytest.mark.parametrize("link", ["no-such.md", "docs/gpu.md#no-such-heading", "#no-such-heading"])
 def test_a_broken_link_is_found(link):
     assert unresolved(link, README, TEXTS)
