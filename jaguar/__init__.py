@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from jaguar.record import Record as Record
     from jaguar.scoring import Scorer as Scorer
     from jaguar.trainer.arguments import ZOTrainingArguments as ZOTrainingArguments
+    from jaguar.trainer.trainer import ScoringTrainer as ScoringTrainer
     from jaguar.trainer.trainer import ZOTrainer as ZOTrainer
 
 _HOME = _names.HOME | {
     "Method": "jaguar.method.method",
     "Record": "jaguar.record",
     "Scorer": "jaguar.scoring",
+    "ScoringTrainer": "jaguar.trainer.trainer",
     "Shard": "jaguar.method.params",
     "StepSize": "jaguar.method.step_size",
     "ZOTrainer": "jaguar.trainer.trainer",

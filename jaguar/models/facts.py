@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 def first_position(model: Any) -> int:
@@ -14,3 +15,12 @@ def first_position(model: Any) -> int:
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
             return table.padding_idx + 1
     return 0
+
+
+def running_statistics(model: Any) -> list[str]:
+    """Modules whose statistics a forward pass in training mode moves: BatchNorm and its kin."""
+    return [
+        f"{name} of type {type(module).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+    ]

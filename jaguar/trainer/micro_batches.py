@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
+
+from jaguar.optimizers.tangents import summed
 
 Loss = Callable[[dict[str, Any], Any], Tensor]  # of a batch and num_items_in_batch
 
@@ -130,6 +134,42 @@ class MicroBatches:
             "micro-batches is not exactly that of one large batch",
             stacklevel=2,
         )
+
+
+def mean(parts: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
+    """The loss, from the numbers that the micro-batches of each process add to a sum and to its divisor."""
+    nothing, device = torch.zeros((), dtype=torch.float64), accelerator.device
+    total, weight = (functools.reduce(_added, [part[i] for part in parts] or [nothing]) for i in (0, 1))
+    total = total.to(device)
+    # What was counted on the host goes there by a launch, which waits for nothing.
+    on_host = weight.device.type == "cpu" != device.type
+    weight = torch.full((), float(weight), dtype=weight.dtype, device=device) if on_host else weight.to(device)
+    if accelerator.num_processes > 1:
+        total, weight = summed(torch.stack([total.reshape(()), weight]))
+    return total / weight
+
+
+def each(parts: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
+    """Losses whose mean is `mean`'s: of every row, or of every micro-batch where rows are not told apart.
+
+    Raises:
+        ValueError: there is one loss only.
+    """
+    both = torch.stack([torch.cat([part[i].reshape(-1).to(accelerator.device) for part in parts]) for i in (0, 1)])
+    if accelerator.num_processes > 1:
+        both = accelerator.gather(accelerator.pad_across_processes(both.T.contiguous())).T  # padded by 0
+        both = both[:, both[1] > 0]
+    if both.shape[1] < 2:
+        raise ValueError(
+            "an automatic step compares rows, and this model says the loss of its batch only: give a scorer, or "
+            "gradient_accumulation_steps of 2 or more, whose micro-batches are compared, or learning_rate and tau "
+            "as numbers"
+        )
+    return both[0] * (both.shape[1] / both[1].sum())
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    return total.to(part.device) + part
 
 
 class Grain:

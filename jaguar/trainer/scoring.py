@@ -25,7 +25,7 @@ def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> 
     """
     if args.torch_compile:
         raise ValueError("torch_compile=True does not see the scorer's hook on the output head; leave one out")
-    if args.label_smoothing_factor or others.get("compute_loss_func"):
+    if args.label_smoothing_factor or others["compute_loss_func"]:
         raise ValueError("the scorer has its own loss: leave label_smoothing_factor and compute_loss_func out")
     settings: Any = args.accelerator_config
     if settings.dispatch_batches:
@@ -34,7 +34,7 @@ def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> 
             "out, every process then reads its own rows"
         )
     settings.dispatch_batches = False  # accelerate's choice for streams would be True
-    if others.get("model_init"):
+    if others["model_init"]:
         raise ValueError("a scorer belongs to one model: leave model_init out and give the scorer's model")
     if "inputs" in args.include_for_metrics:
         raise ValueError(
@@ -43,9 +43,9 @@ def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> 
         )
     args.remove_unused_columns = False
     usual: dict[str, Any] = {"data_collator": scorer.collate}
-    if not args.batch_eval_metrics and others.get("preprocess_logits_for_metrics") is None:
+    if not args.batch_eval_metrics and others["preprocess_logits_for_metrics"] is None:
         usual["compute_metrics"] = accuracy
-    return usual | others
+    return others | {name: value for name, value in usual.items() if others[name] is None}
 
 
 class ByLength(LengthGroupedSampler):
@@ -63,16 +63,14 @@ class ByLength(LengthGroupedSampler):
         self.generator.manual_seed(self._seed + epoch)
 
 
-class ScoredTrainer(Trainer):
-    """A Trainer whose batches, losses and predictions are a scorer's; without one it is Trainer itself."""
+class Scoring(Trainer):
+    """The part of a Trainer that a scorer decides: batches, losses and predictions."""
 
-    scorer: Scorer | None = None
+    scorer: Scorer
     _width: int | None = None  # of the scores of the data set that is being evaluated
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's; with a scorer the batches hold what the loss needs and no more."""
-        if self.scorer is None:
-            return super().get_train_dataloader()
+        """Trainer's; the batches hold what the loss needs and no more."""
         usual: Any = self.data_collator
         if usual == self.scorer.collate:
             answers_only = self.scorer.objective == "answer"
@@ -83,14 +81,14 @@ class ScoredTrainer(Trainer):
             self.data_collator = usual
 
     def _get_dataloader(self, dataset: Any, *args: Any, **others: Any) -> Any:
-        if self.scorer is not None and not isinstance(dataset, IterableDataset):
+        if not isinstance(dataset, IterableDataset):
             self.scorer.trust([dataset[i] for i in range(len(dataset))])  # workers cannot
         return super()._get_dataloader(dataset, *args, **others)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         strategy, args = self.args.train_sampling_strategy, self.args
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.scorer is None or strategy not in ("group_by_length", "batch_rebalance"):
+        if strategy not in ("group_by_length", "batch_rebalance"):
             return super()._get_train_sampler(train_dataset)
         lengths = [dataset[i].length for i in range(len(dataset))]
         if strategy == "group_by_length":
@@ -111,14 +109,12 @@ class ScoredTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The scorer's loss of a batch, or Trainer's."""
-        if self.scorer is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """The scorer's loss of a batch."""
         total, weight = self.scorer.loss(inputs, model)
         return (total / weight, None) if return_outputs else total / weight
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if self.scorer is not None and "input_ids" in inputs:  # its masks say who sees whom, where there are any
+        if "input_ids" in inputs:  # its masks say who sees whom, where there are any
             ids = inputs["input_ids"]
             inputs = {"input_ids": ids, "attention_mask": (ids != self.scorer.reading.pad_id).long()}
         super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
@@ -132,7 +128,7 @@ class ScoredTrainer(Trainer):
         """Whether evaluation takes rows by length: not streams, batches shown one by one, or with rows left out."""
         args = self.args
         whole = args.eval_do_concat_batches and not args.batch_eval_metrics and not args.dataloader_drop_last
-        return self.scorer is not None and whole and not isinstance(dataset, IterableDataset)
+        return whole and not isinstance(dataset, IterableDataset)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **others: Any) -> Any:
         """Trainer's; metrics, predictions and labels see the rows in the order of the data set."""
@@ -159,9 +155,7 @@ class ScoredTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """With a scorer: mean loss of the rows, option scores (rows, options) and labels."""
-        if self.scorer is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """Mean loss of the rows, option scores (rows, options) and labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             scores = self.scorer.scores(inputs, model)

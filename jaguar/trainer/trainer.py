@@ -1,4 +1,4 @@
-"""`ZOTrainer`: transformers' Trainer with forward passes only.
+"""`ZOTrainer`: transformers' Trainer with forward passes only; `ScoringTrainer`: the same with a scorer's losses.
 
 Trainer's loop runs as it is. Its `training_step` measures the step into a record, its `optimizer.step()` applies the
 record; so schedules, callbacks, evaluation, checkpoints, resuming and logging are Trainer's own.
@@ -9,35 +9,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-from transformers import Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 
+from jaguar.models.facts import running_statistics
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import keywords
 from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.optimizers.matrices import param_groups
-from jaguar.optimizers.tangents import summed
 from jaguar.record import Record
 from jaguar.scoring import Scorer
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.attempts import Attempt
 from jaguar.trainer.exact_trainer import ExactTrainer
-from jaguar.trainer.micro_batches import Grain, MicroBatches
+from jaguar.trainer.logs import figures
+from jaguar.trainer.micro_batches import Grain, MicroBatches, each, mean
 from jaguar.trainer.model_card import card_arguments
-from jaguar.trainer.scoring import ScoredTrainer, settled
+from jaguar.trainer.scoring import Scoring, settled
 
 
-class ZOTrainer(ScoredTrainer, ExactTrainer):
+class ZOTrainer(ExactTrainer):
     """Trains with two (or `n_directions + 1`, ...) forward passes a step and no backward pass; otherwise a Trainer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   f: the loss over all micro-batches of the step
@@ -49,21 +50,14 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
     Args:
         model: any module that Trainer takes; parameters with `requires_grad` train, so PEFT models work.
         args: `ZOTrainingArguments`.
-        scorer: a `jaguar.Scorer` for data sets of `jaguar.tasks` examples; None: the loss is the model's own.
         optimizers: a zeroth-order optimizer and a scheduler of your own, in place of what `args` say.
-        *more, **others: as of `transformers.Trainer`.
+        scorer: makes it a `ScoringTrainer`; None: the loss is the model's own.
+
+    The other arguments are Trainer's.
 
     Raises:
         TypeError: `args` or the optimizer are of another kind.
         ValueError: the launcher's settings ask for gradients (DeepSpeed, FSDP, fp16 mixed precision).
-
-    Example, for a data set of `jaguar.tasks`:
-
-        task, encode = jaguar.tasks.SST2(), jaguar.tasks.Encoder(tokenizer, "causal", limit=2048)
-        rows = jaguar.tasks.rows.read_rows("train.csv", task.columns)
-        examples = encode([task.question(row, masked=False) for row in rows])
-        scorer = jaguar.Scorer(model, tokenizer.pad_token_id, "causal", task.objective)
-        jaguar.ZOTrainer(model, args, scorer=scorer, train_dataset=examples).train()
 
     Source: step protocol of this package; MeZO (arXiv 2305.17333) for evaluation mode and accumulation-free steps.
     Equivalent to: `Trainer` with `loss = optimizer.step(lambda: compute_loss(model, batch))`.
@@ -71,50 +65,80 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
 
     args: ZOTrainingArguments
 
+    def __new__(cls, *given: Any, scorer: Scorer | None = None, **others: Any) -> ZOTrainer:
+        """Makes a `ScoringTrainer` where a scorer is given."""
+        return super().__new__(ScoringTrainer if cls is ZOTrainer and scorer is not None else cls)
+
     def __init__(
         self,
-        model: Any = None,
+        model: PreTrainedModel | nn.Module | None = None,
         args: ZOTrainingArguments | None = None,
-        *more: Any,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
         scorer: Scorer | None = None,
-        **others: Any,
     ) -> None:
-        others = dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], more, strict=False)) | others
         args = ZOTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, ZOTrainingArguments):
             raise TypeError(
                 f"args is a {type(args).__name__}; ZOTrainer takes jaguar.ZOTrainingArguments, which has the same "
                 "fields"
             )
-        self.scorer = scorer
         self._attempt: Attempt | None = None
         self._window: list[Any] = []
         self._logged: list[Record] = []
         self._measured = self._skipped = 0  # steps of this call of `train`
         self.forward_passes = 0  # of all steps, evaluations aside
-        if scorer is not None:
-            others = settled(scorer, args, others)
-        given = (others.get("optimizers") or (None, None))[0], (others.get("optimizer_cls_and_kwargs") or (None,))[0]
-        kinds = [kind if isinstance(kind, type) else type(kind) for kind in given if kind is not None]
+        given = {
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "model_init": model_init,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        own = optimizers[0], (optimizer_cls_and_kwargs or (None,))[0]
+        kinds = [kind if isinstance(kind, type) else type(kind) for kind in own if kind is not None]
         self._has_own = any(issubclass(kind, ZerothOrder) for kind in kinds)
         if kinds and not self._has_own and not args.first_order:
             raise TypeError(
                 f"a {kinds[0].__name__} needs gradients; ZOTrainer takes optimizers of jaguar, and any other with "
                 "optim_zo='fo-sgd'"
             )
-        if self._has_own or not args.first_order:
-            self._settle(args)
-        super().__init__(model, args, **others)
-        if scorer is not None or not self._loss_shifts_labels:
-            # Losses that do not heed num_items_in_batch (many heads take it as **kwargs) would be summed over
-            # micro-batches.
+        super().__init__(model, args, **self._settled(args, given, scorer))
+        if not self._loss_heeds_items:
             self.model_accepts_loss_kwargs = False
 
-    @staticmethod
-    def _settle(args: ZOTrainingArguments) -> None:
-        if args.n_gpu > 1:
+    # Else inspect and help would show the arguments of a ZOTrainer as `*given, **others`.
+    __new__.__signature__ = inspect.signature(__init__)  # type: ignore[attr-defined]
+
+    def _settled(self, args: ZOTrainingArguments, given: dict[str, Any], scorer: Scorer | None) -> dict[str, Any]:
+        """Sets `args` as forward passes need them; returns Trainer's other arguments."""
+        if scorer is not None:
+            raise TypeError(f"{type(self).__name__} takes no scorer: derive it from jaguar.ScoringTrainer")
+        if (self._has_own or not args.first_order) and args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel would copy the perturbed weights to every GPU in every evaluation
             warnings.warn("one process uses one GPU; for several, start one process each with torchrun", stacklevel=4)
+        return given
+
+    @property
+    def _loss_heeds_items(self) -> bool:
+        """True if a loss that takes num_items_in_batch divides by it; many heads take it as **kwargs and drop it."""
+        return bool(self._loss_shifts_labels)
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -190,7 +214,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
 
     def _prepare_for_training(self, *args: Any, **others: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **others)  # type: ignore[no-untyped-call]
-        if self._zeroth_order and (still := _running_statistics(self.model)):
+        if self._zeroth_order and (still := running_statistics(self.model)):
             warnings.warn(
                 f"the running statistics of {len(still)} modules ({still[0]}{', ...' * (len(still) > 1)}) do not move: "
                 "the model is measured in evaluation mode, where they are constants",
@@ -241,7 +265,7 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
 
     @property
     def _is_watched(self) -> bool:
-        """Whether somebody may look at the model between the losses of a step and its update."""
+        """True if somebody may look at the model between the losses of a step and its update."""
         hooks = self.zeroth_order._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
         if hooks or type(self).training_step is not ZOTrainer.training_step:
             return True
@@ -280,56 +304,29 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
         """The loss over the micro-batches of a step, and over all processes, as of one large batch.
 
-        With an automatic step it is a vector with that mean: an element for every row, or for every micro-batch where
-        the loss is the model's own.
+        With an automatic step it is a vector with that mean.
         """
-        by_row = self.zeroth_order.estimates is not None
-        if self.scorer is not None:
-            read = self.scorer.losses if by_row else self.scorer.loss
-            parts = [read(batch, model) for batch in window]
-            self.zeroth_order.watch_dtype(self._grain.dtype(parts[0][0]))
-            parts = [(loss.double(), weight.double()) for loss, weight in parts]
-        else:
-            parts = self._micro_batches.parts(
-                window,
-                num_items_in_batch,
-                functools.partial(self._raw_loss, model),
-                processes=self.args.world_size,
-                spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
-            )
-        device = self.args.device
-        if by_row:
-            return self._rows([torch.cat([part[i].reshape(-1).to(device) for part in parts]) for i in (0, 1)])
-        nothing = torch.zeros((), dtype=torch.float64)
-        total, weight = (functools.reduce(_added, [part[i] for part in parts] or [nothing]) for i in (0, 1))
-        total = total.to(device)
-        # What was counted on the host goes there by a launch, which waits for nothing.
-        on_host = weight.device.type == "cpu" != device.type
-        weight = torch.full((), float(weight), dtype=weight.dtype, device=device) if on_host else weight.to(device)
-        if self.args.world_size > 1:
-            total, weight = summed(torch.stack([total.reshape(()), weight]))
-        return total / weight
+        parts = self._parts(window, model, num_items_in_batch)
+        if self.zeroth_order.estimates is not None:
+            return each(parts, self.accelerator)
+        return mean(parts, self.accelerator)
 
-    def _rows(self, parts: Sequence[Tensor]) -> Tensor:
-        """Losses whose mean is that of all rows of all processes, from what each adds to a sum and to its divisor."""
-        both = torch.stack(list(parts))
-        if self.args.world_size > 1:
-            both = self.accelerator.gather(self.accelerator.pad_across_processes(both.T.contiguous())).T  # padded by 0
-            both = both[:, both[1] > 0]
-        if both.shape[1] < 2:
-            raise ValueError(
-                "an automatic step compares rows, and this model says the loss of its batch only: give a scorer, or "
-                "gradient_accumulation_steps of 2 or more, whose micro-batches are compared, or learning_rate and tau "
-                "as numbers"
-            )
-        return both[0] * (both.shape[1] / both[1].sum())
+    def _parts(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> list[tuple[Tensor, Tensor]]:
+        """Numbers that each micro-batch adds to the loss and to its divisor; of an automatic step, one or several."""
+        return self._micro_batches.parts(
+            window,
+            num_items_in_batch,
+            functools.partial(self._raw_loss, model),
+            processes=self.args.world_size,
+            spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
+        )
 
     def _raw_loss(self, model: nn.Module, batch: Any, num_items_in_batch: Any) -> Tensor:
-        """What `compute_loss` says of a micro-batch."""
+        """The loss of a micro-batch, by `compute_loss`."""
         # Trainer would multiply the loss by the processes, which DDP's mean takes back.
         kept, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
-            loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+            loss: Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)  # type: ignore[assignment]
         finally:
             self.args.average_tokens_across_devices = kept
         if loss.numel() != 1:
@@ -356,24 +353,11 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
         Losses that are not finite are left out of the mean, unless `logging_nan_inf_filter` is False.
         """
         if self._zeroth_order and "loss" in logs and self._logged:
-            finite = [record for record in self._logged if not record.skipped]
-            shown = finite if self.args.logging_nan_inf_filter else self._logged
-            logs["loss"] = math.fsum(map(self.zeroth_order.loss, shown)) / len(shown) if shown else math.nan
-            rhos = [rho for record in finite for rho in self.zeroth_order.rho(record)]
-            logs["projected_grad"] = math.sqrt(math.fsum(r * r for r in rhos) / len(rhos)) if rhos else math.nan
+            logs |= figures(self.zeroth_order, self._logged, self.args.logging_nan_inf_filter)
             self._logged = []
-            logs |= self._automatic()
         if self._zeroth_order and ("loss" in logs or "train_loss" in logs) and self.zeroth_order.n_skipped:
             logs["skipped_steps"] = self.zeroth_order.n_skipped
         super().log(logs, start_time)
-
-    def _automatic(self) -> dict[str, float]:
-        """What an automatic step took, and what it goes by."""
-        found, record = self.zeroth_order.estimates, self.zeroth_order.last_record
-        if found is None or record is None:
-            return {}
-        logs = {"learning_rate": record.lrs[0], "tau": record.taus[0], "curvature": found.curvature}
-        return logs | {"signal_share": found.share}
 
     def create_model_card(self, *args: Any, **others: Any) -> None:
         """Trainer's, with the optimizer that ran and its learning rate."""
@@ -385,21 +369,47 @@ class ZOTrainer(ScoredTrainer, ExactTrainer):
             self.args = kept
 
 
-def _running_statistics(model: Any) -> list[str]:
-    """Modules whose statistics a forward pass in training mode moves: BatchNorm and its kin."""
-    return [
-        f"{name} of type {type(module).__name__}"
-        for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.running_mean is not None
-    ]
-
-
-def _added(total: Tensor, part: Tensor) -> Tensor:
-    return total.to(part.device) + part
-
-
 def bare(optimizer: Any) -> Any:
     """The optimizer out of accelerate's wrapper, which hides its methods."""
     while type(optimizer).__name__ == "AcceleratedOptimizer":
         optimizer = optimizer.optimizer
     return optimizer
+
+
+class ScoringTrainer(Scoring, ZOTrainer):
+    """A `ZOTrainer` of data sets of `jaguar.tasks` examples: batches, losses and predictions are a scorer's.
+
+    Args:
+        scorer: a `jaguar.Scorer` of the model.
+
+    The other arguments are those of `ZOTrainer`.
+
+    Raises:
+        TypeError: there is no scorer.
+        ValueError: `args` ask for something that a scorer cannot have.
+
+    Example:
+
+        task, encode = jaguar.tasks.SST2(), jaguar.tasks.Encoder(tokenizer, "causal", limit=2048)
+        rows = jaguar.tasks.rows.read_rows("train.csv", task.columns)
+        examples = encode([task.question(row, masked=False) for row in rows])
+        scorer = jaguar.Scorer(model, tokenizer.pad_token_id, "causal", task.objective)
+        jaguar.ScoringTrainer(model, args, scorer=scorer, train_dataset=examples).train()
+    """
+
+    def _settled(self, args: ZOTrainingArguments, given: dict[str, Any], scorer: Scorer | None) -> dict[str, Any]:
+        if scorer is None:
+            raise TypeError("a ScoringTrainer needs scorer=; for a model's own loss there is jaguar.ZOTrainer")
+        self.scorer = scorer
+        return super()._settled(args, settled(scorer, args, given), None)
+
+    @property
+    def _loss_heeds_items(self) -> bool:
+        return False
+
+    def _parts(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> list[tuple[Tensor, Tensor]]:
+        by_row = self.zeroth_order.estimates is not None
+        read = self.scorer.losses if by_row else self.scorer.loss
+        parts = [read(batch, model) for batch in window]
+        self.zeroth_order.watch_dtype(self._grain.dtype(parts[0][0]))
+        return [(loss.double(), weight.double()) for loss, weight in parts]

@@ -37,7 +37,7 @@ from jaguar.trainer.checkpoints import check_weights
 from jaguar.trainer.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.trainer.staging import of as checkpoints_of
 from jaguar.trainer.staging import recover_all, step_of
-from jaguar.trainer.trainer import ZOTrainer, bare
+from jaguar.trainer.trainer import ScoringTrainer, bare
 from jaguar.trainer.weights import lost, some
 
 _FIGURES = "metrics.json"  # the last file that a run writes
@@ -167,9 +167,9 @@ class Finetuning:
         prompt = self.loaded.tokenizer(self.task.question(row, self.loaded.kind == "masked").prompt).input_ids
         self.loaded = adapted(self.loaded, run.adapter.applied(model, self.loaded.kind, prompt))
 
-    def _make_trainer(self, args: ZOTrainingArguments) -> ZOTrainer:
+    def _make_trainer(self, args: ZOTrainingArguments) -> ScoringTrainer:
         eval_set = self.dev_set or self.test_set
-        trainer = ZOTrainer(
+        trainer = ScoringTrainer(
             self.model,
             args,
             scorer=self.scorer,
