@@ -1,1 +1,1 @@
-"""Models and tokenizers: loading, adapters, what is trained, and the errors of the libraries below."""
+"""Models and tokenizers: loading, adapters, trained parameters, and the errors of the libraries."""

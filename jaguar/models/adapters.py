@@ -1,4 +1,4 @@
-"""Adapters, by PEFT: LoRA, prefix tuning, prompt tuning. What they leave trainable is what trains."""
+"""Adapters, by PEFT: LoRA, prefix tuning, prompt tuning. Parameters that they leave trainable are trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Unlike(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained beside a frozen model.
+    """Settings of an adapter, which is trained beside a frozen model.
 
     Attributes:
         kind: "none", "lora", "prefix" or "prompt".
@@ -101,7 +101,7 @@ class Adapter:
         return adapted
 
     def check(self, config: Any) -> None:
-        """Looks at what a model's configuration says, before anything is read; the model itself decides.
+        """Checks a model's configuration, before anything is read; the model itself decides.
 
         Raises:
             ValueError: the adapter cannot fit.
@@ -123,7 +123,7 @@ class Adapter:
 
     @property
     def _targets(self) -> list[str] | str | None:
-        """As PEFT takes them: names in a list, anything else as the string that it is."""
+        """Target modules as PEFT takes them: names in a list, anything else as the string that it is."""
         given = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules)
         patterns = [name for name in given if name == "all-linear" or re.search(r"[^\w.-]", name)]
         if patterns and len(given) > 1:
@@ -133,7 +133,7 @@ class Adapter:
         return patterns[0] if patterns else given or None
 
     def _refuse_unknown(self, model: Any) -> None:
-        """PEFT is content with one name that it finds, and leaves the others out in silence."""
+        """Raises ValueError for a name that no module has; PEFT leaves it out in silence if it finds another."""
         names = [f".{name}" for name, _ in model.named_modules()]
         for target in self._targets if isinstance(self._targets, list) else ():
             if not any(name.endswith(f".{target}") for name in names):
@@ -172,7 +172,7 @@ class Adapter:
 
 
 def _without_keys(config: Any) -> str:
-    """Which part of a model has no keys and values that a prefix could be, as far as its configuration tells."""
+    """The reason why a model cannot take a prefix, as far as its configuration tells; empty: none is seen."""
     kinds = list(getattr(config, "layer_types", None) or [])
     running = [kind for kind in kinds if kind in _RUNNING]
     if running:
@@ -189,7 +189,7 @@ def _without_keys(config: Any) -> str:
 
 
 def _cached(model: Any) -> str:
-    """Which part of a model has no keys and values that a prefix could be, as far as its cache tells."""
+    """The reason why a model cannot take a prefix, as far as its cache tells."""
     with contextlib.suppress(Exception), torch.no_grad():  # the error that is explained here is the one to be told
         ids = torch.zeros(1, _PROBE, dtype=torch.long, device=model.device)
         cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
@@ -201,11 +201,11 @@ def _cached(model: Any) -> str:
 
 
 def adds_tokens(model: Any) -> bool:
-    """Whether the model's adapter puts virtual tokens before the prompt."""
+    """True if the model's adapter puts virtual tokens before the prompt."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     return bool(config is not None and config.is_prompt_learning)
 
 
 def virtual_tokens(model: Any) -> int:
-    """How many of its positions the model's adapter takes."""
+    """Number of positions that the model's adapter takes."""
     return int(model.active_peft_config.num_virtual_tokens) if adds_tokens(model) else 0

@@ -1,6 +1,6 @@
 """Names that users choose from, readable without torch so that --help answers at once."""
 
-# Option of an optimizer -> what it may be.
+# Option of an optimizer -> its possible values.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "layout": ("uniform", "block"),
     "signs": ("rademacher", "ones"),

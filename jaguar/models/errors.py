@@ -1,4 +1,4 @@
-"""Errors of the libraries below, for people."""
+"""Errors of other libraries, in plain words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Damaged(ValueError):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong with a saved file into one line that names it: its content may be anything.
+    """Turns any error over a saved file into one line that names it: its content may be anything.
 
     Raises:
         Damaged: something went wrong; refusals that were put into words keep them.
@@ -34,7 +34,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in one line: libraries put the reason behind a heading and a line break."""
+    """An error's message in one line: libraries put the reason behind a heading and a line break."""
     text = " ".join(str(error).split())
     if "weights_only" in text:  # torch goes on with how to run what it has just refused to run
         called = re.search(r"GLOBAL (\S+)", text)
@@ -45,5 +45,5 @@ def said(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: a name or a label that was read from a file may be anything."""
+    """The text without control characters, which a terminal would obey: names and labels from files may be anything."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)

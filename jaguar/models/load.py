@@ -1,4 +1,4 @@
-"""Models and tokenizers from a local folder or the hub, and which of their parameters are trained."""
+"""Models and tokenizers from a local folder or the hub; selection of the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, and what kind it is: "causal", "masked" or "classifier"."""
+    """A model in evaluation mode, its tokenizer, and its kind: "causal", "masked" or "classifier"."""
 
     model: Any
     tokenizer: Any
@@ -50,7 +50,7 @@ def load(
 
     Args:
         name: a local folder in Hugging Face form, or a name on the hub; a folder with a PEFT adapter names its base.
-        dtype: of the weights: "float32", "bfloat16", "float16", or "auto" for the one they were saved in.
+        dtype: the weights': "float32", "bfloat16", "float16", or "auto" for the one they were saved in.
         use_cpu: stay on the CPU even if there is a GPU.
         in_4bit: hold the weights of linear layers in 4 bits (NF4, bitsandbytes); adapters train beside them.
         trust_remote_code: run Python files that come with the model, if it needs any.
@@ -130,7 +130,7 @@ def _check_folder(name: str) -> None:
 
 
 def configuration(name: str, trust_remote_code: bool = False) -> Any:
-    """What is known of a model before its weights are read.
+    """The configuration of a model, read without its weights.
 
     Raises:
         ValueError: the folder is missing or incomplete, or the model needs code of its own.
@@ -143,7 +143,7 @@ def configuration(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether it is a folder of an adapter."""
+    """True for a folder of an adapter."""
     return (Path(name) / _ADAPTER_FILE).is_file()
 
 
@@ -229,7 +229,7 @@ def _four_bits(dtype: Any) -> Any:
 
 @contextlib.contextmanager
 def _errors_of_loading(what: str, name: str, trust_remote_code: bool = False) -> Iterator[None]:
-    """The libraries' long messages as one line that says what is wrong and what to do; nothing is asked."""
+    """Turns the libraries' long messages into one line with the fault and the remedy; nothing is asked."""
     try:
         with unasked():
             yield

@@ -1,4 +1,4 @@
-"""The file beside a tuned model that says what it was asked, and at how many tokens texts were cut."""
+"""The file beside a tuned model with its task's prompt, and the number of tokens at which texts were cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FILE = "jaguar_task.json"
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """What is written there, or None."""
+    """Content of that file, or None where there is none."""
     path = Path(name) / FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""How far two ways to compute the same logits may lie apart."""
+"""Tolerance between two ways to compute the same logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FULL = 2e-5
 
 
 def rounding(model: Any) -> float:
-    """What rounding may move logits by, as a share of the largest."""
+    """The largest change of logits by rounding, as a share of the largest logit."""
     if getattr(model, "is_quantized", False):
         return _HALF[torch.bfloat16]
     is_tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"

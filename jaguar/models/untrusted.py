@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def unasked() -> Iterator[None]:
-    """No question on standard input, where a pipe may say yes: what transformers would ask is an error.
+    """Turns transformers' questions on standard input, where a pipe may say yes, into errors.
 
     It asks where no trust was given or denied, and models that are made of other models load these so.
     """
@@ -26,7 +26,7 @@ def unasked() -> Iterator[None]:
 
 
 def wants_code(error: Exception) -> bool:
-    """Whether transformers would have gone on with code that comes with the model."""
+    """True if the error asks for code that comes with the model."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
@@ -67,7 +67,7 @@ def check_kernels(config: Any) -> None:
 
 
 def inside(file: Any) -> bool:
-    """Whether a name that was read from a file of a folder stays in that folder."""
+    """True if a name that was read from a file of a folder stays in that folder."""
     return isinstance(file, str) and not PurePath(file).is_absolute() and ".." not in PurePath(file).parts
 
 
@@ -75,7 +75,7 @@ def check_weight_files(folder: Path, named: Any) -> None:
     """Looks where the weights of a folder are said to lie, in its indices of shards and in its config.json.
 
     Args:
-        folder: of the model.
+        folder: the model's.
         named: the file or index that its config.json names in place of the usual ones, if it does.
 
     Raises:

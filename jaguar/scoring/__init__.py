@@ -1,4 +1,4 @@
-"""Scoring: the log-probabilities of options, and nothing that they do not need."""
+"""Scoring: log-probabilities of options, with logits at the options' tokens only."""
 
 from jaguar.scoring.evaluation import evaluate
 from jaguar.scoring.figures import Scores, paired_se, roc_auc

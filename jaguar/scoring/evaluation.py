@@ -23,7 +23,7 @@ def by_length(examples: Sequence[Example]) -> list[int]:
 
 
 def rearranged(value: Any, places: np.ndarray) -> Any:
-    """The rows of an array, or of all in a tuple, list or dictionary, by their places; what has other rows stays."""
+    """The rows of an array, or of all in a tuple, list or dictionary, by their places; others stay as they are."""
     if isinstance(value, dict):
         return {key: rearranged(part, places) for key, part in value.items()}
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""The figures that are made of option scores: accuracy, loss, AUC, and how sure they are."""
+"""Metrics of option scores: accuracy, loss, AUC, standard errors."""
 
 from __future__ import annotations
 

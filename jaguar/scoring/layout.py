@@ -1,4 +1,4 @@
-"""Which tokens a forward pass processes: shared prefixes once, and no more padding than is needed.
+"""Layout of a batch's tokens for a forward pass: shared prefixes once, and no more padding than is needed.
 
 The public codes score every option in a row of its own, padded to a multiple of eight of the longest. Here the choices
 of a question are merged into a tree (a causal LM) or into one row for all options of equal length (a masked LM), and
@@ -26,8 +26,8 @@ class Line:
     Attributes:
         ids: the tokens.
         depths: place of each token in its own sequence.
-        links: of a causal LM the token before each one (-1: none), which is not always its neighbour; of a masked LM
-            the number of the sequence that a token belongs to.
+        links: for a causal LM the token before each one (-1: none), which is not always its neighbour; for a masked LM
+            the number of each token's sequence.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Line:
 
     @property
     def branches(self) -> bool:
-        """Whether a causal mask alone would let a token see what does not belong to its sequence."""
+        """True if a causal mask alone would let a token see tokens of another sequence."""
         return any(link != place - 1 for place, link in enumerate(self.links))
 
     def visible(self, causal: bool) -> Tensor:
-        """bool (tokens, tokens): what each token attends to."""
+        """bool (tokens, tokens): the tokens that each token attends to."""
         n = len(self.ids)
         if not causal:
             part = torch.tensor(self.links)

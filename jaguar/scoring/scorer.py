@@ -48,7 +48,7 @@ class Scorer:
         kind: "causal", "masked" or "classifier" (scores are the logits of its classes).
         objective: "classification": cross-entropy over the options' scores, mean over rows; "answer": cross-entropy of
             the right option's tokens, mean over the tokens of the batch.
-        layout: "padded": a row per question; "packed": all in one row, without padding; "auto": what costs less.
+        layout: "padded": a row per question; "packed": all in one row, without padding; "auto": the cheaper of the two.
 
     Raises:
         ValueError: an argument is unknown, or the model has no output embeddings.
@@ -90,18 +90,18 @@ class Scorer:
 
     @property
     def reading(self) -> Reading:
-        """How batches are put to the model: the first way that was not found wrong."""
+        """The way in which batches are put to the model: the first that was not found wrong."""
         return self.readings[0]
 
     @property
     def verified(self) -> bool:
-        """Whether scores were compared with those of the model's whole forward."""
+        """True once scores were compared with those of the model's whole forward."""
         return self.verified_length > 0
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def collate(self, examples: Sequence[Example], *, answers_only: bool = False) -> dict[str, Any]:
-        """A batch as tensors on the CPU; what `scores` and `loss` take.
+        """A batch as tensors on the CPU, for `scores` and `loss`.
 
         In a worker of a data loader, which has no model to compare with, examples that are longer than all that were
         compared are left to `scores`.
@@ -111,7 +111,7 @@ class Scorer:
             answers_only: take the right option of each alone, which is all that the loss of "answer" needs.
 
         Raises:
-            ValueError: of `verify`.
+            ValueError: `verify` raises it.
         """
         if get_worker_info() is not None and self._is_new(examples):
             labels = [0 if answers_only else e.label for e in examples]
@@ -139,7 +139,7 @@ class Scorer:
         return batch
 
     def _arranged(self, groups: Sequence[Sequence[Choice]]) -> Layout:
-        """The layout of a batch: what was asked for, as far as the model can take it."""
+        """The layout of a batch: the one asked for, as far as the model can take it."""
         deepest = max(len(choice.ids) for group in groups for choice in group)
         free = self.reading.own_masks and deepest <= _window(self.model)
         if self.kind == "causal":
@@ -179,7 +179,7 @@ class Scorer:
         """fp32 (rows, options): the options' scores; -inf where a row has fewer options.
 
         Args:
-            batch: of `collate`, on the model's device.
+            batch: `collate` made it; on the model's device.
             model: the model as a trainer has wrapped it; None: the scorer's own.
 
         Raises:
@@ -188,7 +188,7 @@ class Scorer:
         return self._outcome(batch, model)[0]
 
     def loss(self, batch: Mapping[str, Any], model: Any = None) -> tuple[Tensor, Tensor]:
-        """The sum of the losses of a batch and what to divide it by: rows ("classification") or tokens ("answer").
+        """The sum of the losses of a batch and its divisor: rows ("classification") or tokens ("answer").
 
         Both are 0-dim tensors; sums over several batches divided by their weights are the loss of one large batch.
         """
@@ -196,7 +196,7 @@ class Scorer:
         return losses.sum(), weights.sum()
 
     def losses(self, batch: Mapping[str, Any], model: Any = None) -> tuple[Tensor, Tensor]:
-        """What each row of a batch adds to the two numbers of `loss`."""
+        """Vectors (rows,): the parts of each row of a batch in the two numbers of `loss`."""
         scores, lengths = self._outcome(batch, model)
         losses = row_losses(scores, batch["labels"], self.objective)
         if self.objective == "classification":
@@ -262,7 +262,7 @@ class Scorer:
         """`verify`, if one of the examples is longer than all that were compared before.
 
         Raises:
-            ValueError: of `verify`.
+            ValueError: `verify` raises it.
         """
         if self._is_new(examples):
             self.verify(examples)
@@ -315,7 +315,7 @@ def _upto(lengths: Tensor, longest: int) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What eager attention adds to its scores: 0 or the smallest number."""
+    """The mask as eager attention adds it to its scores: 0 or the smallest number."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -324,7 +324,7 @@ def _attention(model: Any) -> str | None:
 
 
 def _takes_own_masks(model: Any) -> bool:
-    """Whether the model's attention and forward are known to take masks and positions; `verify` tries it."""
+    """True if the model's attention and forward are known to take masks and positions; `verify` tries it."""
     if adds_tokens(model):
         return False  # PEFT lengthens two-dimensional masks only
     inner = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

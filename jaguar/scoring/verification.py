@@ -1,4 +1,4 @@
-"""Whether a model's scores in batches are those of its rows one by one, and how a batch must be read for that."""
+"""Comparison of scores in batches with those of rows one by one; finds a way to read batches that is right."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TOGETHER = ("padded", "equal", "one")
 
 @dataclass(frozen=True)
 class Reading:
-    """How batches are put to a model.
+    """A way to put batches to a model.
 
     Attributes:
         own_masks: by masks and positions of one's own, so that options share rows, and rows are packed.
-        pad_id: what fills short rows.
+        pad_id: the token that fills short rows.
         together: which rows share a forward pass, one of `TOGETHER`.
     """
 
@@ -35,7 +35,7 @@ class Reading:
 
 
 class Verifiable(Protocol):
-    """What is asked of a scorer here; `jaguar.scoring.Scorer` says what each is."""
+    """The part of a scorer that is used here; `jaguar.scoring.Scorer` documents it."""
 
     model: Any
     kind: str

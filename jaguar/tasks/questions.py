@@ -1,4 +1,4 @@
-"""What a task asks: a prompt, options, which is right; and what a model reads of it as tokens."""
+"""Questions of a task: a prompt, options and the right one; and the same as tokens for a model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Question:
     """A row as text.
 
     Attributes:
-        prompt: what stands before the options.
-        options: what may follow, leading blank included.
+        prompt: the text before the options.
+        options: the texts that may follow, leading blank included.
         label: number of the right option.
         where: the row, for errors.
-        suffix: what follows any option. A causal LM is scored on it together with the option; a masked LM sees it.
+        suffix: the text after any option. A causal LM is scored on it together with the option; a masked LM sees it.
         text: the part of the prompt that may lose its end where a prompt is too long; empty: none.
-        around: what stands around the text in the prompt, and in the suffix; None: it is in the prompt, once.
+        around: the text's surroundings in the prompt, and in the suffix; None: it is in the prompt, once.
     """
 
     prompt: str
@@ -69,7 +69,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text as tokens, without what a tokenizer closes a sequence with; `spans`: where each stands in the text."""
+    """A text as tokens, without those that close a sequence; `spans`: the place of each in the text."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] | None
@@ -87,7 +87,7 @@ class Encoder:
     blank that ends the prompt with it.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         kind: "causal": the option follows the prompt; "masked": mask tokens stand in its place, as many as it has
             tokens; "classifier": the prompt alone.
         limit: tokens that the model takes.

@@ -1,4 +1,4 @@
-"""Which rows train, which choose the model, which test it: the protocols of the benchmark and of MeZO's k-shot runs."""
+"""Splits into training, dev and test rows, by the protocols of the benchmark and of MeZO's k-shot runs."""
 
 from __future__ import annotations
 

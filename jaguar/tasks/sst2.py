@@ -25,7 +25,7 @@ class SST2(Task):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """As GLUE numbers them: negative, positive."""
+        """Labels as GLUE numbers them: negative, positive."""
         return ("0", "1")
 
     def question(self, row: Row, masked: bool) -> Question:

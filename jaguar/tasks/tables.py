@@ -1,4 +1,4 @@
-"""Labelled text of your own: classification of a text, and multiple choice, from any CSV or JSONL file."""
+"""Labelled text of your own: classification and multiple choice, from any CSV or JSONL file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TextClassification(Task):
         template: the prompt; `{text}` stands for the text, `{mask}` for the place of the answer (a causal LM's is the
             end, where it can be left out).
         labels: class names as they stand in the data, in class order.
-        verbalizers: what a language model is expected to say for each class, leading blank included; empty for
+        verbalizers: the answers expected of a language model for each class, leading blank included; empty for
             sequence classifiers.
     """
 

@@ -1,4 +1,4 @@
-"""What every task says about itself."""
+"""The base class of tasks: columns, questions, loss, and where the data are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaguar.tasks.rows import Row
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows to train on, to choose the model by, and to test with; None: all there are."""
+    """Numbers of rows to train on, to choose the model by, and to test with; None: all there are."""
 
     train: int | None = None
     dev: int = 0

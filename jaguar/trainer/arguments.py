@@ -132,7 +132,7 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
 
     @property
     def first_order(self) -> bool:
-        """Whether the baseline with backward passes was chosen."""
+        """True if the baseline with backward passes was chosen."""
         return self.optim_zo == FIRST_ORDER
 
     @property
@@ -142,7 +142,7 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
         return getattr(optimizers, name) if name else torch.optim.SGD
 
     def optimizer_options(self) -> dict[str, Any]:
-        """The arguments of the optimizer that were given, besides weight decay: what is left out keeps its default.
+        """The arguments of the optimizer that were given, besides weight decay; the others keep their defaults.
 
         Raises:
             ValueError: `zo_options` is not written as it should be, or a value is no dtype.
@@ -187,7 +187,7 @@ OPTIONS = tuple(
 
 
 def _of_torch(name: str, value: Any) -> Any:
-    """The value; of a dtype's name, the dtype."""
+    """The value, or the dtype if it is a dtype's name."""
     if not name.endswith("_dtype") or value is None:
         return value
     dtype = value if isinstance(value, torch.dtype) else getattr(torch, str(value).removeprefix("torch."), None)

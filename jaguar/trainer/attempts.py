@@ -1,4 +1,4 @@
-"""What `auto_find_batch_size` must put back before it tries a smaller batch."""
+"""Snapshot of a run's start, for `auto_find_batch_size`: put back before a smaller batch is tried."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: whole or refused, and which of them a run goes on from.
+"""Checkpoints of a run: whole or refused; the newest whole one is where a run goes on.
 
-`finish` writes down, last of all, what lies in a checkpoint and of which run it is; `check` compares that with what is
-there and with the run that wants to go on. `jaguar.trainer.staging` puts them where they belong.
+`finish` writes down, last of all, the files of a checkpoint and the facts of its run; `check` compares that record with
+the folder and with the run that wants to go on. `jaguar.trainer.staging` puts them where they belong.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _FREE_FILES = {"training_args.bin"}
 
 
 def finish(folder: Path, model: nn.Module | None, run: dict[str, Any]) -> None:
-    """Makes sure that all weights come back (None: they are another's business), and writes down what there is.
+    """Makes sure that all weights come back (None: Trainer saves them itself), and lists the files and the run.
 
     Raises:
-        OSError: what was written is not what is read.
+        OSError: the files read back other than they were written.
     """
     record: dict[str, Any] = {"run": run, "weights": None if model is None else weights.write(model, folder)}
     files = [path for path in [*folder.glob("*"), *folder.glob("*/*")] if path.suffix in _COUNTED]
@@ -63,13 +63,13 @@ def check_weights(model: nn.Module, folder: Path) -> None:
 
 
 def check_whole(folder: Path, processes: int) -> None:
-    """Raises ValueError if a checkpoint lacks what was saved, or what it takes to go on; it is named."""
+    """Raises ValueError, with the file's name, if one that was saved or that a run needs to go on is missing."""
     if lacking := _lacking(folder, processes):
         raise ValueError(f"cannot go on from {str(folder)!r}: {lacking}")
 
 
 def check(folder: Path, run: dict[str, Any]) -> None:
-    """Looks whether `run` can go on from a checkpoint; says what will differ from a run that never stopped.
+    """Checks that `run` can go on from a checkpoint; warns of differences from a run that never stopped.
 
     Raises:
         ValueError: something is missing that was saved, or that it takes to go on.
@@ -85,7 +85,7 @@ def check(folder: Path, run: dict[str, Any]) -> None:
 
 
 def _lacking(folder: Path, processes: int) -> str:
-    """What of a checkpoint is not there, in words; empty: nothing."""
+    """The missing files of a checkpoint, as a sentence; empty: none."""
     if not folder.is_dir():
         return "there is no such folder"
     record = _record(folder)
@@ -173,7 +173,7 @@ def say_what_stays(folder: Path, given: Sequence[dict[str, Any]], groups: Sequen
 
 
 def check_states(folder: Path, scheduler: Mapping[str, Any]) -> None:
-    """Looks whether the files of optimizer and schedule hold what such files hold.
+    """Checks that the files of optimizer and schedule have the form of such files.
 
     Args:
         folder: the checkpoint.
@@ -191,12 +191,12 @@ def check_states(folder: Path, scheduler: Mapping[str, Any]) -> None:
 
 
 def _loaded(path: Path) -> Any:
-    """What a file of torch holds; of tensors in the format of today only their shapes, without reading them."""
+    """The content of a torch file; tensors of the present format come as shapes, unread."""
     return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """How far the run of a checkpoint was: fields of TrainerState.
+    """Progress of a checkpoint's run: fields of TrainerState.
 
     Raises:
         Damaged: that cannot be read.
@@ -213,7 +213,7 @@ def progress(folder: Path) -> dict[str, Any]:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """What `finish` wrote; empty for checkpoints of other programs.
+    """The record that `finish` wrote; empty for checkpoints of other programs.
 
     Raises:
         Damaged: it cannot be read.
@@ -258,6 +258,6 @@ def check_kind(path: Path, found: Any, like: Any, key: str = "") -> None:
 
 
 def _kind(value: Any) -> str:
-    """A word for what a value is; empty for None, in whose place anything may be."""
+    """A word for the kind of a value; empty for None, in whose place anything may be."""
     kinds = ((bool, "bool"), ((int, float), "number"), (str, "string"), ((list, tuple), "list"), (Mapping, "dict"))
     return next((word for kind, word in kinds if isinstance(value, kind)), "" if value is None else "object")

@@ -63,7 +63,7 @@ class ExactTrainer(Trainer):
 
     @property
     def _run_facts(self) -> dict[str, Any]:
-        """What decides the order of rows and directions, besides the optimizer's state."""
+        """Settings that decide the order of rows and directions, besides the optimizer's state."""
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
@@ -77,7 +77,7 @@ class ExactTrainer(Trainer):
 
     @property
     def _saves(self) -> bool:
-        """Whether this process writes checkpoints."""
+        """True if this process writes checkpoints."""
         return bool(self.args.should_save) and self.args.save_strategy != SaveStrategy.NO
 
     @property
@@ -156,7 +156,7 @@ class ExactTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging, self.state.best_model_checkpoint = None, kept
-            if self.state.best_global_step:  # of what Trainer looks for it where it writes
+            if self.state.best_global_step:  # Trainer looks for the best one where it writes
                 best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
                 if best == folder or best.is_dir():
                     self.state.best_model_checkpoint = str(best)
@@ -172,7 +172,7 @@ class ExactTrainer(Trainer):
             super()._push_from_checkpoint(str(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: it is pushed from where it will be."""
+        """Does nothing: the checkpoint is pushed once it has its final name."""
 
     def _finalize_training(self, trial: Any, *args: Any, **others: Any) -> Any:
         if self._saves:

@@ -1,4 +1,4 @@
-"""The loss over the micro-batches of a step, as of the one large batch that they are."""
+"""The loss of a step over its micro-batches and processes, equal to that of one large batch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _HALF = (torch.bfloat16, torch.float16)
 class MicroBatches:
     """Adds up the losses of micro-batches so that they make the loss of one large batch.
 
-    Whether a model divides its loss by `num_items_in_batch`, or takes the number and drops it, whether it shifts its
-    labels, and what its mean is over, is found out from what it does: by a few more forward passes of one
-    micro-batch, in the first step that has several.
+    A few more forward passes of one micro-batch, in the first step that has several, find out the model's ways: it
+    divides its loss by `num_items_in_batch`, or takes the number and drops it; it shifts its labels or not; its mean
+    is over labels or rows.
 
     Args:
         name: the model's class, for warnings.
-        share: what the user said of it; None: to be found out.
+        share: the user's word on that division; None: to be found out.
         tolerance: relative difference up to which two losses are the same; None: no rows are set apart, so that
             batches keep their shapes.
     """
@@ -53,7 +53,7 @@ class MicroBatches:
 
     @classmethod
     def of(cls, model: nn.Module, share: bool | None, autocast: bool, compiled: bool) -> MicroBatches:
-        """For a model as it runs; one that is compiled for its shapes is not asked for rows that are set apart."""
+        """Makes one for a model as it runs; a model compiled for its shapes is never given rows set apart."""
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         tolerance = 2e-2 if autocast or dtypes & set(_HALF) else 1e-4
         return cls(type(model).__name__, share=share, tolerance=None if compiled else tolerance)
@@ -61,14 +61,14 @@ class MicroBatches:
     def parts(
         self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss, processes: int = 1, spanned: int = 1
     ) -> list[tuple[Tensor, Tensor]]:
-        """What each micro-batch adds to the loss, and to what the sum is to be divided by; fp64.
+        """Numbers in fp64 that each micro-batch adds to the sum of losses and to its divisor.
 
         Args:
             window: micro-batches.
             n_items: labels that count in all of them, if the loss may be divided by it.
             loss_of: called under no_grad.
-            processes: that have micro-batches of the step.
-            spanned: of them, those whose labels `n_items` counts.
+            processes: number of those that have micro-batches of the step.
+            spanned: number of those whose labels `n_items` counts.
         """
         several = len(window) * processes > 1
         if several:
@@ -88,7 +88,7 @@ class MicroBatches:
         return parts
 
     def _find_out(self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss) -> None:
-        """Answers what is open, as far as these micro-batches can tell."""
+        """Settles the open questions about the loss, as far as these micro-batches can tell."""
         first = next((batch for batch in window if _count(batch, _LABELS)), window[0])
         if self._kind is None:
             self._kind = _agreed(_kind_of(first, n_items, loss_of))
@@ -102,7 +102,7 @@ class MicroBatches:
             self._check(window, n_items, loss_of, self._tolerance)
 
     def _check(self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss, tolerance: float) -> None:
-        """Compares a batch with two parts of it, where what its loss is a mean over may be seen.
+        """Compares a batch with two parts of it, which show whether its loss is a mean over labels or rows.
 
         Parts with the same number of labels cannot tell rows from labels: they are looked at once. Parts with the very
         same labels tell nothing, as classes may have weights.
@@ -150,7 +150,7 @@ def mean(parts: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Te
 
 
 def each(parts: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
-    """Losses whose mean is `mean`'s: of every row, or of every micro-batch where rows are not told apart.
+    """Losses whose mean is `mean`'s: one for every row, or for every micro-batch where rows are not told apart.
 
     Raises:
         ValueError: there is one loss only.
@@ -182,7 +182,7 @@ class Grain:
         self._suspects, self._seen = list(_HALF), list[float]()
 
     def dtype(self, loss: Tensor) -> torch.dtype:
-        """What the loss was computed in, as far as it is known."""
+        """The dtype that the loss was computed in, as far as it is known."""
         if loss.dtype in _HALF or not self._suspects or loss.numel() != 1:
             return loss.dtype
         value = float(loss)
@@ -206,7 +206,7 @@ def _agreed(answer: str | None) -> str | None:
 
 
 def _count(batch: dict[str, Any], kind: str) -> float:
-    """What a mean loss was divided by, or a multiple of it."""
+    """The divisor of a mean loss, or a multiple of it."""
     labels = batch.get("labels")
     if kind == _ROWS or not isinstance(labels, Tensor):
         return float(next((len(value) for value in batch.values() if isinstance(value, Tensor)), 1))
@@ -228,7 +228,7 @@ def _tried(loss_of: Loss, batch: dict[str, Any], n_items: Any) -> float:
 
 
 def _kind_of(batch: dict[str, Any], n_items: Any, loss_of: Loss) -> str | None:
-    """Whether the loss heeds the number of items; None where the batch cannot tell."""
+    """`_SHARE` if the loss heeds the number of items, `_LABELS` if not; None where the batch cannot tell."""
     if n_items is None:
         return _LABELS
     one, half = _tried(loss_of, batch, n_items), _tried(loss_of, batch, 2 * n_items)
@@ -241,7 +241,7 @@ def _kind_of(batch: dict[str, Any], n_items: Any, loss_of: Loss) -> str | None:
 
 
 def _shifts(batch: dict[str, Any], n_items: Any, loss_of: Loss) -> str | None:
-    """Whether other first labels leave the loss as it is; None where the batch cannot tell."""
+    """`_SHIFTED` if other first labels leave the loss as it is, else `_LABELS`; None where the batch cannot tell."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point() or "shift_labels" in batch:
         return _LABELS
@@ -287,7 +287,7 @@ def _splittings(window: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, An
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether both have the same labels, in whatever order."""
+    """True if both have the same labels, in any order."""
     labels = [batch.get("labels") for batch in (one, other)]
     sets = [value.flatten().sort().values for value in labels if isinstance(value, Tensor)]
     return len(sets) == 2 and torch.equal(*sets)

@@ -1,4 +1,4 @@
-"""What a model card says of the training: the optimizer that ran."""
+"""The optimizer that ran, in a model card."""
 
 from __future__ import annotations
 

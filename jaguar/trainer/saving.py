@@ -1,4 +1,4 @@
-"""Saving so that nothing half-written ever stands in the place of something good."""
+"""Atomic saving: a reader sees the old files or the new ones."""
 
 from __future__ import annotations
 
@@ -91,20 +91,20 @@ def _staged(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def is_of_writing(error: Exception) -> bool:
-    """Whether it may be a disk's: torch, safetensors and tokenizers have no OSError for all that fails."""
+    """True if the disk may be the cause: torch, safetensors and tokenizers raise other errors than OSError, too."""
     libraries = type(error) is Exception or type(error).__name__ == "SafetensorError"
     return isinstance(error, OSError) or libraries or type(error) is RuntimeError
 
 
 def unsaved(place: Path, why: str, still: str) -> OSError:
-    """What to raise when writing to `place` failed; `still` says what there is nevertheless."""
+    """The error to raise when writing to `place` failed; `still` says what is saved nevertheless."""
     return OSError(f"could not save to {str(place)!r}: {why}; {still}")
 
 
 def reason(error: BaseException, place: Path) -> str:
-    """Why writing in `place` failed; asked before what was written is removed.
+    """The reason why writing in `place` failed; to be asked before the files are removed.
 
-    Of a full disk libraries say such things as "unexpected pos 64 vs 0": another attempt to write tells.
+    On a full disk libraries say such things as "unexpected pos 64 vs 0": another attempt to write tells.
     """
     if isinstance(error, OSError) and error.errno is not None:
         failed: OSError | None = error

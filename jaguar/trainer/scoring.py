@@ -21,7 +21,7 @@ def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> 
     """The other arguments of a trainer that has a scorer, with its collator and metric where none are given.
 
     Raises:
-        ValueError: what a scorer cannot have.
+        ValueError: an argument that a scorer cannot have.
     """
     if args.torch_compile:
         raise ValueError("torch_compile=True does not see the scorer's hook on the output head; leave one out")
@@ -70,7 +70,7 @@ class Scoring(Trainer):
     _width: int | None = None  # of the scores of the data set that is being evaluated
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's; the batches hold what the loss needs and no more."""
+        """Trainer's; the batches hold the tokens that the loss needs and no more."""
         usual: Any = self.data_collator
         if usual == self.scorer.collate:
             answers_only = self.scorer.objective == "answer"
@@ -125,7 +125,7 @@ class Scoring(Trainer):
         return by_length(eval_dataset)  # rows of similar length share a batch
 
     def _by_length(self, dataset: Any) -> bool:
-        """Whether evaluation takes rows by length: not streams, batches shown one by one, or with rows left out."""
+        """True if evaluation takes rows by length: not streams, batches shown one by one, or with rows left out."""
         args = self.args
         whole = args.eval_do_concat_batches and not args.batch_eval_metrics and not args.dataloader_drop_last
         return whole and not isinstance(dataset, IterableDataset)

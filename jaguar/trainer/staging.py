@@ -81,7 +81,7 @@ def _remove(folder: Path, gone: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """A folder and what is in it; of a link to one, on another disk say, the link."""
+    """Removes a folder with its content, or the link if it is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -90,7 +90,7 @@ def _delete(path: Path) -> None:
 
 
 def recover_all(parent: Path) -> list[str]:
-    """Puts every checkpoint in `parent` back to what it was before a process was killed while writing it.
+    """Puts every checkpoint in `parent` back as it was before a process was killed while writing it.
 
     Returns:
         What was done, in words.
@@ -100,7 +100,7 @@ def recover_all(parent: Path) -> list[str]:
 
 
 def recover(folder: Path) -> str:
-    """Removes what was written of a checkpoint and never got its name; an earlier one of that name comes back.
+    """Removes a half-written checkpoint, which never got its name; an earlier one of that name comes back.
 
     Returns:
         What was done, in words; empty: nothing.

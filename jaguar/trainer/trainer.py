@@ -195,7 +195,7 @@ class ZOTrainer(ExactTrainer):
         return [{"params": part, "weight_decay": wd} for part, wd in zip(parts, (decay, 0.0), strict=True) if part]
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's accelerator, without what only gradients need."""
+        """Trainer's accelerator, without the parts that only gradients need."""
         super().create_accelerator_and_postprocess()
         if not self._zeroth_order:
             return
@@ -243,7 +243,7 @@ class ZOTrainer(ExactTrainer):
         return output
 
     def _inner_training_loop(self, *args: Any, **others: Any) -> Any:
-        """Trainer's; what `auto_find_batch_size` starts again begins where the first attempt began."""
+        """Trainer's; a further attempt of `auto_find_batch_size` begins where the first one began."""
         if self._zeroth_order and self.args.auto_find_batch_size:
             if self._attempt is None:
                 self._attempt = Attempt(self)
@@ -312,7 +312,7 @@ class ZOTrainer(ExactTrainer):
         return mean(parts, self.accelerator)
 
     def _parts(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> list[tuple[Tensor, Tensor]]:
-        """Numbers that each micro-batch adds to the loss and to its divisor; of an automatic step, one or several."""
+        """Numbers, or one for each row, that each micro-batch adds to the loss and to its divisor."""
         return self._micro_batches.parts(
             window,
             num_items_in_batch,

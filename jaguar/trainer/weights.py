@@ -1,8 +1,8 @@
-"""Weights on disk and in memory: what `save_pretrained` wrote, read back bit for bit by the names of the model.
+"""Weights on disk and in memory: files of `save_pretrained` are read back bit for bit, by the model's own names.
 
 `save_pretrained` stores some tensors under other names (GPT-NeoX's head), in pieces (the fused experts of MoE models)
-or as what follows from them (the virtual tokens of a prompt encoder). `write` finds every tensor of the model among
-what was stored and compares the bits; what does not come back goes into a file of its own. `read` undoes that.
+or by their results (the virtual tokens of a prompt encoder). `write` finds every tensor of the model among the stored
+ones and compares the bits; a tensor that does not come back goes into a file of its own. `read` undoes that.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def kept(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether PEFT's adapters are in the model; its base is not saved then."""
+    """True if PEFT's adapters are in the model; its base is not saved then."""
     return hasattr(model, "peft_config")
 
 
@@ -97,7 +97,7 @@ class _Files:
             self.keys[file if file == EXACT_FILE else place] |= dict.fromkeys(opened.keys(), file)
 
     def has(self, parts: Sequence[Part], like: Tensor) -> bool:
-        """Whether the parts make up a tensor like `like`, by what the files say of themselves."""
+        """True if the parts make up a tensor like `like`, by the shapes and dtypes that the files declare."""
         for part in parts:
             opened = self._tensors.get(part.file)
             if opened is None or part.key not in opened.keys():  # noqa: SIM118
@@ -119,7 +119,7 @@ class _Files:
 
 
 def _lies_in(part: Part, count: int) -> bool:
-    """Whether a part fills elements of a tensor of `count` only, each once; a record may say anything."""
+    """True if a part fills elements of a tensor of `count` only, each once; a record may say anything."""
     _, _, offset, shape, stride = part
     if len(stride) != len(shape) or not all(isinstance(number, int) for number in (offset, *stride)):
         return False
@@ -147,7 +147,7 @@ class _Views(TorchFunctionMode):
 
 
 def _layout(model: nn.Module, files: _Files) -> dict[str, list[Part]]:
-    """Where each tensor of the model lies in the files, as the library that wrote them names and cuts it."""
+    """Parts of the files that make up each tensor of the model, as the library that wrote them names and cuts it."""
     names = {id(tensor): name for name, tensor in kept(model).items()}
     stand_ins: dict[int, Tensor] = {}  # without memory, one for each tensor, tied ones once
     state, owners = {}, {}
@@ -211,7 +211,7 @@ def write(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Makes sure that all of the model comes back from `folder`, where it was just saved; returns what `read` needs.
 
     Raises:
-        OSError: what was written is not what is read.
+        OSError: the files read back other than they were written.
     """
     tensors, adapted = kept(model), has_adapter(model)
     recorded: dict[str, list[Part]] = {}
@@ -240,7 +240,7 @@ def write(model: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 def _is_plain(name: str, parts: list[Part], tensor: Tensor) -> bool:
-    """Whether a part is all of the tensor under its own name in the one file where it would be looked for."""
+    """True if a part is all of the tensor under its own name in the one file where it would be looked for."""
     return parts == [_all_of(tensor, "model.safetensors", name)]
 
 
@@ -252,7 +252,7 @@ def check_readable(folder: Path) -> None:
 
 
 def check(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
-    """Looks whether `read` can do what it is asked for.
+    """Checks that `read` will succeed.
 
     Raises:
         ValueError: a tensor is missing, or of another dtype or shape.
@@ -265,9 +265,9 @@ def read(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
     """Puts the weights of `folder` into the model, in place, bit for bit.
 
     Args:
-        model: of the kind that was saved.
+        model: one of the kind that was saved.
         folder: a checkpoint.
-        record: what `write` returned; None for checkpoints of others, where all that is saved of such a model must be.
+        record: `write` returned it; None for other programs' checkpoints, which must hold all that such a model saves.
 
     Raises:
         ValueError: a tensor is missing, or of another dtype or shape; nothing has changed then.
@@ -282,7 +282,7 @@ def read(model: nn.Module, folder: Path, record: dict[str, Any] | None) -> None:
 
 
 def _located(model: nn.Module, folder: Path, record: dict[str, Any] | None, files: _Files) -> dict[str, list[Part]]:
-    """Where each tensor that must come back lies.
+    """The parts of the files that make up each tensor that must come back.
 
     Raises:
         ValueError: some lie nowhere.
@@ -304,7 +304,7 @@ def _located(model: nn.Module, folder: Path, record: dict[str, Any] | None, file
 
 
 def lost(model: Any, folder: Path) -> list[str]:
-    """The tensors that others would not read from `folder` as they are in the model, where it was just saved.
+    """Names of tensors that other programs would read from `folder`, just saved, with other bits.
 
     They read with `from_pretrained`, or with PEFT's `load_peft_weights`.
     """
@@ -346,7 +346,7 @@ def _compare(record: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A hash of the shapes, dtypes and evenly spaced entries of tensors: which base model it is."""
+    """A hash of the shapes, dtypes and evenly spaced entries of tensors, to tell base models apart."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

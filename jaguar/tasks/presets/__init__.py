@@ -21,7 +21,7 @@ class Preset:
         settings: flag of the command line -> value.
         source: where the numbers are from.
         grid: flag -> all values that were tried, where a search was published.
-        note: which value of a grid was taken and why, and what to know before comparing results.
+        note: the value that was taken of a grid and why, and cautions for comparing results.
     """
 
     model: str
