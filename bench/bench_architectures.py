@@ -9,8 +9,8 @@ scores  `jaguar.Scorer` without a `verify` of one's own, by `jaguar.scoring.eval
         beside it.
 
 An outcome is "equal", "refused" (an error that has the model's name and the reason) or "differs". The checks are those
-of tests/test_architectures.py, the models those of tests/architectures.py. Rows are written as they come; rows that
-were not asked for stay as they are in the file.
+of tests/helpers/architecture_checks.py, the models those of tests/helpers/architectures.py. Rows are written as they
+come; rows that were not asked for stay as they are in the file.
 
     python bench/bench_architectures.py [PATTERN ...] [--missing] [--workers 2] [--out bench/results]
 """
@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import architectures
-import test_architectures as checks
+from helpers import architecture_checks as checks
+from helpers import architectures
 
 CONSOLE = Console(stderr=True)
 KINDS = {"causal": "Causal language models", "masked": "Masked language models", "classifier": "Sequence classifiers"}

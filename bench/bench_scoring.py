@@ -5,7 +5,7 @@ eight of the longest), and what jaguar's two layouts process. Memory: an allocat
 the median of packed to naive tokens, on OPT-1.3B's shape with fake tensors, so that neither weights nor a GPU are
 needed. Time: forwards on this machine's CPU, fp32, side by side, after their scores have been found equal.
 
-What is measured against is tests/naive.py. It is kinder than the public code, which also copies the logits of all but
+Measured against jaguar/scoring/naive.py, which is kinder than the public code: that also copies the logits of all but
 the last position and holds the KV cache until the loss is there.
 
     python bench/bench_scoring.py [--sentences FILE ...] [--column NAME] [--tokenizer DIR] [--out bench/results]
@@ -33,13 +33,10 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jaguar.scoring import Scorer
+from jaguar.scoring import Scorer, naive
 from jaguar.tasks import SST2
 from jaguar.tasks.questions import Encoder, Example
 from jaguar.tasks.rows import Row, read_rows
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import naive
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaguar"  # as in demo/prepare.py
 BATCH, PAD = 16, 1

@@ -3,14 +3,13 @@
 import json
 import re
 
-import architectures
 import pytest
-import tiny
 import torch
 import transformers
-from test_scoring import CLOSE, scorer_of
-from test_trust import recurrent, scaled
 
+from helpers import architectures, tiny
+from helpers.scorers import CLOSE, scorer_of
+from helpers.tiny import recurrent, scaled
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.models import load as models

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import dtype_id, numpy_of
 from torch import nn
 
+from helpers.tensors import dtype_id, numpy_of
 from jaguar import ZOSGD, JaguarSignSGD
 from jaguar.method import rules
 from jaguar.method.method import Method

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import all_bits
-from kernels import interpreted
+
+from helpers.kernels import interpreted
+from helpers.tensors import all_bits
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -14,13 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_learning
-import tiny
 from learning import report, search
 from learning.contenders import CONTENDERS, Contender
 from learning.peers import PEERS
 from learning.reviews import Reviews
 from learning.search import Journal, Plan, Point, ranked
 
+from helpers import tiny
 from jaguar.optimizers.names import METHODS
 
 BYTES = ["--pretraining", "5", "--only", "FZOO", "--variants", "full"]

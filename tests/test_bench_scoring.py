@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import naive
 import pytest
-import tiny
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+
+from helpers import tiny
+from jaguar.scoring import naive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 

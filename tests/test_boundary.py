@@ -4,11 +4,10 @@ import functools
 import unicodedata
 
 import pytest
-import synthetic
-import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers import synthetic, tiny
 from jaguar.tasks import COPA, SST2, Encoder, MultipleChoice, Question, TextClassification, WinoGrande
 from jaguar.tasks.rows import Row
 

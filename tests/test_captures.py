@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make
+
+from helpers.laws import make
 
 pytest.importorskip("triton")
-from kernels import (
+from torch import Tensor
+
+from helpers.kernels import (
     DIRECTIONS,
     Form,
     Twins,
@@ -24,8 +27,6 @@ from kernels import (
     interpreted,
     method_of,
 )
-from torch import Tensor
-
 from jaguar.backends import triton as fused
 from jaguar.backends import uploads
 from jaguar.backends.polar import triton as newton_schulz

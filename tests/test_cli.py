@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import refused
 from transformers import AutoModelForCausalLM
 
 import jaguar
+from helpers import tiny
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.models.load import Loaded

@@ -4,18 +4,16 @@ import json
 import signal
 import sys
 
-import naive
 import pytest
-import synthetic
-import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import refused
 
+from helpers import synthetic, tiny
+from helpers.tiny import refused
 from jaguar.cli import flag_groups, flags
 from jaguar.cli import main as cli
-from jaguar.scoring import Scorer, evaluate
+from jaguar.scoring import Scorer, evaluate, naive
 from jaguar.tasks import TASKS
 from jaguar.trainer.trainer import ZOTrainer
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from csrc_emulator.calls import check_prepared, check_small, newton_schulz, prepare, product, small
-from csrc_emulator.harness import (
+
+from helpers.csrc_emulator.calls import check_prepared, check_small, newton_schulz, prepare, product, small
+from helpers.csrc_emulator.harness import (
     AMPERE,
     BAD_ALIGNMENT,
     BAD_SHAPE,

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_ending import place as place
-from test_ending import words
-from tiny import refused
 
+from helpers.runs import place as place
+from helpers.runs import words
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.trainer.staging import RECORD
 

@@ -9,8 +9,17 @@ import random
 
 import pytest
 import torch
-from conftest import COLUMNS, COORDINATES, ROWS, fraction_ints, step_key_ints, stratum_ints, stream_ints, words_ints
 
+from helpers.oracles import (
+    COLUMNS,
+    COORDINATES,
+    ROWS,
+    fraction_ints,
+    step_key_ints,
+    stratum_ints,
+    stream_ints,
+    words_ints,
+)
 from jaguar import JaguarSignSGD
 from jaguar.method import samples
 from jaguar.method.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock

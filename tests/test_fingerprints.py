@@ -24,12 +24,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import fingerprints
 import numpy as np
 import pytest
 import torch
-from conftest import bits
-from fingerprints import Row, fingerprint, row_id
+
+from helpers import fingerprints
+from helpers.fingerprints import Row, fingerprint, row_id
+from helpers.tensors import bits
 
 FILE = Path(__file__).with_name("fingerprints.json")
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
@@ -41,7 +42,7 @@ ROWS = {
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     try:
-        import interpreter  # noqa: F401 (twice as fast)
+        from helpers import interpreter  # noqa: F401 (twice as fast)
     except ModuleNotFoundError:  # without triton
         INTERPRETED = False
 

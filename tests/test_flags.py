@@ -9,13 +9,15 @@ import warnings
 from dataclasses import fields
 
 import pytest
-import tiny
 import torch
 import transformers
-from tiny import refused
 from transformers import HfArgumentParser, TrainingArguments
 
 import jaguar
+from helpers import tiny
+from helpers.flags import Reached, line
+from helpers.flags import settled as settled
+from helpers.tiny import refused
 from jaguar.backends.availability import NAMES
 from jaguar.cli import flag_groups
 from jaguar.cli import main as cli
@@ -133,39 +135,6 @@ WITH = {
     **{key: ["--eval_steps", "2"] for key in ("metric_for_best_model", "greater_is_better")},
     "load_best_model_at_end": ["--eval_steps", "2", "--num_dev", "4"],
 }
-
-
-class Reached(Exception):
-    """Everything was checked that can be without data and model."""
-
-
-BASE = {"model": "lm", "output_dir": "out", "max_steps": "4", "train_file": "a.csv", "test_file": "b.csv"}
-
-
-def line(flag, value, more=()):
-    """A command line with a flag in some spelling; no value: the bare flag."""
-    name = flag.replace("-", "_")
-    left_out = {name, *(word[2:] for word in more), *["max_steps"] * (name == "num_train_epochs")}
-    base = [word for key, text in BASE.items() if key not in left_out for word in (f"--{key}", text)]
-    return ["finetune", *base, *more, f"--{flag}", *([] if value is None else [value])]
-
-
-@pytest.fixture
-def settled(monkeypatch):
-    """The run that a command line means, as it is before data and model are loaded."""
-    real = Run.trainer_arguments
-
-    def trainer_arguments(self):
-        raise Reached(self, real(self))
-
-    monkeypatch.setattr(Run, "trainer_arguments", trainer_arguments)
-
-    def parsed(words):
-        with pytest.raises(Reached) as reached, warnings.catch_warnings(action="ignore"):
-            cli.main(words)
-        return reached.value.args[0]
-
-    return parsed
 
 
 OURS = {names[0][2:] for _, _, flags in flag_groups.FINETUNE for names, _ in flags}

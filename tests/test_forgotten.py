@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, Bag, make, weights
 
+from helpers.laws import CONFIGS, make
+from helpers.tensors import Bag, weights
 from jaguar.backends import availability
 from jaguar.backends.launches import Launches
 

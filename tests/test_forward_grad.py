@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from test_trainer import scored
 from torch import Tensor, nn
 
+from helpers import tiny
+from helpers.trainers import scored
 from jaguar import ForwardGrad
 from jaguar.cli.finetune.progress import Losses
 from jaguar.method.directions import Gaussian

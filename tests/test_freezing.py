@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, TAU, Bag, all_bits, bits, weights
-from laws import built
 from torch import Tensor, nn
 
+from helpers.laws import CONFIGS, TAU, built
+from helpers.tensors import Bag, all_bits, bits, weights
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Record
 
 SHAPES = [(12, 17), (40,), (5, 9), (30,), (1,)]

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from test_checkpoints import bits, equal, make, resumed, rows, trainer
 
+from helpers.checkpoints import bits, equal, make, resumed, rows, trainer
 from jaguar.trainer import checkpoints
 
 

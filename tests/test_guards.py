@@ -10,25 +10,18 @@ import time
 from contextlib import nullcontext
 
 import pytest
-import test_measure
 import torch
-from conftest import CONFIGS, Bag, all_bits, bits, dtype_id, every_form, make, skipping, state_bits, warned, weights
 from torch import nn
 
 import jaguar.method.params
+from helpers.laws import CONFIGS, make
+from helpers.steps import skipping, warned
+from helpers.tensors import Bag, all_bits, bits, dtype_id, every_form, state_bits, weights
 from jaguar import ZOSGD, JaguarSignSGD
-from jaguar.backends.reference.coordinate import CoordinateProbe
-from jaguar.backends.reference.probes import CopyProbe
 from jaguar.method import rules
 from jaguar.method.orthogonal import Orthogonal
 
 configs = pytest.mark.parametrize("config", CONFIGS)
-
-
-@pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tensors one by one, so that something can fail between them."""
-    monkeypatch.setattr("jaguar.backends.reference.pieces._SMALL", -1)
 
 
 def step_rule(config: str) -> str:
@@ -348,42 +341,6 @@ def test_without_a_choice_memory_decides(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # -- the guards have teeth ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("config", "probe"), [("fraction", CoordinateProbe), ("gaussian-copy", CopyProbe)])
-def test_the_restore_law_notices_a_missing_restore(config: str, probe: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "finish", lambda self: None)
-    with pytest.raises(AssertionError):
-        test_measure.restore_law(config, [weights(torch.float32, 50)])
-
-
-def test_the_failure_law_notices_a_missing_abort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CoordinateProbe, "abort", lambda self: None)
-    with pytest.raises(AssertionError):
-        test_measure.test_a_failing_closure_leaves_no_trace("fraction", torch.float32, "raise-1")
-
-
-@pytest.mark.parametrize("config", ["fraction", "gaussian-copy"])
-def test_the_autocast_law_notices_a_stale_cache(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
-    with pytest.raises(AssertionError):
-        test_measure.autocast_law(config)
-
-
-@pytest.mark.usefixtures("apart")
-def test_the_slice_law_notices_a_stride_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-        tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())[index] = values
-
-    monkeypatch.setattr("jaguar.backends.reference.coordinate.scatter_", wrong)
-    with pytest.raises(AssertionError):
-        test_measure.test_nothing_outside_a_slice_is_touched("fraction", "block", torch.float32)
-
-
-def test_the_dropout_law_notices_unseeded_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaguar.optimizers.isolation.Isolation.evaluate", lambda self, closure, seed: closure())
-    with pytest.raises(AssertionError):
-        test_measure.test_dropout_masks_within_and_between_steps()
 
 
 def test_streams_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, all_bits, every_form, make, skipping, state_bits
-from laws import TAU
-from test_checkpoints import bits, equal, rows, trainer
-from test_checkpoints import make as model_of
 from transformers import TrainerCallback
 
+from helpers.checkpoints import bits, equal, rows, trainer
+from helpers.checkpoints import make as model_of
+from helpers.laws import CONFIGS, TAU, make
+from helpers.steps import skipping
+from helpers.tensors import all_bits, every_form, state_bits
 from jaguar import ZOTrainer
 
 configs = pytest.mark.parametrize("config", CONFIGS)
@@ -105,7 +106,7 @@ def test_steps_are_held_where_nobody_looks(tmp_path: Any, monkeypatch: Any, who:
 
 def test_three_launches_a_step_of_the_trainer(tmp_path: Any) -> None:
     pytest.importorskip("triton")
-    from kernels import counted, jobs
+    from helpers.kernels import counted, jobs
 
     run = trainer(tmp_path, model_of("tied"), coordinates=0.5, tau=TAU, backend="triton", save_strategy="no")
     with counted(run=True) as seen:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_newton_schulz import with_spectrum
 from torch import Tensor
 
+from helpers.spectra import with_spectrum
 from jaguar.backends.polar import schedule as iteration
 from jaguar.backends.polar.reference import newton_schulz, normalised
 from jaguar.backends.polar.schedule import Task, batches, gram_segments, half_pays, orthogonalise

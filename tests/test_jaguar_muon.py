@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import all_bits, bits, numpy_of, skipping, state_bits
 from torch import Tensor, nn
 
 import jaguar
+from helpers.steps import skipping
+from helpers.tensors import all_bits, bits, numpy_of, state_bits
 from jaguar import JaguarMuon, JaguarSignSGD
 from jaguar.backends import availability
 from jaguar.backends.polar import run as polar_run

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, fraction_ints
+
+from helpers.oracles import fraction_ints
+from helpers.tensors import DTYPES
 
 pytest.importorskip("triton")
 import triton.language as tl
-from covering import pairwise
-from kernels import (
+
+from helpers.covering import pairwise
+from helpers.kernels import (
     DIRECTIONS,
     SEED,
     SHAPES,
@@ -35,7 +38,6 @@ from kernels import (
     same,
     step_law,
 )
-
 from jaguar.backends import availability
 from jaguar.backends.triton.plan import Plan, Table
 from jaguar.method.directions import Coordinates

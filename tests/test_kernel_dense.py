@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES
+
+from helpers.tensors import DTYPES
 
 pytest.importorskip("triton")
 import triton.language as tl
-from covering import pairwise
-from kernels import (
+from torch import Tensor, nn
+
+from helpers.covering import pairwise
+from helpers.kernels import (
     MOVES,
     RHO,
     SHAPES,
@@ -32,8 +35,6 @@ from kernels import (
     same,
     step_law,
 )
-from torch import Tensor, nn
-
 from jaguar import ZOSGD
 from jaguar.backends.triton.plan import Plan, Table
 from jaguar.triton_kernels import dense

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES
 from torch import Tensor
+
+from helpers.tensors import DTYPES
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl  # noqa: F401 (the interpreter looks for it where a kernel is)
-from kernels import (
+from triton.runtime.interpreter import InterpreterBuilder
+
+from helpers.kernels import (
     DIRECTIONS,
     GROUPS,
     RHO,
@@ -35,8 +38,6 @@ from kernels import (
     same,
     step_law,
 )
-from triton.runtime.interpreter import InterpreterBuilder
-
 from jaguar.backends import availability
 from jaguar.backends.triton.numbers import arithmetic
 from jaguar.backends.triton.plan import Plan

@@ -12,10 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGS, TAU, make, weights
+
+from helpers.laws import CONFIGS, TAU, make
+from helpers.tensors import weights
 
 pytest.importorskip("triton")
-from kernels import (
+from torch import Tensor
+
+from helpers.kernels import (
     DIRECTIONS,
     GROUPS,
     MOVES,
@@ -31,7 +35,7 @@ from kernels import (
     step_law,
     steps_of,
 )
-from test_kernel_rng import (  # noqa: F401  (collected here too, and then run on the GPU)
+from helpers.random_kernels import (  # noqa: F401  (collected here too, and then run on the GPU)
     test_every_pattern_widens_and_comes_back,
     test_mulhi64_equals_ints,
     test_nearest,
@@ -45,8 +49,6 @@ from test_kernel_rng import (  # noqa: F401  (collected here too, and then run o
     test_words_in_a_row_need_no_carry,
     test_words_use_both_halves_of_the_group,
 )
-from torch import Tensor
-
 from jaguar import ZOSGD, JaguarSignSGD
 from jaguar.backends import availability
 from jaguar.backends.launches import StepInputs

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES
+
+from helpers.tensors import DTYPES
 
 pytest.importorskip("triton")
-from covering import pairwise
-from kernels import (
+from helpers.covering import pairwise
+from helpers.kernels import (
     MOVES,
     SHAPES,
     Form,
@@ -27,7 +28,6 @@ from kernels import (
     same,
     step_law,
 )
-
 from jaguar.method.directions import Mixed
 from jaguar.method.rules import AlongMomentum
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TAU, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
+from helpers.laws import TAU
+from helpers.tensors import all_bits, dtype_id, state_bits
+
 pytest.importorskip("triton")
-from covering import pairwise
-from kernels import (
+import jaguar
+from helpers.covering import pairwise
+from helpers.kernels import (
     DIRECTIONS,
     Form,
     Steps,
@@ -29,8 +32,6 @@ from kernels import (
     step_law,
     steps_of,
 )
-
-import jaguar
 from jaguar import JaguarMuon
 from jaguar.backends import reference
 from jaguar.backends import triton as fused

@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, FORMS, TAU, Bag, all_bits, bits, dtype_id, make, skipping, weights
-from test_measure import Trouble, failing, restore_law
 from torch import Tensor, nn
 
-pytest.importorskip("triton")
-from kernels import bag_of, counted, everything, interpreted, jobs, parameters
+from helpers.laws import CONFIGS, TAU, make
+from helpers.measuring import Trouble, failing, restore_law
+from helpers.steps import skipping
+from helpers.tensors import FORMS, Bag, all_bits, bits, dtype_id, weights
 
+pytest.importorskip("triton")
+from helpers.kernels import bag_of, counted, everything, interpreted, jobs, parameters
 from jaguar import ZOSGD, JaguarSignSGD
 from jaguar.backends import availability, bind, ops
 from jaguar.backends.polar import run as polar_run
@@ -54,8 +56,9 @@ def planned() -> Iterator[list[dict[str, Any]]]:
 
 
 def transformer(folder: Path, dtype: torch.dtype, trained: tuple[str, ...]) -> nn.Module:
-    from tiny import causal_lm
     from transformers import AutoModelForCausalLM
+
+    from helpers.tiny import causal_lm
 
     model = AutoModelForCausalLM.from_pretrained(causal_lm(folder), dtype=dtype).eval()
     for name, parameter in model.named_parameters():

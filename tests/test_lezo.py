@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import all_bits, bits, philox_ints, step_key_ints, stream_ints, weights
 from torch import Tensor, nn
 
 import jaguar
+from helpers.oracles import philox_ints, step_key_ints, stream_ints
+from helpers.tensors import all_bits, bits, weights
 from jaguar.method.directions import Layers
 from jaguar.method.rng import Draw
 

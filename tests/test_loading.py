@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import tiny
 from jaguar.models.adapters import Adapter
 from jaguar.models.errors import said
 from jaguar.models.load import load

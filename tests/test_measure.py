@@ -3,70 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CONFIGS,
-    DTYPES,
-    FORMS,
-    TAU,
-    Bag,
-    all_bits,
-    bits,
-    dtype_id,
-    every_form,
-    fraction_ints,
-    make,
-    state_bits,
-    step_key_ints,
-    stratum_ints,
-    weights,
-)
 from torch import nn
 
+from helpers.laws import CONFIGS, TAU, make
+from helpers.measuring import Trouble, failing, no_hooks_left, restore_law
+from helpers.oracles import fraction_ints, step_key_ints, stratum_ints
+from helpers.tensors import DTYPES, FORMS, Bag, all_bits, bits, dtype_id, every_form, state_bits, weights
 from jaguar import ZOSGD, JaguarSignSGD
+from jaguar.backends.reference.coordinate import CoordinateProbe
+from jaguar.backends.reference.probes import CopyProbe
 from jaguar.method.params import Shard
 
 configs = pytest.mark.parametrize("config", CONFIGS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-
-
-def no_hooks_left() -> bool:
-    return not nn.modules.module._global_forward_pre_hooks and not nn.modules.module._global_forward_hooks
-
-
-# By estimator and number of directions: whether each evaluation is away from x; None where that depends.
-AWAY: dict[str, Callable[[int], list[bool | None]]] = {
-    "two-sided": lambda n: [True] * (2 * n),
-    "one-sided": lambda n: [False, *[True] * n],
-    "normalised": lambda n: [False, *[True] * n],
-    "forward-mode": lambda n: [False] * n,
-    "two-places": lambda n: [True] * 4,
-    "conservative": lambda n: [*[True] * (2 * n), False, None, None],  # the last two are where the step would lead
-}
-
-
-def restore_law(config: str, tensors: list[torch.Tensor], **changes: object) -> None:
-    """Parameters are moved while the closure runs, and bit for bit back afterwards; again gives the same record."""
-    bag = Bag(tensors)
-    opt = make(config, bag.named_parameters(), **changes)
-    params = list(bag.parameters())
-    before, version = all_bits(params), [(p.data_ptr(), p.stride(), p.requires_grad) for p in params]
-    record = opt.measure(bag)
-    estimator = opt.method.estimator
-    away = AWAY[estimator.name](estimator.n_directions)
-    moved = [all_bits(seen) != before for seen in bag.seen]
-    assert len(moved) == len(away) and len(record.losses) == estimator.n_losses
-    assert [m for m, known in zip(moved, away, strict=True) if known is not None] == [a for a in away if a is not None]
-    assert all_bits(params) == before and no_hooks_left()
-    assert [(p.data_ptr(), p.stride(), p.requires_grad) for p in params] == version
-    assert opt.measure(bag) == record and opt.steps_done == 0
-    first, second = bag.seen[: len(moved)], bag.seen[len(moved) :]
-    assert [all_bits(s) for s in first] == [all_bits(s) for s in second]
-    assert all_bits(params) == before
 
 
 @configs
@@ -83,28 +36,6 @@ def test_measure_restores_one_tensor(config: str, dtype: torch.dtype, form: str)
     if form == "one" and "coordinates" in CONFIGS[config][1]:
         changes["coordinates"] = 1 if config == "count" else 1.0  # so that there is something to move
     restore_law(config, [FORMS[form](dtype)], **changes)
-
-
-class Trouble(Exception):
-    pass
-
-
-def failing(bag: Bag, how: str) -> object:
-    """The bag as a closure that fails at its 1st or 2nd evaluation, after the forward or inside it."""
-    kind, at = how.split("-")
-    calls = [0]
-
-    def fail(*_: object) -> None:
-        calls[0] += 1
-        if calls[0] == int(at):
-            raise {"raise": Trouble, "inside": Trouble, "interrupt": KeyboardInterrupt}[kind]
-
-    if kind == "inside":
-        bag.register_forward_hook(fail)
-        return bag
-    if kind == "nan":
-        return lambda: bag() * (float("nan") if len(bag.seen) == int(at) else 1.0)
-    return lambda: (bag(), fail())[0]
 
 
 FAILURES = ["raise-1", "raise-2", "inside-1", "inside-2", "interrupt-1", "interrupt-2", "nan-1", "nan-2"]
@@ -395,3 +326,42 @@ def test_fraction_of_the_evaluation_is_the_oracles() -> None:
                 want[i] = x[i] + side * sign * TAU
             assert torch.equal(seen[0].flatten(), want)
         opt.step()
+
+
+# -- the laws notice ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "probe"), [("fraction", CoordinateProbe), ("gaussian-copy", CopyProbe)])
+def test_the_restore_law_notices_a_missing_restore(config: str, probe: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "finish", lambda self: None)
+    with pytest.raises(AssertionError):
+        restore_law(config, [weights(torch.float32, 50)])
+
+
+def test_the_failure_law_notices_a_missing_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CoordinateProbe, "abort", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_a_failing_closure_leaves_no_trace("fraction", torch.float32, "raise-1")
+
+
+@pytest.mark.parametrize("config", ["fraction", "gaussian-copy"])
+def test_the_autocast_law_notices_a_stale_cache(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    with pytest.raises(AssertionError):
+        autocast_law(config)
+
+
+@pytest.mark.usefixtures("apart")
+def test_the_slice_law_notices_a_stride_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(tensor: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+        tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())[index] = values
+
+    monkeypatch.setattr("jaguar.backends.reference.coordinate.scatter_", wrong)
+    with pytest.raises(AssertionError):
+        test_nothing_outside_a_slice_is_touched("fraction", "block", torch.float32)
+
+
+def test_the_dropout_law_notices_unseeded_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaguar.optimizers.isolation.Isolation.evaluate", lambda self, closure, seed: closure())
+    with pytest.raises(AssertionError):
+        test_dropout_masks_within_and_between_steps()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TAU, Bag, all_bits, bits, weights
 
 import jaguar
+from helpers.laws import TAU
+from helpers.tensors import Bag, all_bits, bits, weights
 from jaguar import Method, ZerothOrder
 from jaguar.method import directions, estimators, orthogonal, rules
 from jaguar.method.directions import Coordinates, Gaussian, Rademacher, ReleasedBlock

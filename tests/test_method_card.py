@@ -9,10 +9,10 @@ from typing import Any, Unpack
 
 import pytest
 import torch
-from tiny import refused
 
 import jaguar
 import jaguar.optimizers
+from helpers.tiny import refused
 from jaguar.backends import availability
 from jaguar.cli import main as cli
 from jaguar.cli.method_card import facts

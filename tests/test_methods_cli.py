@@ -5,12 +5,11 @@ import signal
 import sys
 
 import pytest
-import synthetic
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import refused
 
+from helpers import synthetic, tiny
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.optimizers.names import METHODS
 from jaguar.trainer.trainer import ZOTrainer

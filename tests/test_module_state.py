@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, Log, bits, make, weights
 from torch import Tensor, nn
 
 import jaguar.optimizers.module_state
+from helpers.laws import CONFIGS, make
+from helpers.tensors import Log, bits, weights
 from jaguar import ZOSGD, JaguarSignSGD
 
 

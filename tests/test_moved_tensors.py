@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TAU, Bag, all_bits, weights
 from torch import Tensor
 
 import jaguar
+from helpers.laws import TAU
+from helpers.tensors import Bag, all_bits, weights
 
 pytest.importorskip("triton")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import pytest
-import tiny
 import torch
-from test_flags import line, settled  # noqa: F401
-from tiny import refused
 from transformers import BertForSequenceClassification
 
 import jaguar
 import jaguar.optimizers
+from helpers import tiny
+from helpers.flags import line, settled  # noqa: F401
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.cli import values
 from jaguar.cli.finetune.dry_run import check

@@ -7,28 +7,17 @@ import sys
 
 import pytest
 import torch
-from conftest import dtype_id
 from torch import Tensor
 
 import jaguar
+from helpers.spectra import with_spectrum
+from helpers.tensors import dtype_id
 from jaguar.backends import availability
 from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES, scalar_iterate
 
 SHAPES = [(1, 1), (1, 9), (7, 1), (8, 2048), (2048, 8), (5, 5), (64, 100), (100, 64), (3, 6, 10), (4, 33, 7)]
 schemes = pytest.mark.parametrize("name", SCHEMES)
-
-
-def with_spectrum(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
-    """(G, U, s, V): a matrix or a batch with singular values from 1 to 1e-3, times something for each of a batch."""
-    gen = torch.Generator().manual_seed(seed)
-    *batch, m, n = shape
-    k = min(m, n)
-    U = torch.linalg.qr(torch.randn(*batch, m, k, generator=gen, dtype=torch.float64))[0]
-    V = torch.linalg.qr(torch.randn(*batch, n, k, generator=gen, dtype=torch.float64))[0]
-    s = torch.logspace(0, -3, k, dtype=torch.float64).expand(*batch, k)
-    scale = torch.rand(*batch, 1, generator=gen, dtype=torch.float64) + 0.5
-    return ((U * (s * scale).unsqueeze(-2)) @ V.mT).to(dtype), U, s, V
 
 
 def iterates(s: Tensor, name: str, steps: int | None = None) -> Tensor:

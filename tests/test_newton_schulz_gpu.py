@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TAU, Bag, bits, dtype_id, state_bits, weights
 from torch import Tensor
 
 import jaguar
+from helpers.laws import TAU
+from helpers.tensors import Bag, bits, dtype_id, state_bits, weights
 from jaguar import JaguarMuon
 from jaguar.backends import availability
 from jaguar.backends.polar import run as polar_run

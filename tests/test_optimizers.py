@@ -10,29 +10,12 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CONFIGS,
-    DTYPES,
-    ROUND,
-    ROUND_STATE,
-    TAU,
-    Bag,
-    all_bits,
-    bits,
-    dtype_id,
-    every_form,
-    fraction_ints,
-    make,
-    noise_at,
-    skipping,
-    state_bits,
-    step_key_ints,
-    stream_ints,
-    weights,
-)
-from laws import ONE_DIRECTION
-from test_rounding import law
 
+from helpers.laws import CONFIGS, ONE_DIRECTION, TAU, make
+from helpers.oracles import ROUND, ROUND_STATE, fraction_ints, noise_at, step_key_ints, stream_ints
+from helpers.rounding import law
+from helpers.steps import skipping
+from helpers.tensors import DTYPES, Bag, all_bits, bits, dtype_id, every_form, state_bits, weights
 from jaguar import ZOSGD, JaguarSignSGD, Record
 from jaguar.method.params import Shard
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, TAU, all_bits, dtype_id, state_bits, weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.laws import TAU
+from helpers.tensors import DTYPES, all_bits, dtype_id, state_bits, weights
 from jaguar import JaguarMuon, ZOMuon, param_groups
 from jaguar.backends import availability
 from jaguar.backends.polar import reference

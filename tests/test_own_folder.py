@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoints import bits, equal, make, trainer
-from test_ending import place as place
-from test_ending import words
-from tiny import refused
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
+from helpers.checkpoints import bits, equal, make, trainer
+from helpers.runs import place as place
+from helpers.runs import words
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.progress import Stop
 from jaguar.trainer import staging

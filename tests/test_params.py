@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import every_form, stream_ints
 from torch import nn
 
+from helpers.oracles import stream_ints
+from helpers.tensors import every_form
 from jaguar import ZOSGD, JaguarSignSGD
 from jaguar.backends import availability
 from jaguar.method.params import build_slots, canonical_name, check_tensor, free_bytes, stream_of

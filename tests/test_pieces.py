@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, dtype_id
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.tensors import DTYPES, dtype_id
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, ZOSignSGD
 from jaguar.method.directions import Coordinates, ReleasedBlock
 from jaguar.method.params import Slot

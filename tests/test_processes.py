@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_ending import place as place
-from test_ending import words
 from transformers import TrainerControl, TrainerState
 
+from helpers.runs import place as place
+from helpers.runs import words
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.progress import Stop
 from jaguar.trainer import arguments as training_args

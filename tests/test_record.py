@@ -9,8 +9,10 @@ import zlib
 
 import pytest
 import torch
-from conftest import TAU, bits, warned, weights
 
+from helpers.laws import TAU
+from helpers.steps import warned
+from helpers.tensors import bits, weights
 from jaguar import JaguarSignSGD
 from jaguar.record import Record
 

@@ -7,10 +7,10 @@ import json
 import math
 
 import pytest
-import tiny
 from rich.console import Console
-from tiny import refused
 
+from helpers import tiny
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.report import Points, StepBar, curves, score_table
 from jaguar.scoring import Scorer

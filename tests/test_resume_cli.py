@@ -6,12 +6,12 @@ import re
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import refused
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from helpers import tiny
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.cli.finetune import job as finetune
 from jaguar.cli.finetune.run import STATE

@@ -8,23 +8,26 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DIRECTION, M32, ROUND, ROUND_STATE, noise_at, philox_ints, sign_at, step_key_ints, words_ints
 
+from helpers.oracles import (
+    BOUNDS,
+    DIRECTION,
+    M32,
+    ROUND,
+    ROUND_STATE,
+    VECTORS,
+    noise_at,
+    numbers,
+    philox_ints,
+    sign_at,
+    step_key_ints,
+    words_ints,
+)
 from jaguar.method import rng
 from jaguar.method.rng import Draw, Purpose
 
-VECTORS = [  # Random123 1.14, kat_vectors, philox4x32 10
-    ("0", "0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff " * 2, "ffffffff " * 4, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("a4093822 299f31d0", "243f6a88 85a308d3 13198a2e 03707344", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
 STARTS = [0, 5, 2**31 - 3, 2**31 + 77, 2**32 + 3, 2**40 + 1]
 N = 1 << 20
-
-
-def numbers(text: str, n: int) -> tuple[int, ...]:
-    values = [int(w, 16) for w in text.split()]
-    return tuple(values * n if len(values) == 1 else values)
 
 
 @pytest.mark.parametrize(("key", "counter", "expected"), VECTORS, ids=["zeros", "ones", "pi"])
@@ -64,9 +67,6 @@ def test_words_use_both_halves_of_the_group() -> None:
     groups = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**62 + 12345]
     got = torch.stack(rng.words((3, 4), torch.tensor(groups), 0xDEADBEEF, Purpose.ROUND), 1).tolist()
     assert got == [list(words_ints((3, 4), g, 0xDEADBEEF, ROUND)) for g in groups]
-
-
-BOUNDS = [1, 2, 3, 10, 100, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1, 10**12 + 7, 2**62 + 3, 2**63 - 1]
 
 
 @pytest.mark.parametrize("bound", BOUNDS)

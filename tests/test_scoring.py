@@ -2,35 +2,17 @@
 
 import math
 
-import naive
 import pytest
-import synthetic
-import tiny
 import torch
 from transformers import AutoModelForSequenceClassification, BloomConfig, BloomForCausalLM
 
-from jaguar.scoring import Scorer, Scores, evaluate, paired_se, roc_auc
+from helpers import tiny
+from helpers.scorers import CLOSE, TASKS, examples, kind_of, scorer_of
+from jaguar.scoring import Scorer, Scores, evaluate, naive, paired_se, roc_auc
 from jaguar.scoring.layout import chains, masked, packed_masked, packed_trees, trees
-from jaguar.tasks import COPA, SST2, Choice, Encoder, Example, Question, WinoGrande
-from jaguar.tasks.rows import Row
+from jaguar.tasks import Choice, Encoder, Example, Question
 
-TASKS = {"sst2": SST2(), "copa": COPA(), "winogrande": WinoGrande()}
 MODELS = list(tiny.ARCHITECTURES)
-# fp32: sums in another order, over rows of other lengths.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def kind_of(name):
-    return "masked" if tiny.ARCHITECTURES[name][1] == "MaskedLM" else "causal"
-
-
-def examples(task, name, count=16, seed=1):
-    rows = [
-        Row({k: str(v).strip() for k, v in row.items()}, f"row {i}")
-        for i, row in enumerate(synthetic.ROWS[task](count, seed))
-    ]
-    kind = kind_of(name)
-    return Encoder(tiny.tokenizer_of(name), kind, 128)([TASKS[task].question(row, kind == "masked") for row in rows])
 
 
 def odd_options(name):
@@ -38,10 +20,6 @@ def odd_options(name):
     options = [" film", " film music", " the very old railway station"]
     asked = [Question("the road leads to", tuple(options[: 2 + i % 2]), i % 2, f"row {i}") for i in range(5)]
     return Encoder(tiny.tokenizer_of(name), kind_of(name), 128)(asked)
-
-
-def scorer_of(model, name, task="sst2", **options):
-    return Scorer(model, tiny.tokenizer_of(name).pad_token_id, kind_of(name), TASKS[task].objective, **options)
 
 
 # -- the law -----------------------------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import payloads
 import pytest
-import tiny
 import torch
 import transformers.dynamic_module_utils
-from payloads import changed, filled
-from tiny import refused
 
+from helpers import payloads, tiny
+from helpers.payloads import changed, filled
+from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.models.adapters import Adapter
 from jaguar.models.load import load

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_flags import settled  # noqa: F401
-from tiny import refused
 
+from helpers.flags import settled  # noqa: F401
+from helpers.tiny import refused
 from jaguar.cli import settings_file
 from jaguar.tasks.presets import presets
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, DTYPES, TAU, Bag, bits, dtype_id, weights
-from laws import built
 from torch import Tensor
 
+from helpers.laws import CONFIGS, TAU, built
+from helpers.tensors import DTYPES, Bag, bits, dtype_id, weights
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Shard
 from jaguar.method import params
 from jaguar.method.params import Slot

@@ -17,8 +17,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import DIRECTION, ROUND_STATE, numpy_of, skipping, step_key_ints, stream_ints
-from slow import (
+from torch import nn
+
+import jaguar
+from helpers.oracles import DIRECTION, ROUND_STATE, step_key_ints, stream_ints
+from helpers.slow import (
     DTYPES,
     SEED,
     SHAPES,
@@ -36,9 +39,8 @@ from slow import (
     start,
     went_down,
 )
-from torch import nn
-
-import jaguar
+from helpers.steps import skipping
+from helpers.tensors import numpy_of
 from jaguar import FZOO, ZOSignSGD
 
 SEARCH, PROJECT, DIRECTION_1 = 10, 11, 12  # purposes beside conftest's

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, ROUND_STATE, numpy_of, philox_ints, skipping, stream_ints
-from slow import DTYPES, GROUPS, SEED, SHAPES, STEPS, Slow, Var, loss_of, start
 
+from helpers.oracles import LAYERS, ROUND_STATE, philox_ints, stream_ints
+from helpers.slow import DTYPES, GROUPS, SEED, SHAPES, STEPS, Slow, Var, loss_of, start
+from helpers.steps import skipping
+from helpers.tensors import numpy_of
 from jaguar import LeZO, ZOAdaMM, ZOSGDCons
 
 # The three methods

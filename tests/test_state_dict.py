@@ -10,9 +10,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, DTYPES, Bag, all_bits, bits, dtype_id, every_form, make, skipping, state_bits, weights
 from torch import nn
 
+from helpers.laws import CONFIGS, make
+from helpers.steps import skipping
+from helpers.tensors import DTYPES, Bag, all_bits, bits, dtype_id, every_form, state_bits, weights
 from jaguar import ZOSGD, JaguarSignSGD
 
 MOMENTA = [None, torch.float32, torch.bfloat16, torch.float8_e5m2]

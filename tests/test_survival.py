@@ -1,6 +1,6 @@
 """What a run survives: a process that is killed, files that fail and a disk that is full, at any file operation.
 
-tests/faults.c counts what changes files, whichever library it comes from, and lets the n-th operation fail.
+tests/helpers/faults.c counts what changes files, whichever library it comes from, and lets the n-th operation fail.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent
 # Operations of the three saves of a run: about 70 each, and as many to remove the checkpoint before.
 MOST = 240
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="operations are counted by LD_PRELOAD")
@@ -27,15 +27,16 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     made = tmp_path_factory.mktemp("faults") / "faults.so"
-    line = ["gcc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(made), str(HERE / "faults.c"), "-ldl"]
+    source = str(TESTS / "helpers/faults.c")
+    line = ["gcc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(made), source, "-ldl"]
     subprocess.run(line, check=True)
     return made
 
 
 def outcomes(faults: Path, folder: Path, cases: list[str]) -> list[dict[str, Any]]:
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"LD_PRELOAD": str(faults), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    line = [sys.executable, str(HERE / "faulty.py"), str(folder), *cases]
+    line = [sys.executable, str(TESTS / "helpers/faulty.py"), str(folder), *cases]
     done = subprocess.run(line, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -2,25 +2,18 @@
 
 import numpy as np
 import pytest
-import synthetic
-import tiny
 
+from helpers import synthetic, tiny
+from helpers.tiny import TEXT, write
 from jaguar.cli.finetune.data import Data, class_names
 from jaguar.models.load import Loaded
 from jaguar.tasks import COPA, SST2, TASKS, Encoder, MultipleChoice, Question, TextClassification, WinoGrande, described
 from jaguar.tasks.rows import Row, hub_rows, read_rows
 from jaguar.tasks.sampling import drawn, k_shot, train_and_dev
 
-TEXT = {"text": "text", "label": "label"}
-
 
 def row(**fields):
     return Row(fields, "a.csv, line 7")
-
-
-def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def test_csv_and_jsonl_give_the_same_rows(tmp_path):

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, TAU, bits, weights
-from laws import built
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import jaguar
+from helpers.laws import CONFIGS, TAU, built
+from helpers.tensors import bits, weights
 
 Params = list[Any]
 OURS: dict[str, Any] = {

@@ -6,13 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_trainer import QUIET, Bad, arguments, bits, classifier, equal, examples, labelled, scored
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.hyperparameter_search import HPSearchBackend
 
+from helpers import tiny
+from helpers.trainers import QUIET, Bad, arguments, bits, classifier, equal, examples, labelled, scored
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Method, Scorer, ZerothOrder, ZOTrainer, ZOTrainingArguments
 from jaguar.method.directions import Rademacher
 from jaguar.method.estimators import TwoSided

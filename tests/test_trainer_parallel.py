@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_micro_batches import HEADS, model_of, trained
-from test_trainer import arguments, classifier, labelled
 
+from helpers.heads import HEADS, model_of, trained
+from helpers.trainers import arguments, classifier, labelled
 from jaguar import ZOTrainer
 
 SCRIPT = """
 import hashlib, json, logging, os, sys
 sys.path.insert(0, {tests!r})
 import torch
-from test_micro_batches import HEADS, model_of, trained
-from test_trainer import arguments, classifier, labelled
+from helpers.heads import HEADS, model_of, trained
+from helpers.trainers import arguments, classifier, labelled
 from jaguar import ZOTrainer
 logging.disable(logging.WARNING)
 

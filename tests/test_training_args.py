@@ -4,10 +4,10 @@ import warnings
 from dataclasses import fields
 
 import pytest
-import tiny
 import torch
 from transformers import BertForSequenceClassification, TrainingArguments
 
+from helpers import tiny
 from jaguar import ZOTrainer, ZOTrainingArguments
 from jaguar.trainer.arguments import WITHOUT_EFFECT
 

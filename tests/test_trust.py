@@ -3,13 +3,14 @@
 import math
 
 import pytest
-import tiny
 import torch
 import transformers
-from test_scoring import CLOSE, examples, scorer_of
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
+from helpers import tiny
+from helpers.scorers import CLOSE, examples, scorer_of
+from helpers.tiny import recurrent, scaled
 from jaguar import Scorer, ZOTrainer, ZOTrainingArguments
 from jaguar.scoring import evaluate
 from jaguar.scoring.verification import picked
@@ -39,14 +40,6 @@ CLASSIFIERS = {  # name, configuration, how it is read
 }
 
 
-def scaled(model, scale=6.0):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(scale)
-    return model.eval()
-
-
 def classifier(name):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(bos_token_id=None, eos_token_id=None, **CLASSIFIERS[name][0])
@@ -64,21 +57,6 @@ def test_a_classifier_gives_a_row_the_same_logits_in_every_batch(name):
     assert alone.std() > 0.02 and scorer.reading.together == CLASSIFIERS[name][1]
     passes = {"padded": 1, "equal": 6, "one": 7}[scorer.reading.together]
     assert scorer.forward_passes == passes  # the comparison is not counted
-
-
-def recurrent(name="Mamba"):
-    torch.manual_seed(0)
-    small = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
-    if name == "Qwen3_5":
-        small |= {"layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4, "head_dim": 8}
-        small |= {"num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
-        small |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "intermediate_size": 48}
-        config = transformers.Qwen3_5TextConfig(**small)
-    elif name == "RecurrentGemma":
-        config = transformers.RecurrentGemmaConfig(**small, num_attention_heads=4, intermediate_size=48, lru_width=32)
-    else:
-        config = getattr(transformers, f"{name}Config")(**small)
-    return scaled(getattr(transformers, f"{name}ForCausalLM")(config), 4.0)
 
 
 def alone(model, data):

@@ -5,8 +5,8 @@ import json
 import math
 
 import pytest
-from test_tasks import TEXT, write
 
+from helpers.tiny import TEXT, write
 from jaguar.cli.finetune.data import Data
 from jaguar.tasks.rows import hub_rows, read_rows
 

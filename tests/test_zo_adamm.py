@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, Bag, bits, numpy_of, sign_at, step_key_ints, stream_ints, weights
 from torch import Tensor
 
 import jaguar
+from helpers.oracles import sign_at, step_key_ints, stream_ints
+from helpers.tensors import DTYPES, Bag, bits, numpy_of, weights
 from jaguar.method import directions, estimators, rounding, rules
 
 SHAPE, SEED, TAU = (6, 7), 12345, 2.0**-7

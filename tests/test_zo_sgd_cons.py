@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bag, all_bits, bits, skipping, weights
 from torch import Tensor
 
 import jaguar
+from helpers.steps import skipping
+from helpers.tensors import Bag, all_bits, bits, weights
 from jaguar import Record
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import DIRECTION, sign_at, step_key_ints, stream_ints, weights
 
+from helpers.oracles import DIRECTION, sign_at, step_key_ints, stream_ints
+from helpers.tensors import weights
 from jaguar import ZOSGD, ZOSignSGD
 
 TAU, LR, DECAY = 2.0**-6, 1e-2, 0.1

@@ -25,11 +25,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from conftest import bits
-from covering import pairwise
 from torch import Tensor, nn
 
 import jaguar
+from helpers.covering import pairwise
+from helpers.tensors import bits
 
 Row = dict[str, Any]
 

@@ -6,10 +6,8 @@ import json
 import random
 from pathlib import Path
 
-import synthetic
 import torch
 import transformers
-from synthetic import BAD, FILLER, GOOD
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -19,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from helpers import synthetic
+from helpers.synthetic import BAD, FILLER, GOOD
 from jaguar.cli import main as cli
 
 TEMPLATE = r"Review: {text}\nSentiment:"
@@ -178,3 +178,34 @@ def saved(folder, name, seed=0, **more):
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
+
+
+def scaled(model, scale=6.0):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+def recurrent(name="Mamba"):
+    torch.manual_seed(0)
+    small = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
+    if name == "Qwen3_5":
+        small |= {"layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4, "head_dim": 8}
+        small |= {"num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 4}
+        small |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "intermediate_size": 48}
+        config = transformers.Qwen3_5TextConfig(**small)
+    elif name == "RecurrentGemma":
+        config = transformers.RecurrentGemmaConfig(**small, num_attention_heads=4, intermediate_size=48, lru_width=32)
+    else:
+        config = getattr(transformers, f"{name}Config")(**small)
+    return scaled(getattr(transformers, f"{name}ForCausalLM")(config), 4.0)
+
+
+TEXT = {"text": "text", "label": "label"}
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path

@@ -1,14 +1,25 @@
-"""Scoring as the benchmark does it: every option in a row of its own, all of the vocabulary at every position.
+"""The reference of scoring: every option in a row of its own, all of the vocabulary at every position.
 
 The public codes pad on the left to a multiple of eight and take a log-softmax over all logits in the model's dtype
-(formulas from arXiv 2305.17333, appendix E). This is what lean scoring must equal, and what it is measured against.
+(formulas from arXiv 2305.17333, appendix E). Tests compare the scorer with this, and benchmarks measure against it; no
+run of the package uses it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from jaguar.tasks.questions import Example
 
 
-def rows(examples, kind, pad_id, side="left", multiple=8):
+def rows(
+    examples: Sequence[Example], kind: str, pad_id: int, side: str = "left", multiple: int = 8
+) -> tuple[Tensor, Tensor, list[list[int]], list[list[int]]]:
     """input_ids, attention_mask (rows, tokens), and for each row the positions and tokens of its option."""
     choices = [choice for example in examples for choice in example.choices]
     # The benchmark's rows hold the option's last token too.
@@ -24,15 +35,27 @@ def rows(examples, kind, pad_id, side="left", multiple=8):
     return torch.tensor(ids), torch.tensor(mask), where, [list(c.targets) for c in choices]
 
 
-def _logits(model, ids, mask):
+def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     # GPT-2 and BERT count positions from the row's start; padding on the left must not move them.
-    if model.config.model_type in ("gpt2", "bert"):
-        return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    return model(input_ids=ids, attention_mask=mask).logits
+    counts = model.config.model_type in ("gpt2", "bert")
+    more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if counts else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, **more).logits
+    return logits
 
 
-def scores(model, examples, kind, pad_id, side="left", multiple=8):
-    """(rows, options): mean log-probability of each option; a list per example where their numbers differ."""
+def scores(
+    model: Any, examples: Sequence[Example], kind: str, pad_id: int, side: str = "left", multiple: int = 8
+) -> list[Tensor]:
+    """The mean log-probability of each option, a tensor per example.
+
+    Args:
+        model: a language model of transformers.
+        examples: what is scored, as one batch.
+        kind: "causal" or "masked".
+        pad_id: the token that fills short rows.
+        side: where it stands, "left" or "right".
+        multiple: of the number of tokens in a row.
+    """
     ids, mask, where, targets = rows(examples, kind, pad_id, side, multiple)
     logits = _logits(model, ids, mask)
     logprobs = F.log_softmax(logits, -1)
@@ -43,20 +66,20 @@ def scores(model, examples, kind, pad_id, side="left", multiple=8):
     return list(torch.stack(means).split([len(e.choices) for e in examples]))
 
 
-def loss(model, examples, kind, pad_id, objective, side="left"):
-    """The training loss of the batch."""
+def loss(model: Any, examples: Sequence[Example], kind: str, pad_id: int, objective: str, side: str = "left") -> Tensor:
+    """The training loss of the batch: cross-entropy of option scores ("classification"), or of the answer's tokens."""
     if objective == "classification":
         found = scores(model, examples, kind, pad_id, side)
         each = [F.cross_entropy(s[None], torch.tensor([e.label])) for s, e in zip(found, examples, strict=True)]
         return torch.stack(each).mean()
-    right = [type(e)((e.choices[e.label],), 0) for e in examples]
+    right = [Example((e.choices[e.label],), 0) for e in examples]
     ids, mask, where, targets = rows(right, kind, pad_id, side)
     logits = _logits(model, ids, mask)
     picked = torch.cat([logits[i, w] for i, w in enumerate(where)])
     return F.cross_entropy(picked, torch.tensor([t for target in targets for t in target]))
 
 
-def alone(model, examples, kind):
+def alone(model: Any, examples: Sequence[Example], kind: str) -> Tensor:
     """As `scores`, by the plainest forward there is: one sequence at a time, no padding, no mask, all of its logits."""
     found = []
     for example in examples:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 EMULATOR = Path(__file__).parent
-ROOT = EMULATOR.parents[1]
+ROOT = EMULATOR.parents[2]
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU does not forgive what a CPU does

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from conftest import DIRECTION, ROUND, ROUND_STATE, numpy_of, step_key_ints, stream_ints, words_ints
 from torch import nn
 
+from helpers.oracles import DIRECTION, ROUND, ROUND_STATE, step_key_ints, stream_ints, words_ints
+from helpers.tensors import numpy_of
 from jaguar.method.rng import Elements, normals_of
 
 SEED, STEPS, TAU = 2**40 + 12345, 300, 2.0**-4

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import interpreter  # noqa: F401 (twice as fast)
-from conftest import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from torch import Tensor, nn
 
+from helpers import interpreter  # noqa: F401 (twice as fast)
+from helpers.tensors import BAND, DTYPES, FORMS, Bag, all_bits, dtype_id, state_bits
 from jaguar.backends import availability, ops
 from jaguar.backends import triton as fused
 from jaguar.backends.launches import Launches, StepInputs

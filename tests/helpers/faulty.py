@@ -46,15 +46,15 @@ def forked(work: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def make(folder: Path, resume: bool | None = None) -> Any:
-    from test_checkpoints import make as model
-    from test_checkpoints import trainer
+    from helpers.checkpoints import make as model
+    from helpers.checkpoints import trainer
 
     return trainer(folder, model("tied", seed=int(bool(resume))), STEPS, save_steps=EVERY, save_total_limit=1, beta=0.5)
 
 
 def digest(run: Any) -> str:
     """A hash of weights and momenta."""
-    from test_checkpoints import bits
+    from helpers.checkpoints import bits
 
     found = [*bits(run.model).values(), *(e["momentum"] for e in run.zeroth_order.state.values())]
     return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in found)).hexdigest()

@@ -1,0 +1,1 @@
+"""Shared by the tests: `from helpers.x import y`. No test file imports another one."""
