@@ -184,7 +184,8 @@ def tests(name: str, seconds: float, logs: Path, before: Sequence[str] = (), sel
         more: environment variables.
     """
     begin = time.monotonic()
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"\bmark\.gpu\b", p.read_text())]
+    sources = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.name)
+    files = [path for path in sources if re.search(r"\bmark\.gpu\b", path.read_text())]
     if not files:
         return Stage(name, "failed", 0.0, "no file in tests/ has a GPU test")
     logs.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 `fingerprints.json` has a line per run of `fingerprints.py`: digests of the parameters, of the state and of the records,
 and the commit that they were recorded at. This adds the runs that the file lacks, and leaves its lines as they are:
 
-    python tests/test_fingerprints.py --write
+    TRITON_INTERPRET=1 PYTHONPATH=tests python tests/engine/test_fingerprints.py --write
 
 Whoever means to change bits deletes the lines that differ, records them anew, and says so in the changelog.
 
@@ -117,8 +117,10 @@ def test_another_rounding_is_seen(optimizer: str, monkeypatch: pytest.MonkeyPatc
 def write() -> None:
     """Records the runs that the file lacks."""
 
+    torch.set_num_threads(1)  # as tests/conftest.py does
+
     def git(*words: str) -> str:
-        package = [str(FILE.parents[1] / name) for name in ("jaguar", "triton_kernels")]
+        package = [str(FILE.parents[2] / name) for name in ("jaguar", "triton_kernels")]
         done = subprocess.run(
             ["git", *words, "--", *package], cwd=FILE.parent, check=True, capture_output=True, text=True
         )

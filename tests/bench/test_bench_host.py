@@ -15,7 +15,7 @@ import torch
 from helpers.kernels import interpreted
 from helpers.tensors import all_bits
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import bench_host  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Formatting a help text takes these two; a progress bar and tables are for runs.
 OF_HELP = {"rich", "rich_argparse"}
 OF_RUNS = {"rich.live", "rich.progress", "rich.table", "jaguar.cli.finetune", "jaguar.trainer.arguments"}

@@ -20,7 +20,7 @@ from jaguar.cli import main as cli
 from jaguar.models.adapters import Adapter
 from jaguar.models.load import load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRUST = "--trust_remote_code"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # Operations of the three saves of a run: about 70 each, and as many to remove the checkpoint before.
 MOST = 240
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="operations are counted by LD_PRELOAD")

@@ -18,7 +18,7 @@ import torch
 import jaguar
 from jaguar.method import directions, estimators, orthogonal, rules
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = [dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```$", TEXT, flags=re.S | re.M)]
 KERNELS = "@triton.jit"

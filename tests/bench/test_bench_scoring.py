@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from helpers import tiny
 from jaguar.scoring import naive
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import bench_scoring
 from allocations import Allocations

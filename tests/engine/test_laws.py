@@ -17,7 +17,7 @@ import jaguar
 from helpers.laws import CONFIGS, LAWS, TAU, make
 from helpers.tensors import Bag, all_bits, dtype_id, every_form, state_bits
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 configs = pytest.mark.parametrize("config", CONFIGS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -19,7 +19,7 @@ import pytest
 
 NOTE = "backends/polar/_cuda_build.txt"
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("jaguar", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE")
 # As setup.py, but a toolkit in its usual place on this machine is not seen.
 DRIVER = """

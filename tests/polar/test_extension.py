@@ -25,7 +25,7 @@ from jaguar.backends.polar import cuda as extension
 from jaguar.backends.polar import schedule as iteration
 from jaguar.method.schemes import SCHEMES
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 STREAM = 0x123456789AB  # more than 32 bits
 
 STUB = """

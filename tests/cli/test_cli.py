@@ -24,7 +24,7 @@ from jaguar.models.load import Loaded
 from jaguar.tasks.rows import Row
 from jaguar.trainer.trainer import ZOTrainer
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 
 
 @pytest.fixture(scope="module")

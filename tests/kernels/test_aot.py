@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CASES = [
     "sparse perturb x=bf16 m=bf16 fraction",
     "sparse fused x=bf16 m=bf16 fraction",

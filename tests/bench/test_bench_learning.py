@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import bench_learning
 from learning import report, search
 from learning.contenders import CONTENDERS, Contender

@@ -55,7 +55,7 @@ HEADS_TRIED += ["means of rows", "classes"]
 
 def run(folder, world):
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(heads=HEADS_TRIED, tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(heads=HEADS_TRIED, tests=str(Path(__file__).parents[1])))
     processes = []
     for rank in range(world):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
