@@ -1,1 +1,1 @@
-"""How a method moves tensors: which backend can run here, the reference, the kernels, Newton-Schulz."""
+"""Backends move tensors as a method says: the reference, the kernels, Newton-Schulz, and the choice among them."""

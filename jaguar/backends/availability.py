@@ -66,7 +66,7 @@ def _missing_triton() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels; decided when they are imported."""
+    """Tells whether Triton's interpreter runs the kernels; decided when they are imported."""
     loaded = sys.modules.get("jaguar.triton_kernels.launch")
     if loaded is not None:
         return bool(loaded.INTERPRETED)

@@ -1,4 +1,4 @@
-"""From a method and its tensors to launches, on one or several backends, as one."""
+"""Binds a method and its tensors to launches on one or several backends, as one."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ class Bound:
 
     @property
     def fuses_restore(self) -> bool:
-        """Whether `update_` can end the last probe of a step."""
+        """Tells whether `update_` can end the last probe of a step."""
         return all(launches.fuses_restore for _, launches in self.parts)
 
     @property
     def wrote(self) -> bool:
-        """Whether the last `update_` came to write anything."""
+        """Tells whether the last `update_` came to write anything."""
         return any(launches.wrote for _, launches in self.parts)
 
     def check(self, state: State) -> None:

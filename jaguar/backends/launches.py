@@ -37,7 +37,7 @@ class StepInputs:
 
     @property
     def known(self) -> bool:
-        """Whether weights are known: of the launches it is the update that comes next."""
+        """Tells whether weights are known: of the launches it is the update that comes next."""
         return any(s.weights for s in self.scalars.values())
 
     def of(self, where: Sequence[int], probe: Probe | None = None) -> StepInputs:
@@ -69,11 +69,11 @@ class Launches(Protocol):
 
     @property
     def fuses_restore(self) -> bool:
-        """Whether `update_` can end the last probe of a step."""
+        """Tells whether `update_` can end the last probe of a step."""
 
     @property
     def wrote(self) -> bool:
-        """Whether the last `update_` came to write anything; asked when it failed."""
+        """Tells whether the last `update_` came to write anything; asked when it failed."""
 
     def check(self, state: State) -> None:
         """Looks at all tensors again, for launches that move them and their state.

@@ -1,4 +1,4 @@
-"""Which backend moves which tensor: what was named, or the first that can."""
+"""Assigns tensors to backends: the one that was named, or the first that can."""
 
 from __future__ import annotations
 

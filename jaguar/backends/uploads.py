@@ -1,16 +1,16 @@
-"""From the host to a device without waiting for it; and CUDA graphs, whose replays would make such a copy again."""
+"""Copies from the host to a device without waiting; and CUDA graphs, whose replays would make such a copy again."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# What captured launches read: a graph owns none of its arguments, and nothing says when there is no graph any more.
+# Tensors that captured launches read: a graph owns none of its arguments, and nothing says when a graph is gone.
 _FOR_REPLAYS: dict[int, object] = {}
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether work for a device goes into a CUDA graph now, instead of running."""
+    """Tells whether work for a device goes into a CUDA graph now, instead of running."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):

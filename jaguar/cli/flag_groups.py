@@ -16,15 +16,15 @@ from jaguar.trainer.options import OptimizerOptions
 
 TASKS = tuple(tasks.TASKS)
 
-# What a run takes where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
+# Values of a run where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
 DEFAULTS: dict[str, Any] = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}
 EVAL_BATCH = 32
-# What a run has for fields of TrainingArguments instead of their own defaults; None: that depends on the other flags.
+# Values of a run for fields of TrainingArguments instead of their own defaults; None: the other flags decide it.
 OF_THE_RUN = DEFAULTS | {"per_device_eval_batch_size": EVAL_BATCH, "report_to": "none", "save_total_limit": 1}
 OF_THE_RUN |= {"disable_tqdm": True, "num_train_epochs": None, "eval_strategy": None, "save_strategy": None}
 OF_THE_RUN |= {"load_best_model_at_end": None, "dataloader_pin_memory": None}
 
-# What the authors' released step decides: neither a preset nor a user can say otherwise.
+# Options that the authors' released step decides: neither a preset nor a user can say otherwise.
 RELEASED_FIXES = {"coordinates", "layout", "signs", "update", "beta", "vector_lr", "adjust_lr"}
 RELEASED_FIXES |= {"ns_steps", "ns_coefficients", "ns_dtype", "ns_period"}
 

@@ -87,7 +87,7 @@ class Written(str):
 
 
 def _is_number(word: str) -> bool:
-    """Whether it is one; to argparse, -1e-4 would be a flag."""
+    """Tells whether a word is a number; to argparse, -1e-4 would be a flag."""
     with contextlib.suppress(ValueError):
         float(word)
         return True
@@ -145,7 +145,7 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What was given; `trainer` has the fields of TrainingArguments that have no flag of ours.
+    """Arguments as given; `trainer` has the fields of TrainingArguments that have no flag of ours.
 
     Settings come from the preset of the chosen model, task, method and adapter, then from the file of --config, then
     from the command line; later ones win.

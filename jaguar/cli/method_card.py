@@ -1,4 +1,4 @@
-"""What `jaguar info --method` says of a method: all of it is read from its class, and from one of a tiny model."""
+"""Card of a method for `jaguar info --method`, read from its class and from an optimizer of a tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SGD = "g = grad f(x) + wd x;   m <- momentum m + g;   x <- x - lr m        (m =
 
 
 def facts(name: str) -> dict[str, str]:
-    """What there is to know of a method on the command line, by heading."""
+    """Facts about a method of the command line, by heading."""
     row = METHODS[name]
     if row.cls is None:
         return _of_sgd(name)
@@ -43,7 +43,7 @@ def facts(name: str) -> dict[str, str]:
 
 
 def _of_sgd(name: str) -> dict[str, str]:
-    """The same of the baseline with gradients, whose class is torch's."""
+    """Facts about the baseline with gradients, whose class is torch's."""
     kind = torch.optim.SGD
     held, gradients = zip(*map(_held_by_sgd, _DTYPES), strict=True)
     return {
@@ -155,7 +155,7 @@ def _held_by_sgd(dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _verdict(backend: str, optimizer: Any) -> str:
-    """Whether a backend has the method, and whether that can run here."""
+    """Tells whether a backend has the method, and whether that can run here."""
     reason = availability.unavailable().get(backend)
     try:
         ops.require(backend, optimizer.method, [], optimizer.param_groups)  # no tensors: the machine does not matter

@@ -65,7 +65,7 @@ _OF_GRADIENTS = {"torch_empty_cache_steps": "it is emptied in steps with a backw
 _OF_REPORTS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 _OF_EVALUATIONS = ("eval_delay", "metric_for_best_model", "greater_is_better", "prediction_loss_only")
 
-# What the fields' types leave open: ranges, and words that are looked at only when training has begun.
+# Checks that the fields' types leave open: ranges, and words that are looked at only when training has begun.
 _CHECKS: dict[str, Callable[[str], Any]] = {
     "num_train_epochs": values.number(above=0.0),
     "eval_delay": values.number(0.0),

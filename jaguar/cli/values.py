@@ -1,4 +1,4 @@
-"""What a word on the command line must be: each function turns text into a value, or says what would be right."""
+"""Types of words on the command line: each function turns text into a value, or says what would be right."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What an optimizer is, as values and plain torch: directions, estimators, rules, counted randomness, one rounding."""
+"""Parts of an optimizer, as values and plain torch: directions, estimators, rules, counted randomness, one rounding."""

@@ -25,8 +25,8 @@ class Estimator:
     Attributes:
         n_directions: directions per step.
         rho_clip: bound on |rho|, or None.
-        name: in checkpoints.
-        points: of each direction, in order of evaluation, in units of tau e; the last one is where a walk ends.
+        name: name in checkpoints.
+        points: places along a direction, in order of evaluation, in units of tau e; the last one is where a walk ends.
     """
 
     n_directions: int = 1
@@ -44,7 +44,7 @@ class Estimator:
 
     @property
     def two_sided(self) -> bool:
-        """Whether x - tau e is visited: else x + tau e is compared with x."""
+        """Tells whether x - tau e is visited: else x + tau e is compared with x."""
         return -1.0 in self.points
 
     @property
@@ -78,11 +78,11 @@ class Estimator:
         return len(losses)
 
     def loss(self, losses: Sequence[float]) -> float:
-        """What a step tells its user: the mean of the losses, NaN if one is not finite."""
+        """Loss that a step returns: the mean of the losses, NaN if one is not finite."""
         return mean(losses)
 
     def moves(self, losses: Sequence[float]) -> bool:
-        """Whether these losses, all finite, move anything."""
+        """Tells whether these losses, all finite, move anything."""
         return True
 
     def check(self, direction: Direction, walk: bool) -> None:
@@ -174,7 +174,7 @@ class Normalised(OneSided):
         return [rounded((f - losses[0]) / length if length else 0.0, double) for f in losses[1:]]
 
     def moves(self, losses: Sequence[float]) -> bool:
-        """Whether the losses differ."""
+        """Tells whether the losses differ."""
         return self._sigma(losses) > 0.0
 
     def _sigma(self, losses: Sequence[float]) -> float:
@@ -309,7 +309,7 @@ class Conservative(TwoSided):
         return self._along(losses, 1.0 if minus <= plus else -1.0, tau, double)
 
     def moves(self, losses: Sequence[float]) -> bool:
-        """Whether one of the two steps lowers the loss."""
+        """Tells whether one of the two steps lowers the loss."""
         stay, minus, plus = losses[-3:]
         return min(minus, plus) < stay
 

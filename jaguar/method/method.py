@@ -108,7 +108,7 @@ class Method:
 
     @property
     def stochastic(self) -> bool:
-        """Whether values are rounded stochastically where storage is narrower than fp32."""
+        """Tells whether values are rounded stochastically where storage is narrower than fp32."""
         return self.rounding == "stochastic"
 
     @property
@@ -132,7 +132,7 @@ class Method:
         }
 
     def moves(self, losses: Sequence[float]) -> bool:
-        """Whether a step with these losses, all finite, moves anything."""
+        """Tells whether a step with these losses, all finite, moves anything."""
         return self.estimator.moves(self._smaller(losses))
 
     def derivatives(self, losses: Sequence[float]) -> Derivatives:
@@ -140,7 +140,7 @@ class Method:
         along = partial(self.estimator.along, self._smaller(losses))
         if not self.maximize:
             return along
-        # Of two equal losses it is -0, as in `downhill`: what becomes of a parameter that is -0 depends on it.
+        # For two equal losses it is -0, as in `downhill`: what becomes of a parameter that is -0 depends on it.
         return lambda tau, double: [-(0.0 - rho) for rho in along(tau, double)]
 
     def downhill(self, derivatives: Derivatives) -> Derivatives:
@@ -174,7 +174,7 @@ class Method:
             lr, tau: the group's learning rate and length of the perturbation in the step.
             rho: derivatives of what is made smaller; none before the losses are known.
             t: number of the step among those that moved something, from 1.
-            length: of the step's direction.
+            length: length of the step's direction.
         """
         double, rule, clip = kind.double, self.rule, self.estimator.rho_clip
         if clip is not None:

@@ -104,7 +104,7 @@ class Orthogonal(AveragedSign):
         return group
 
     def is_matrix(self, slot: Slot, group: Mapping[str, Any]) -> bool:
-        """Whether Newton-Schulz moves a slot."""
+        """Tells whether Newton-Schulz moves a slot."""
         return len(slot.shape) >= 2 and bool(group["ns"])
 
     def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class SampledOrthogonal(ScalarSign):
             raise ValueError(f"SampledOrthogonal moves along Orthonormal() directions, and not along {direction}")
 
     def options(self) -> dict[str, Any]:
-        """That it is Algorithm 4."""
+        """The mark of Algorithm 4."""
         return {"algorithm": 4}
 
     def completed(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class SampledOrthogonal(ScalarSign):
         return {"matrices": matrix_shapes(slot, group["ns"])}
 
     def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
-        """That there is no momentum."""
+        """A line that says that there is no momentum."""
         return ["matrices move along their directions, everything else by signs; no momentum"]
 
 
@@ -251,7 +251,7 @@ def matrix_shapes(slot: Slot, ns: Any) -> tuple[int, int]:
 
 
 def _whole_matrices(slot: Slot, size: int) -> bool:
-    """Whether a part of a batch holds whole matrices of `size` elements, one after the other."""
+    """Tells whether a part of a batch holds whole matrices of `size` elements, one after the other."""
     one_run = slot.end - slot.start == slot.count and slot.tensor.shape[1:] == slot.shape[1:]
     return one_run and slot.start % size == slot.count % size == 0
 

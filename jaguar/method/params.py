@@ -47,9 +47,9 @@ class Shard:
     columns)`.
 
     Attributes:
-        shape: of the logical tensor.
+        shape: shape of the logical tensor.
         start: logical index of the first local element.
-        width, pitch: of the rows; None: one row, whatever is held.
+        width, pitch: numbers of the rows; None: one row, whatever is held.
     """
 
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Slot:
         group: index of its parameter group.
         shape: shape of the whole logical tensor.
         start: logical index of the first local element; 0 unless the tensor is a shard.
-        width, pitch: of a shard's rows; None: local element j is logical element `start + j`.
+        width, pitch: numbers of a shard's rows; None: local element j is logical element `start + j`.
         rate: its learning rate as a multiple of its group's.
         gain: length of its step as a multiple of its learning rate; weight decay has no part in it.
         signed: the rule moves it; else its launches update its state only, and something else moves it.
@@ -134,7 +134,7 @@ class Slot:
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is a whole number; True and False are not."""
+    """Tells whether `value` is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -16,10 +16,10 @@ class Trial(Protocol):
     """Other places to look at: each a context in which the parameters are there, and after which they are back."""
 
     def __call__(self, derivatives: Derivatives) -> AbstractContextManager[None]:
-        """Where a step along these derivatives would take them, bit for bit."""
+        """Context in which they are where a step along these derivatives would take them, bit for bit."""
 
     def previous(self) -> AbstractContextManager[None]:
-        """Where the last step began, which the rule keeps in its copy "previous"; before the first, where they are."""
+        """Context in which they are where the last step began, by the rule's copy "previous"; at first, as they are."""
 
 
 class Probe(Protocol):

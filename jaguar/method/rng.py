@@ -38,7 +38,7 @@ _ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What a draw is for; it separates the streams of one step from each other."""
+    """Purpose of a draw; it separates the streams of one step from each other."""
 
     CLOSURE = 0  # seeds of the global generators while the closure runs
     DIRECTION = 1  # dense directions
@@ -55,7 +55,7 @@ class Purpose(IntEnum):
     DIRECTION_1 = 12  # a second dense direction
 
 
-# What the state buffers of a rule are rounded with, in order.
+# Purposes of the noise that rounds the state buffers of a rule, in order.
 STATE_PURPOSES = (Purpose.ROUND_STATE, Purpose.ROUND_STATE_1, Purpose.ROUND_STATE_2)
 
 

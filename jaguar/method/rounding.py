@@ -24,7 +24,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def needs_noise(dtype: torch.dtype) -> bool:
-    """Whether storing as `dtype` rounds an fp32 value."""
+    """Tells whether storing as `dtype` rounds an fp32 value."""
     return dtype in (torch.bfloat16, torch.float16, torch.float8_e5m2)
 
 

@@ -47,12 +47,12 @@ class Scalars:
 
     @property
     def finite(self) -> bool:
-        """Whether all weights are finite."""
+        """Tells whether all weights are finite."""
         return all(map(math.isfinite, self.weights))
 
 
 def all_finite(scalars: Mapping[Any, Scalars]) -> bool:
-    """Whether the weights of all kinds of tensors are finite."""
+    """Tells whether the weights of all kinds of tensors are finite."""
     return all(s.finite for s in scalars.values())
 
 
@@ -74,7 +74,7 @@ POSITIVE = Range(lambda value: value < math.inf and rounded(value) > 0.0, " must
 FACTOR = Range(lambda value: 0.0 <= value < 1.0, " must lie in [0, 1)")
 LENGTH = Range(POSITIVE.admits, ": the length of the perturbation must be positive (1e-3 is common)")
 
-# What every parameter group has.
+# Numbers that every parameter group has.
 COMMON: Mapping[str, Range] = {"lr": NOT_NEGATIVE, "tau": LENGTH, "weight_decay": NOT_NEGATIVE}
 
 
@@ -102,7 +102,7 @@ def state_dtype(parameter: torch.dtype, buffer: Buffer, chosen: torch.dtype | No
 
 
 class Seen(NamedTuple):
-    """What the length of the best step depends on.
+    """Measurements on which the length of the best step depends.
 
     Attributes:
         share: g'Cg / E[rho^2], g the gradient, C the covariance of the directions.

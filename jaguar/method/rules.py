@@ -193,7 +193,7 @@ class SGD(Rule):
         return (1.0 - float(group.get("momentum", 0.0))) * n * seen.share / seen.curvature
 
     def options(self) -> dict[str, Any]:
-        """Whether there is no momentum."""
+        """The mark of a rule without momentum."""
         return {} if self.momentum else {"momentum": False}
 
 
@@ -327,7 +327,7 @@ class Recursive(Rule):
         eta_t = k / (m0 + t)^(1/3),   a_1 = 1,   a_t+1 = c eta_t^2,   t = 1, 2, ... steps that moved something
 
     Attributes:
-        k, m0, c: of the schedule; no a_t may exceed 1.
+        k, m0, c: constants of the schedule; no a_t may exceed 1.
     """
 
     k: float = 1.0

@@ -1,4 +1,4 @@
-"""Coefficients of Newton-Schulz: what becomes of a singular value at each step.
+"""Coefficients of Newton-Schulz: the polynomial of a singular value at each step.
 
     X <- a X + (b R + c R R) X,  R = X X^T:      s <- a s + b s^3 + c s^5
 
@@ -75,7 +75,7 @@ _RIDGE = 2.0**-22
 
 
 def ridge(coefficients: Sequence[Coefficients]) -> float:
-    """What is added to the eigenvalues of R where the Gram form never begins anew: 0 but for steep schemes.
+    """Diagonal shift for a Gram iteration without restarts: 2^-22 if the slopes multiply to more than 2^10, else 0.
 
     Singular values below 2^-11 of the norm are then driven up as if they were that large.
     """
@@ -98,7 +98,7 @@ def checked(steps: int | None, coefficients: str, dtype: torch.dtype) -> int:
 
 
 def scalar_iterate(s: float, coefficients: list[Coefficients]) -> float:
-    """What becomes of a singular value `s` of X_0.
+    """Value that the iteration makes of a singular value `s` of X_0.
 
     A matrix of rank one has the singular value 1 / margin and no other, so this is its closed form:
     O = scalar_iterate(1 / margin) u v^T with unit vectors u and v.

@@ -59,7 +59,7 @@ class Estimates:
         doubt: mean of its squared standard error over the rows of its batch.
         grain: mean square of what the arithmetic of the model adds to a loss.
         least: tau where the parameters' own rounding leaves most of the perturbation; 0 for fp32 and fp64.
-        rows: of the last batch.
+        rows: rows of the last batch.
         tau: length of the perturbation.
     """
 
@@ -174,7 +174,7 @@ class StepSize:
     (and tau) are factors then, 1 unless given, so that schedules work as always.
 
     Attributes:
-        lr, tau: which of them.
+        lr, tau: True for those that are chosen.
 
     Source: the second-order expansion of the loss; pairs of rows as in the gradient noise scale of arXiv 1812.06162.
     """
@@ -192,7 +192,7 @@ class StepSize:
         return tuple(name for name in ("lr", "tau") if getattr(self, name))
 
     def options(self) -> dict[str, Any]:
-        """As it stands in a checkpoint."""
+        """Options as they stand in a checkpoint."""
         return {AUTO: ", ".join(self.chosen)}
 
     def check(self, rule: Rule, estimator: Estimator, walk: bool) -> None:
@@ -206,10 +206,10 @@ class StepSize:
             raise ValueError(f"{what}: looks at the loss at x, which restore='walk' leaves; choose another way")
 
     def looks(self, estimator: Estimator, number: int) -> tuple[bool, bool]:
-        """Whether a step looks at the curvature, and at the resolution of the loss.
+        """Tells whether a step looks at the curvature, and at the resolution of the loss.
 
         Args:
-            number: of the step among those whose losses were finite, from 0.
+            number: index of the step among those whose losses were finite, from 0.
         """
         return number < _FIRST or number % max(1, _SHARE // estimator.n_losses) == 0, self.tau and number == 0
 
@@ -243,9 +243,9 @@ class StepSize:
         """Enters a step into the estimates.
 
         Args:
-            factor: of tau, the first group's.
+            factor: the first group's multiple of tau.
             sign: -1 where the loss is made larger.
-            itemsize: bytes of a parameter, of the shortest.
+            itemsize: bytes of an element of the shortest dtype.
         """
         firsts, seconds = differences(estimator, record.losses)
         tau, n = record.taus[0], len(firsts)
@@ -270,7 +270,7 @@ def differences(estimator: Estimator, losses: Sequence[V]) -> tuple[list[V], lis
     """First differences along each direction, and second differences: nearby, if there is one, then at tau.
 
     Args:
-        losses: of `StepSize.look`, and then the estimator's; numbers, or tensors of rows.
+        losses: those of `StepSize.look`, and then the estimator's; numbers, or tensors of rows.
     """
     more, own = losses[: -estimator.n_losses], losses[-estimator.n_losses :]
     if isinstance(estimator, OneSided):

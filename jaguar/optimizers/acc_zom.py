@@ -28,8 +28,8 @@ class AccZOM(ZerothOrder):
         params: tensors (fp32, bf16, fp16, fp64), dicts with their own lr, tau, weight_decay, or
             model.named_parameters(), whose names make the random numbers independent of the order.
         lr: learning rate (gamma).
-        k, m0, c: of the schedule of eta and a. The defaults meet the paper's conditions, c >= 2 / (3 k^3) + 5/4 and
-            m0 >= 2; it publishes no values for language models.
+        k, m0, c: constants of the schedule of eta and a. The defaults meet the paper's conditions, c >= 2 / (3 k^3) +
+            5/4 and m0 >= 2; it publishes no values for language models.
         weight_decay: decoupled, multiplied by lr.
         common: tau, seed, backend, restore ("copy" or "module"), rho_clip (of both derivatives), rounding,
             momentum_dtype, maximize and shards, as `ZOSGD`. There is one direction a step.

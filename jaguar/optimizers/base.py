@@ -39,7 +39,7 @@ class ZerothOrder(Measuring):
         params: tensors (fp32, bf16, fp16, fp64), dicts with numbers of their own, or model.named_parameters(), whose
             names make the random numbers independent of the order.
         method: what is computed, a `jaguar.Method`.
-        seed: of all directions and rounding noise, in [0, 2**64).
+        seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         restore: how dense directions get back: "copy" of the trained tensors, or "module" by module while the model
             runs; None: a copy where it needs under a tenth of the free memory, else "module". No bit depends on it.
@@ -55,7 +55,7 @@ class ZerothOrder(Measuring):
     Equivalent to: `g = sum(rho * e for rho, e in zip(rhos, directions)) / n; rule(x, g)`.
     """
 
-    # Whether groups must say with `ns` what are matrices, as those of `jaguar.param_groups` do.
+    # True if groups must say with `ns` what are matrices, as those of `jaguar.param_groups` do.
     by_role: ClassVar[bool] = False
 
     def __init__(
@@ -225,7 +225,7 @@ class ZerothOrder(Measuring):
 
     @property
     def _holds(self) -> bool:
-        """Whether the last probe of a step can stay where it is until the update."""
+        """Tells whether the last probe of a step can stay where it is until the update."""
         # Copies of parameters that are missing must be made where the step begins.
         return self.method.walk or (self._trained.bound.fuses_restore and not self._roster.lacks_copies)
 
@@ -276,7 +276,7 @@ class ZerothOrder(Measuring):
             warn_of_skipped(record, self._skipped)
 
     def _lead(self, record: Record, inputs: StepInputs) -> bool:
-        """What comes before the launches of a step that moves something; returns whether it wrote anything."""
+        """Prepares the launches of a step that moves something; returns whether it wrote anything."""
         pairs = self._roster.copies("previous")
         for tensor, copy in pairs:
             copy.copy_(tensor)

@@ -23,7 +23,7 @@ class Saved:
 
     Attributes:
         step: number of the next step.
-        seed: of the directions.
+        seed: key of the directions.
         skipped: steps whose loss was not finite.
         skipped_in_a_row: the last of them without one between that was.
         last_finite: the last step whose loss was, if there was one.

@@ -26,7 +26,7 @@ class Common(TypedDict, total=False):
         estimator: "two-sided", or "one-sided": (f(x + tau e) - f(x)) / tau.
         rho_clip: bound on |rho|.
         maximize: make the loss larger, as in torch.optim.
-        seed: of all directions and rounding noise, in [0, 2**64).
+        seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
     """

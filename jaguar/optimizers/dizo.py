@@ -42,10 +42,10 @@ class DiZO(ZerothOrder):
         weight_decay: decoupled, multiplied by lr.
         every: steps from one search to the next.
         search_steps: estimates of a search, of two evaluations each.
-        search_scale, search_lr: of the search, in multiples of the way from x0.
-        bounds: of s_l; what is evaluated may lie outside, what is left never does.
+        search_scale, search_lr: tau and lr of the search, in multiples of the way from x0.
+        bounds: limits of s_l; what is evaluated may lie outside, what is left never does.
         project: path components or whole names of the projected tensors; None: query and value projections.
-        distribution: of z: "gaussian" or "rademacher".
+        distribution: law of z: "gaussian" or "rademacher".
         common: tau, seed, backend, restore ("copy" or "module"), estimator, n_directions, rho_clip, rounding,
             momentum_dtype, maximize and shards, as `ZOSGD`.
 

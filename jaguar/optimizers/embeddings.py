@@ -1,4 +1,4 @@
-"""What `nn.Embedding` and `nn.EmbeddingBag` say about their tables: an optimizer is given tensors, not modules."""
+"""Facts that `nn.Embedding` and `nn.EmbeddingBag` have about their tables: an optimizer gets tensors, not modules."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class ForwardGrad(ZerothOrder):
 def _tangent(draw: Draw, slot: Slot) -> Tensor:
     x = slot.tensor
     z = Gaussian().values_of(draw, Elements(list(slot.spans(0, slot.count)), x.device))
-    # Of the same strides: a tangent of others is copied.
+    # With the same strides: a tangent that has others is copied.
     tangent = torch.empty_like(x).copy_(z.view(x.shape))
     if slot.kept is not None:
         tangent[slot.kept] = 0.0

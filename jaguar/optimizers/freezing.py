@@ -1,4 +1,4 @@
-"""Which tensors take part in a step: `requires_grad` is a fact of the step, not of the optimizer's construction."""
+"""Frozen tensors: `requires_grad` is a fact of the step, not of the optimizer's construction."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Watch:
 
     @property
     def started(self) -> bool:
-        """Whether a step was measured."""
+        """Tells whether a step was measured."""
         return self._first is not None
 
     def check(self, groups: Sequence[dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ class Isolation:
     Args:
         closure: what will be evaluated.
         devices: whose generators closures may use.
-        state: of the modules; kept from step to step.
+        state: state of the modules; kept from step to step.
         step: number of the step.
         perturbed: the trained tensors.
     """

@@ -25,9 +25,9 @@ class JaguarMuon(ZerothOrder):
 
     `jaguar.param_groups(model)` says which is which. One Newton-Schulz per matrix and step.
 
-    With `ns_period=r` 1/r of the matrices have their turn in each step, in rotation in canonical order, and then move
-    by r lr (weight decay by r lr wd): Newton-Schulz costs 1/r. When a run ends, some matrices lack up to r - 1 steps.
-    They are dealt by number, not by size: with powers of two the steps of a transformer cost about the same.
+    `ns_period=r`: each step orthogonalises every r-th matrix (round-robin in canonical order) and moves it by r lr
+    (weight decay by r lr wd): Newton-Schulz costs 1/r. When a run ends, some matrices lack up to r - 1 steps. Powers of
+    two balance a transformer's layers, as matrices are dealt by number, not by size.
 
     `released=True` is the closed form of what the authors' released code does: momentum starts at 0 in each step, so
     that of a block of r x c entries (a tenth of the rows and columns) has rank one, and its ten quintic steps are
@@ -63,7 +63,7 @@ class JaguarMuon(ZerothOrder):
         estimator: "two-sided", or "one-sided": (f(x + tau e) - f(x)) / tau.
         rho_clip: bound on |rho|.
         maximize: make the loss larger, as in torch.optim.
-        seed: of all directions and rounding noise, in [0, 2**64).
+        seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists; "cuda": Newton-Schulz in csrc, other launches as "auto".
         released: see above; excludes the sampling, beta, update, ns and vector_lr arguments.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.

@@ -46,7 +46,7 @@ class JaguarSignSGD(ZerothOrder):
         estimator: "two-sided", or "one-sided": (f(x + tau e) - f(x)) / tau.
         rho_clip: bound on |rho|.
         maximize: make the loss larger, as in torch.optim.
-        seed: of all directions and rounding noise, in [0, 2**64).
+        seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         released: what the authors' released code computes (one joint block of 10 % of the rows x 10 % of the columns
             per matrix, the same sign, no momentum), for table parity; excludes the sampling, beta and update arguments.

@@ -29,7 +29,7 @@ class LeZO(ZerothOrder):
         keep: share of the layers, in (0, 1]; rounded to a number, halves to even, at least one. The paper drops 75 %.
         layers: prefixes of parameter names, one per layer; None: what comes before the first number in a name, and
             the number ("model.decoder.layers.3").
-        distribution: of z: "gaussian" or "rademacher".
+        distribution: law of z: "gaussian" or "rademacher".
         common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, maximize and shards, as
             `ZOSGD`.
 

@@ -1,4 +1,4 @@
-"""Which tensors Newton-Schulz moves and which the sign rule: `jaguar.param_groups`, and how that is shown."""
+"""Division of tensors between Newton-Schulz and the sign rule: `jaguar.param_groups`, and how that is shown."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def collapsed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str,
     """Names with their numbers as "*", shape and count: 24 layers in one line."""
     counts: dict[tuple[str, str], int] = {}
     for name, tensor in tensors:
-        # Of unnamed parameters the numbers are all there is, and all that differs.
+        # Unnamed parameters have nothing but numbers, and differ in nothing else.
         pattern = "#*" if name.startswith("#") else re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         counts[pattern, shape] = counts.get((pattern, shape), 0) + 1

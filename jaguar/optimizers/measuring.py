@@ -83,7 +83,7 @@ class Measuring(Contract):
 
     @property
     def estimates(self) -> Estimates | None:
-        """What an automatic step goes by; None where lr and tau are numbers."""
+        """Estimates behind an automatic step; None where lr and tau are numbers."""
         return self._estimates
 
     def _begin(self, closure: Closure) -> tuple[StepInputs, Sizes]:
@@ -125,7 +125,7 @@ class Measuring(Contract):
         return share > _SWALLOWED
 
     def _sizes(self) -> Sizes:
-        """Of the next step: what the groups say, times what is automatic."""
+        """Learning rates and taus of the next step: the numbers of the groups, times what is automatic."""
         lrs, taus = (tuple(float(group[key]) for group in self.param_groups) for key in ("lr", "tau"))
         auto, found = self.method.step_size, self._estimates
         if auto is None or found is None:
@@ -199,12 +199,12 @@ class Measuring(Contract):
         return more + losses, probes[-1] if hold else None
 
     def _n_losses(self, step: int) -> int:
-        """How many losses the record of a step has."""
+        """Number of losses in the record of a step."""
         curvature, resolution = self._looks(step)
         return self.method.estimator.n_losses + curvature + 2 * resolution
 
     def _n_errors(self, step: int) -> int:
-        """How many standard errors the record of a step has."""
+        """Number of standard errors in the record of a step."""
         return 0 if self._estimates is None else self.method.estimator.n_directions + sum(self._looks(step))
 
     @property

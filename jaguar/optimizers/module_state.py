@@ -1,4 +1,4 @@
-"""What an evaluation changes in modules, parameters aside, and how it is put back.
+"""Changes that an evaluation makes in modules, parameters aside, and the way back.
 
 Running statistics, counters, caches that grow with the longest row: be they buffers or plain attributes, be they there
 before or made on the way, f(x + tau e) and f(x - tau e) must meet the same ones, and so must the next step.
@@ -132,7 +132,7 @@ class ModuleState:
             self._see(module)
 
     def _trains(self, module: nn.Module) -> bool:
-        """Whether it has trained tensors; what else a closure reaches, say metrics, may keep what it is told."""
+        """Tells whether it has trained tensors; what else a closure reaches, say metrics, may keep what it is told."""
         return any(p.untyped_storage().data_ptr() in self._perturbed for p in module.parameters() if copies(p))
 
     def _see(self, root: nn.Module) -> None:
@@ -177,7 +177,7 @@ class ModuleState:
                 content.reseed(self._seed)
 
     def _unchanged(self) -> bool:
-        """Whether every name means what it meant: lists compare by identity first, and equal objects may pass too."""
+        """Tells whether every name means what it meant: lists compare by identity first; equal objects may pass too."""
         now = list(chain.from_iterable(names.holder.values() for names in self._names))
         try:
             return now == self._values
@@ -197,7 +197,7 @@ class ModuleState:
 
 
 class Names:
-    """What the names in one of a module's dicts mean.
+    """Meanings of the names in one of a module's dicts.
 
     Attributes:
         holder: the dict: plain attributes, buffers or submodules.
@@ -229,7 +229,7 @@ def _is_function(value: Any) -> bool:
 
 
 def _compiles() -> bool:
-    """Whether anything was given to torch.compile in this process."""
+    """Tells whether anything was given to torch.compile in this process."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is None:
         return False

@@ -33,7 +33,7 @@ class Named(NamedTuple):
         module: where that is; None: in torch.
         lr: its default learning rate, as --help shows it.
         further: its own arguments that have no flag, as --help shows them.
-        automatic: its lr and tau may be "auto".
+        automatic: its lr and tau may be "auto"; `StepSize.check` decides it, and this tells --help, which has no torch.
     """
 
     cls: str | None

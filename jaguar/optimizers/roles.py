@@ -1,4 +1,4 @@
-"""What a module does with each of its parameters: multiplies by it, looks rows up in it, or adds and scales with it."""
+"""Role of each parameter in its module: a factor of products, a table of rows, or something to add or scale with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Role(Enum):
-    """What a parameter is for its module."""
+    """Role of a parameter in its module."""
 
     MATRIX = auto()  # a factor of products; with three dimensions a batch of them
     FLATTEN = auto()  # a factor of products once it is read as (first, rest)
@@ -35,7 +35,7 @@ _WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def is_factor(name: str) -> bool:
-    """Whether a qualified name is that of a LoRA factor which multiplies."""
+    """Tells whether a qualified name is that of a LoRA factor which multiplies."""
     return bool(_FACTOR.search(name)) and not _LOOKED_UP_FACTOR.search(name)
 
 

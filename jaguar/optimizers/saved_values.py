@@ -32,7 +32,7 @@ class Saved(ABC):
 
 
 def saved(value: Any, apart: Collection[int], memo: dict[int, Saved | None]) -> Saved | None:
-    """What is needed to put `value` back; None for what cannot change in place, or is left alone.
+    """Copy from which to put `value` back; None for a value that cannot change in place, or is left alone.
 
     Of objects, the fields of dataclasses and SimpleNamespaces are looked at. Left alone are objects of other classes
     (their contents may be handles that live once), parameters, and tensors that cannot be copied or compared.
@@ -104,7 +104,7 @@ class SavedArray(Saved):
 
 
 class SavedContainer(Saved):
-    """What a list, dict, set or tuple holds, and the contents of that.
+    """Items of a list, dict, set or tuple, and their contents.
 
     Attributes:
         items: contents that can change in place.
@@ -150,7 +150,7 @@ class SavedContainer(Saved):
 
 
 class SavedSlots(SavedContainer):
-    """What the fields of a dataclass with slots hold, and the contents of that."""
+    """Values of the fields of a dataclass with slots, and their contents."""
 
     def __init__(self, record: Any) -> None:
         self._record = record
@@ -214,7 +214,7 @@ class SavedGenerator(Saved):
 
 
 def copies(tensor: Tensor) -> bool:
-    """Whether values can be compared and written back: not those of subclasses, sparse, meta or inference tensors."""
+    """Tells whether values can be compared and written back: not of subclasses, sparse, meta or inference tensors."""
     return (
         type(tensor) in (Tensor, nn.Buffer, nn.Parameter)
         and tensor.layout == torch.strided

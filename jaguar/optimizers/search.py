@@ -38,7 +38,7 @@ class Projected(SGD):
         every: steps from one search to the next.
         search_steps: two evaluations each.
         search_scale, search_lr: perturbation and learning rate of the search, in multiples of the way.
-        bounds: of the multiple of the way that a search may leave.
+        bounds: limits of the multiple of the way that a search may leave.
         project: path components, or whole names, of the tensors.
     """
 
@@ -75,19 +75,19 @@ class Projected(SGD):
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "momentum"}
 
     def searches(self, step: int) -> bool:
-        """Whether a search comes first in a step."""
+        """Tells whether a search comes first in a step."""
         return step > 0 and step % self.every == 0
 
     def projects(self, slot: Slot) -> bool:
-        """Whether the searches are about a tensor."""
+        """Tells whether the searches are about a tensor."""
         return slot.name in self.project or not {*slot.name.split(".")}.isdisjoint(self.project)
 
     def copies(self, slot: Slot, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Where the tensors of the searches began."""
+        """Name of the copy that keeps where a tensor of the searches began."""
         return ("start",) if self.projects(slot) else ()
 
     def shown(self, groups: Sequence[Mapping[str, Any]], fraction: float, momentum: str) -> list[str]:
-        """When it searches, and how."""
+        """Lines about the searches: when, and by what numbers."""
         low, high = self.bounds
         search = (
             f"{self.search_steps} steps of two evaluations before every {self.every}th step, to {low:g} .. {high:g} of"
@@ -102,7 +102,7 @@ class Search:
 
     Attributes:
         rule: its numbers.
-        draw: of the step.
+        draw: the step's draw.
         slots, starts: the tensors, and where they began.
         stochastic: how what is found is rounded.
         maximize: make the loss larger.

@@ -92,7 +92,7 @@ class Roster:
 
     @property
     def lacks_copies(self) -> bool:
-        """Whether `make` has copies of parameters to make, which must be where a step begins."""
+        """Tells whether `make` has copies of parameters to make, which must be where a step begins."""
         return any(name not in self.entries.get(tensor, {}) for tensor, name in self._copies)
 
     def copies(self, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -135,7 +135,7 @@ class Roster:
         return dropped and self.moved()
 
     def left(self) -> bool:
-        """Whether a parameter is elsewhere than at the last `moved`: after a closure, which may do anything."""
+        """Tells whether a parameter is elsewhere than at the last `moved`: after a closure, which may do anything."""
         return list(map(Tensor.data_ptr, self.tensors)) != self._places[: len(self.tensors)]
 
 

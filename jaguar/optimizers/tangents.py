@@ -50,7 +50,7 @@ class Tangents:
         self.plain: set[str] = set()
         self.elsewhere = False
         self._used = self._making = False
-        # What modules had in the place of the dual numbers, and how deep each is in its own forward.
+        # The values that modules had in the place of the dual numbers, and how deep each is in its own forward.
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._depth: dict[nn.Module, int] = {}
 
@@ -140,7 +140,7 @@ class Tangents:
 
 # Tangents that are open now.
 _OPEN: list[Tangents] = []
-# What is asked of a parameter without using its value in the loss.
+# Attributes that are asked of a parameter without using its value in the loss.
 _HARMLESS = {Tensor.detach, Tensor.requires_grad_, *(vars(torch._C.TensorBase)[n].__get__ for n in ("data", "grad"))}
 
 

@@ -25,7 +25,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 class Sizes(NamedTuple):
-    """What a step is as long as, by parameter group.
+    """Lengths of a step, by parameter group.
 
     Attributes:
         lrs: learning rates.

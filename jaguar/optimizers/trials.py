@@ -28,11 +28,11 @@ class Trials:
     pairs: Callable[[], Sequence[tuple[Tensor, Tensor]]]
 
     def __call__(self, derivatives: Derivatives) -> AbstractContextManager[None]:
-        """Where a step along these derivatives would lead."""
+        """Context in which parameters are where a step along these derivatives would lead."""
         return self.ahead(derivatives)
 
     def previous(self) -> AbstractContextManager[None]:
-        """Where the last step began."""
+        """Context in which parameters are where the last step began."""
         return exchanged(self.pairs())
 
 

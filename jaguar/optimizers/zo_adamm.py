@@ -31,7 +31,7 @@ class ZOAdaMM(ZerothOrder):
         amsgrad: divide by the root of the largest v so far.
         bias_correction: m / (1 - beta1^t), and v (or h) / (1 - beta2^t), as Adam's; the paper has none. Steps that were
             skipped, and steps that stayed where they were, do not count.
-        distribution: of z: "gaussian" or "rademacher".
+        distribution: law of z: "gaussian" or "rademacher".
         common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize and
             shards, as `ZOSGD`.
 

@@ -13,7 +13,7 @@ from jaguar.method.params import is_int
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import Common, parts
 
-# Of Algorithm 4, whose E has entries of about 1 / sqrt(columns).
+# tau of Algorithm 4, whose E has entries of about 1 / sqrt(columns).
 _TAU_4 = 3e-2
 
 
@@ -36,7 +36,7 @@ class ZOMuon(ZerothOrder):
         algorithm: 3 or 4.
         momentum: heavy-ball factor in [0, 1), without a factor of 1 - momentum; of algorithm 3.
         weight_decay: decoupled, multiplied by lr (of the sign rule's tensors: by vector_lr).
-        ns_steps, ns_coefficients, ns_dtype: of Newton-Schulz, as `JaguarMuon`.
+        ns_steps, ns_coefficients, ns_dtype: settings of Newton-Schulz, as `JaguarMuon`.
         vector_lr: learning rate of the sign rule; None: 0.01 lr.
         common: tau (1e-3, in algorithm 4 3e-2: E has entries of about 1 / sqrt(columns)), seed, backend, restore,
             estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize and shards, as `ZOSGD`.

@@ -29,7 +29,7 @@ class ZOSGD(ZerothOrder):
         momentum: heavy-ball factor in [0, 1), without a factor of 1 - momentum, as torch.optim.SGD; 0 keeps no state.
         weight_decay: decoupled, multiplied by lr.
         tau: length of the perturbation in units of z (MeZO's eps), or "auto".
-        distribution: of z: "gaussian" or "rademacher".
+        distribution: law of z: "gaussian" or "rademacher".
         restore: how `measure` gets back: "copy" of the trained tensors, "module" by module while the model runs, or
             "walk" (MeZO's way: no memory, and a drift that replays reproduce); None: a copy where it needs under a
             tenth of the free memory, else "module".
@@ -39,7 +39,7 @@ class ZOSGD(ZerothOrder):
         estimator: "two-sided", or "one-sided": (f(x + tau z) - f(x)) / tau.
         rho_clip: bound on |rho|.
         maximize: make the loss larger, as in torch.optim.
-        seed: of all directions and rounding noise, in [0, 2**64).
+        seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
 

@@ -27,7 +27,7 @@ class ZOSGDCons(ZerothOrder):
             model.named_parameters(), whose names make the random numbers independent of the order.
         lr: learning rate; a parameter moves lr rho z_i.
         weight_decay: decoupled, multiplied by lr; a part of both steps.
-        distribution: of z: "gaussian" or "rademacher".
+        distribution: law of z: "gaussian" or "rademacher".
         common: tau, seed, backend, restore ("copy" or "module"), n_directions, rho_clip, rounding, maximize and shards,
             as `ZOSGD`.
 

@@ -27,7 +27,7 @@ class ZOSignSGD(ZerothOrder):
         momentum: heavy-ball factor in [0, 1), without a factor of 1 - momentum, as torch.optim.SGD; 0 keeps no state.
         weight_decay: decoupled, multiplied by lr.
         scalar_sign: take the sign of rho alone.
-        distribution: of z: "gaussian" or "rademacher".
+        distribution: law of z: "gaussian" or "rademacher".
         common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize and
             shards, as `ZOSGD`.
 

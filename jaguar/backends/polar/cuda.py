@@ -31,7 +31,7 @@ Item: TypeAlias = tuple[int, int, int, int, int, int]
 
 
 def note() -> str:
-    """What the installation said of the extension: built with what, or why not."""
+    """Note of the installation about the extension: the tools it was built with, or the reason why it was not."""
     try:
         return _NOTE.read_text().strip()
     except OSError:
@@ -177,7 +177,7 @@ class CudaProducts:
 
         Args:
             matrices: two-dimensional, short side at most `small`, one stride 1; all fp16, bf16 or fp32.
-            outs: of the same shapes and strides; all fp16, bf16 or fp32.
+            outs: tensors of the same shapes and strides; all fp16, bf16 or fp32.
             coefficients: (a, b, c) of each step, 1 to 32 of them.
             scale: factor after the division by the norm.
 

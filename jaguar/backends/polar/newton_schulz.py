@@ -29,7 +29,7 @@ def newton_schulz(
         G: (m, n), or a batch (b, m, n), of any floating dtype and any strides.
         steps: iterations; None: 10 for cubic, 5 for quintic, 8 for polar_express.
         coefficients: "cubic" (the paper's), "quintic" (Muon's) or "polar_express".
-        dtype: of the iteration: torch.bfloat16, or float32 or float64, which the reference has.
+        dtype: precision of the iteration: torch.bfloat16, or float32 or float64, which the reference has.
         backend: "auto", or a name that `jaguar info` lists; "auto" takes csrc on NVIDIA GPUs, else Triton, else the
             reference.
 

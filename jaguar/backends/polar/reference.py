@@ -47,7 +47,7 @@ def most_bytes(count: int, held: torch.dtype, dtype: torch.dtype) -> int:
     Args:
         count: number of elements of the matrices.
         held: their dtype.
-        dtype: of the iteration.
+        dtype: precision of the iteration.
     """
     double = torch.float64 in (held, dtype)
     return count * (held.itemsize + 6 * (8 if double else 4))
@@ -55,7 +55,7 @@ def most_bytes(count: int, held: torch.dtype, dtype: torch.dtype) -> int:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether torch has fast products in bf16 on this CPU; its others take 30 times as long as those in fp32."""
+    """Tells whether torch has fast products in bf16 on this CPU; its others take 30 times as long as those in fp32."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

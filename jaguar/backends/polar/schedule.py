@@ -71,7 +71,7 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What to compute, and where.
+    """Scheme, number of iterations, and the device to schedule for.
 
     Attributes:
         scheme: the coefficient set.
@@ -107,7 +107,7 @@ def batches(matrices: Sequence[Tensor], small: int) -> list[list[int]]:
 
 
 def _on_chip(matrix: Tensor, small: int) -> bool:
-    """Whether it goes into the launch of the small ones, whose offsets have 32 bits."""
+    """Tells whether it goes into the launch of the small ones, whose offsets have 32 bits."""
     return min(matrix.shape) <= small and matrix.numel() < 2**31
 
 
@@ -141,7 +141,7 @@ def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Taken:
-    """What `orthogonalise` needs for some matrices, known and taken before it begins.
+    """Batches and memory of `orthogonalise` for some matrices, known and taken before it begins.
 
     Attributes:
         batches: positions of the matrices of each batch, and what it needs memory for.
@@ -200,7 +200,7 @@ def _factors(kernels: Products, matrices: Sequence[Tensor], task: Task, tensors:
 
 
 def _wanted(kernels: Products, matrices: Sequence[Tensor], task: Task) -> list[_Wanted]:
-    """What `_factors` needs memory for: copies of operands, results and, for large matrices, what is between."""
+    """Tensors that `_factors` needs memory for: copies of operands, results and, for large matrices, all between."""
     copies: list[_Wanted] = [(matrix.shape, _operand_dtype(matrix)) for matrix in matrices if _is_copied(matrix)]
     if _on_chip(matrices[0], kernels.small):
         return [*copies, *((matrix.shape, torch.bfloat16) for matrix in matrices)]
@@ -212,14 +212,14 @@ def _wanted(kernels: Products, matrices: Sequence[Tensor], task: Task) -> list[_
 
 
 def _operand_dtype(matrix: Tensor) -> torch.dtype:
-    """What kernels read of a matrix: fp32, bf16 or fp16."""
+    """Dtype in which kernels read a matrix: fp32, bf16 or fp16."""
     if matrix.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return matrix.dtype
     return torch.float32 if matrix.dtype == torch.float64 else torch.bfloat16  # float8 fits without rounding
 
 
 def _is_copied(matrix: Tensor) -> bool:
-    """Whether kernels cannot read a matrix as it is."""
+    """Tells whether kernels cannot read a matrix as it is."""
     return _operand_dtype(matrix) != matrix.dtype or not matrix.is_contiguous()
 
 
@@ -246,7 +246,7 @@ def gram_segments(n: int, m: int, task: Task) -> list[list[Coefficients]]:
 
 
 def half_pays(batch: int, n: int, n_sms: int) -> bool:
-    """Whether computing a triangle of tiles and mirroring it needs fewer waves of thread blocks than all tiles."""
+    """Tells whether a triangle of tiles that is mirrored needs fewer waves of thread blocks than all tiles."""
     tiles = -(-n // _TILE)
     return math.ceil(batch * tiles * (tiles + 1) / 2 / n_sms) < math.ceil(batch * tiles * tiles / n_sms)
 

@@ -130,7 +130,7 @@ class TritonProducts:
 
         Args:
             matrices: contiguous, any shapes whose shorter side is at most `small`; one dtype of fp32, bf16, fp16.
-            outs: of the same shapes and contiguous; one dtype. May be the matrices themselves.
+            outs: tensors of the same shapes and contiguous; one dtype. May be the matrices themselves.
             coefficients: (a, b, c) of p(s) = a s + b s^3 + c s^5, one per step.
             scale: norm that the matrices are given first.
         """

@@ -53,7 +53,7 @@ class Common:
 
     @property
     def wrote(self) -> bool:
-        """Whether the last `update_` came to write anything: torch does not say."""
+        """Tells whether the last `update_` came to write anything: torch does not say."""
         return True
 
     def check(self, state: State) -> None:

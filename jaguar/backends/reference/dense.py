@@ -39,7 +39,7 @@ class DenseLaunches(Common):
 
     @property
     def fuses_restore(self) -> bool:
-        """Whether `update_` can end the last probe of a step; modules restore themselves while the model runs."""
+        """Tells whether `update_` can end the last probe of a step; modules restore themselves while the model runs."""
         return self.restore != "module"
 
     def n_perturbed(self, inputs: StepInputs) -> int:
@@ -117,7 +117,7 @@ class DenseLaunches(Common):
         self.forget()
 
     def forget(self) -> None:
-        """What was drawn."""
+        """Drops what was drawn."""
         self._drawn.clear()
 
     def _whole(self, direction: Orthonormal, piece: Piece, draw: Draw) -> Tensor:
@@ -129,7 +129,7 @@ class DenseLaunches(Common):
         return self._drawn[draw, piece]
 
     def _keeps(self, piece: Piece) -> bool:
-        """Whether the directions of a piece are drawn once a step."""
+        """Tells whether the directions of a piece are drawn once a step."""
         return piece.count <= CHUNK
 
     def _values(self, piece: Piece, draw: Draw, part: slice) -> Tensor:

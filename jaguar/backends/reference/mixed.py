@@ -59,7 +59,7 @@ class MixedLaunches(DenseLaunches):
         self._drawn.clear()
 
     def forget(self) -> None:
-        """What was drawn, and the momenta, which are the optimizer's."""
+        """Drops what was drawn, and the momenta, which are the optimizer's."""
         super().forget()
         self._momenta.clear()
 

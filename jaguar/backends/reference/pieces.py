@@ -12,7 +12,7 @@ from jaguar.backends.reference.indexing import CHUNK, flat_
 from jaguar.method.params import Slot
 from jaguar.method.rng import Elements
 
-# What torch costs per call is more than the arithmetic of a tensor of up to this size.
+# The overhead of a call of torch is more than the arithmetic of a tensor of up to this size.
 _SMALL = CHUNK // 4
 
 
@@ -25,7 +25,7 @@ class Piece:
 
     Attributes:
         count: number of elements; of several slots at most `CHUNK`.
-        kind: of each of the slots.
+        kind: kind of each of the slots.
     """
 
     def __init__(self, where: Sequence[int], slots: Sequence[Slot]) -> None:

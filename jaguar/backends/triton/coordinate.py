@@ -31,7 +31,7 @@ class CoordinateLaunches(Family):
         method: what is computed; its direction is `Coordinates` or `ReleasedBlock`.
         slots: the tensors of these launches, in canonical order; contiguous, on GPUs or under the interpreter.
         everything: all tensors of the optimizer, over which a number of coordinates is counted.
-        numbers: of a step, for these and other launches.
+        numbers: a step's numbers, for these and other launches.
     """
 
     def __init__(self, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], numbers: Numbers) -> None:

@@ -32,7 +32,7 @@ class DenseLaunches(Family):
         slots: the tensors, contiguous, on GPUs or under the interpreter.
         restore: "copy": from copies of all trained tensors; "module": perturb and restore one module at a time while
             it runs; "walk": step back, which rounds differently and leaves a drift that `update_` reproduces.
-        numbers: of a step, for these and other launches.
+        numbers: a step's numbers, for these and other launches.
     """
 
     # The module of their `move` and `step`.

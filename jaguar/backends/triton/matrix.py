@@ -31,7 +31,7 @@ class MatrixLaunches:
 
     Args:
         method: how values are rounded.
-        numbers: of a step, filled for these and other launches.
+        numbers: a step's numbers, filled for these and other launches.
     """
 
     def __init__(self, method: Method, numbers: Numbers) -> None:

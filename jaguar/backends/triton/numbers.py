@@ -38,7 +38,7 @@ def arithmetic(rule: Rule) -> dict[str, Any]:
     if n_buffers(rule) > len(STATE_PURPOSES):
         raise RuntimeError(f"{rule.name} has {n_buffers(rule)} state buffers, and kernels move {len(STATE_PURPOSES)}")
     step = _function(rule.step)
-    # Of rules that keep no state now, the entry may have no kernel, and is not called.
+    # The entry of a rule that keeps no state now may have no kernel, and is not called.
     entry = getattr(kernels, rule.entry.__name__, step) if n_buffers(rule) else step
     return {"ENTRY": entry, "STEP": step, "N_ENTRY": rule.widths[0], "N_STEP": rule.widths[1]}
 

@@ -1,4 +1,4 @@
-"""From slots to what kernels read: tables of tensors and programs in device memory."""
+"""Tables of tensors and programs in device memory, made of slots for kernels to read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaguar.method.params import Slot
 from jaguar.triton_kernels import tables as T
 from jaguar.triton_kernels.launch import BLOCK
 
-# What a kernel is compiled for, as far as it depends on a tensor and its state.
+# Constants that a kernel is compiled for, as far as it depends on a tensor and its state.
 Options: TypeAlias = dict[str, Any]
 # The tables of a launch differ in it: device and dtype of the parameter, and values of options.
 Key: TypeAlias = tuple[Any, ...]
@@ -115,7 +115,7 @@ class Plan:
 
     def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], common: Sequence[int], numbers: Numbers) -> None:
         self.slots, self._cuts, self._common, self._numbers = slots, cuts, common, numbers
-        # What the offsets below were made for; a tensor that became another one needs other launches.
+        # The tensors that the offsets below were made for; a tensor that became another one needs other launches.
         self._forms = [_form(slot.tensor) for slot in slots]
         self._offsets: list[int] = []
         self._totals: dict[Pool, int] = {}
@@ -254,7 +254,7 @@ def _named(slot: Slot, number: int, n: int) -> str:
 
 
 def alignment(slot: Slot, own: tuple[Tensor, ...] = ()) -> Options:
-    """Whether accesses may be 16 bytes wide, and whether programs begin where the groups of random numbers do."""
+    """Tells whether accesses may be 16 bytes wide, and whether programs begin where the groups of random numbers do."""
     wide = all(tensor.data_ptr() % 16 == 0 for tensor in (slot.tensor, *own))
     return {"HINT": wide, "GROUPED": slot.start % BLOCK == 0}
 

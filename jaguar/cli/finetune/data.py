@@ -1,4 +1,4 @@
-"""From files or the hub to the rows that train, choose and test, and from rows to what a model reads."""
+"""Loads train, dev and test splits from files or the hub and tokenises them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Data:
-    """Where labelled data come from and how they become prompts; None: the task's own, or as saved beside the model."""
+    """Source of labelled data and their prompts; None: the task's own, or as saved beside the model."""
 
     task: str | None = None
     train_file: str | None = None
@@ -49,7 +49,7 @@ class Data:
         return self.task or (saved.name if saved else TextClassification.name)
 
     def has_dev(self, source: str) -> bool:
-        """Whether there are dev rows to choose the model by."""
+        """Tells whether there are dev rows to choose the model by."""
         return bool(self.dev_file or self.num_k_shot) or self._sizes(self.named(source)).dev > 0
 
     def _sizes(self, name: str) -> Sizes:
@@ -77,7 +77,7 @@ class Data:
         return self.choice_columns or ("choice1", "choice2")
 
     def _refuse_unread(self, name: str) -> None:
-        """What was given and would not be looked at."""
+        """Rejects options that the task ignores."""
         tables = (TextClassification.name, MultipleChoice.name)
         for flag, value, readers in (
             ("text_column", self.text_column, tables),

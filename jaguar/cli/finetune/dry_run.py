@@ -1,4 +1,4 @@
-"""What a run would trip over only after its model is loaded, or in the middle of training, found before."""
+"""Checks before the model is loaded: optimizer, schedule, reports and data loader take their options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`jaguar eval`, and what it shares with `jaguar finetune`."""
+"""`jaguar eval`, and the evaluation that `jaguar finetune` shares with it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """What a measured number depends on."""
+    """Versions of software and hardware on which a measured number depends."""
     import transformers
 
     return {

@@ -66,7 +66,7 @@ class Finetuning:
         self.run, self.console, self.alone = run, console, alone
         self.folder = Path(run.output_dir)
         args = self.args = run.trainer_arguments()
-        # Of several processes one prints, scores and writes.
+        # One of several processes prints, scores and writes.
         self.leads = args.process_index == 0
         refusal = [""]
         if self.leads:
@@ -257,7 +257,7 @@ class Finetuning:
         return f"the last checkpoint is {last}\n{self._go_on(last)}"
 
     def _end_with(self) -> str:
-        """How to come to the end of a run whose last step is done."""
+        """Advice for a run whose last step is done and whose end is missing."""
         if (self._checkpoint() / STATE).is_file():
             return f"\n{self._go_on(self._checkpoint())}"
         return f"; score it with jaguar eval (--model {self.folder}, and the held-out rows)"
@@ -334,7 +334,7 @@ class Finetuning:
         save_task(self.task, folder, self.cut)
 
     def _decisive(self) -> dict[str, Any]:
-        """What decides the run beside its settings, before it starts: rows, optimizer, configuration of the model."""
+        """Facts that decide the run beside its settings: rows, optimizer, configuration of the model."""
         sets = {"training": self.train_set, "dev": self.dev_set, "held-out": self.test_set}
         return {
             "rows": {name: digest(examples) for name, examples in sets.items()},
@@ -359,7 +359,7 @@ class Finetuning:
 
 
 def _program() -> str:
-    """How this program is called from a shell here."""
+    """Command by which a shell here calls this program."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} -m jaguar"
     return "jaguar" if shutil.which("jaguar") else f"{shlex.quote(sys.executable)} -m jaguar"

@@ -19,7 +19,7 @@ from jaguar.trainer.trainer import bare
 
 
 class Job(Protocol):
-    """What is told of: `jaguar.cli.finetune.job.Finetuning`."""
+    """Protocol of a finished run: `jaguar.cli.finetune.job.Finetuning`."""
 
     run: Any
     console: Console
@@ -35,7 +35,7 @@ class Job(Protocol):
 
 
 def metrics(job: Job, before: Scores, after: Scores) -> dict[str, Any]:
-    """What stands in metrics.json."""
+    """Contents of metrics.json."""
     run, trainer, args = job.run, job.trainer, job.trainer.args
     first, last = before.figures(), after.figures()
     steps = trainer.state.global_step

@@ -1,4 +1,4 @@
-"""What happens around Trainer's steps: a bar or lines, the losses, and signals."""
+"""Callbacks around Trainer's steps: a bar or lines, the losses, and signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides a run of `jaguar finetune`, and what must be the same when it goes on from a checkpoint."""
+"""All settings of a fine-tuning run, and the check that a resumed run has the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Run:
     settings: str = ""
 
     def settings_of(self, args: ZOTrainingArguments) -> dict[str, Any]:
-        """What decides the run besides its rows and weights, as plain values, defaults filled in."""
+        """Settings that decide the run besides its rows and weights, as plain values, defaults filled in."""
         names = [f.name for f in fields(args) if f.name not in {*OPTIONS, "zo_options"} and not _is_free(f.name)]
         values = {name: getattr(args, name) for name in names} | asdict(self.adapter)
         values |= {"train": self.train, "dtype": self.dtype, "in_4bit": self.in_4bit, "processes": args.world_size}
@@ -130,7 +130,7 @@ class Run:
         return {name: "auto" for name in ("learning_rate", "tau") if given.get(name) is None}
 
     def state(self, args: ZOTrainingArguments) -> dict[str, Any]:
-        """What `jaguar finetune` put into the checkpoint that this run goes on from.
+        """State that `jaguar finetune` put into the checkpoint from which this run goes on.
 
         Raises:
             ValueError: it is no such checkpoint, not whole, or of other settings; the message says which.
@@ -153,7 +153,7 @@ class Run:
         return state
 
     def explained(self, saved: dict[str, Any]) -> str:
-        """Which settings of the data differ from the saved ones, in words."""
+        """Settings of the data that differ from the saved ones, in words."""
         own = _plain(asdict(self.data))
         other = [f"--{key} was {saved.get(key)!r}, is {own[key]!r}" for key in own if saved.get(key) != own[key]]
         return "; ".join(other) or "a file was changed, or the tokenizer"

@@ -20,7 +20,7 @@ class Direction:
 
     # Ends a warning: coordinates whose perturbation rounding swallows ...
     fate_of_lost: ClassVar[str] = "move by chance only"
-    # Whether a step has one of it: it has a `length` of its own, or reads state.
+    # True if a step has one of it: it has a `length` of its own, or reads state.
     alone: ClassVar[bool] = False
     # How many numbers of its own launches read in a step.
     width: ClassVar[int] = 0
@@ -34,7 +34,7 @@ class Direction:
         return None
 
     def length(self, draw: Draw, slots: Sequence[Slot]) -> float:
-        """What its values are multiplied by along these slots: in tau, and in what the direction contributes to g."""
+        """Factor of its values along these slots: in tau, and in what the direction contributes to g."""
         return 1.0
 
     def numbers(self, step: int) -> tuple[float, ...]:
@@ -62,7 +62,7 @@ class Dense(Direction):
     """A direction that moves every coordinate.
 
     Attributes:
-        name: of the distribution, in checkpoints.
+        name: name of the distribution in checkpoints.
     """
 
     name: ClassVar[str]
@@ -101,7 +101,7 @@ class Sparse(Direction):
 
     @property
     def ones(self) -> bool:
-        """Whether all signs are +1."""
+        """Tells whether all signs are +1."""
         raise NotImplementedError
 
     def choose(self, draw: Draw, slots: Sequence[Slot], sets: Sequence[Sequence[int]]) -> list[Chosen]:

@@ -88,7 +88,7 @@ class Coordinates(Sparse):
 
     @property
     def ones(self) -> bool:
-        """Whether all signs are +1."""
+        """Tells whether all signs are +1."""
         # One coordinate is Algorithm 1's e_i: its sign would cancel, so the first evaluation is the one at x + tau e_i.
         return self.signs == "ones" or (self.coordinates == 1 and isinstance(self.coordinates, int))
 

@@ -29,7 +29,7 @@ class Orthonormal(Dense):
     name: ClassVar[str] = "orthonormal"
 
     def values_of(self, draw: Draw, elements: Elements) -> Tensor:
-        """Of tensors that are no matrices: the signs."""
+        """Signs, for tensors that are no matrices."""
         return Rademacher().values_of(draw, elements)
 
     def along(self, draw: Draw, slot: Slot) -> Tensor:
