@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
 
-from jaguar.scoring.figures import Scores, row_losses
+from jaguar.scoring.metrics import Scores, row_losses
 from jaguar.scoring.scorer import Scorer
 from jaguar.tasks.questions import Example
 

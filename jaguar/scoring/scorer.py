@@ -15,8 +15,8 @@ from torch.utils.data import get_worker_info
 from jaguar.models.adapters import adds_tokens
 from jaguar.models.facts import first_position
 from jaguar.scoring import layout as layouts
-from jaguar.scoring.figures import row_losses
 from jaguar.scoring.layout import Layout
+from jaguar.scoring.metrics import row_losses
 from jaguar.scoring.verification import Reading, first_right, full, picked, readings
 from jaguar.tasks.questions import Choice, Example
 

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from jaguar.scoring import Scorer
 from jaguar.scoring.evaluation import accuracy, by_length, filled, rearranged, widest
-from jaguar.scoring.figures import row_losses
+from jaguar.scoring.metrics import row_losses
 
 
 def settled(scorer: Scorer, args: TrainingArguments, others: dict[str, Any]) -> dict[str, Any]:
