@@ -35,6 +35,7 @@ from jaguar.trainer.exact_trainer import ExactTrainer
 from jaguar.trainer.logs import figures
 from jaguar.trainer.micro_batches import Grain, MicroBatches, each, mean
 from jaguar.trainer.model_card import card_arguments
+from jaguar.trainer.optimizer import decay_groups, unwrap
 from jaguar.trainer.scoring import Scoring, settled
 
 
@@ -153,7 +154,7 @@ class ZOTrainer(ExactTrainer):
         Raises:
             TypeError: there is none yet, or it is the first-order baseline.
         """
-        inner = bare(self.optimizer)
+        inner = unwrap(self.optimizer)
         if not isinstance(inner, ZerothOrder):
             raise TypeError(f"the optimizer is a {type(inner).__name__}; create_optimizer() comes first")
         return inner
@@ -165,8 +166,11 @@ class ZOTrainer(ExactTrainer):
             if self.optimizer_cls_and_kwargs and not self._zeroth_order:
                 return super().create_optimizer(model)
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            by_role = getattr(kind, "by_role", False)
-            groups = param_groups(model, self.args.weight_decay) if by_role else self._decay_groups(model)
+            decay = self.args.weight_decay
+            if getattr(kind, "by_role", False):
+                groups = param_groups(model, decay)
+            else:
+                groups = decay_groups(model, decay, set(self.get_decay_parameter_names(model)))
             if "model" in keywords(kind):  # one that watches the modules
                 options["model"] = model
             self.optimizer = kind(groups, **options)
@@ -181,18 +185,6 @@ class ZOTrainer(ExactTrainer):
         """
         args.check_options()
         return args.optimizer_class, args.optimizer_options()
-
-    def _decay_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trainer's two groups, with and without weight decay, by name; one group where there is no decay."""
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError("no parameter of the model has requires_grad=True: there is nothing to train")
-        decay = self.args.weight_decay
-        if not decay:
-            return [{"params": named, "weight_decay": 0.0}]
-        decaying = set(self.get_decay_parameter_names(model))
-        parts = [(n, p) for n, p in named if n in decaying], [(n, p) for n, p in named if n not in decaying]
-        return [{"params": part, "weight_decay": wd} for part, wd in zip(parts, (decay, 0.0), strict=True) if part]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's accelerator, without the parts that only gradients need."""
@@ -259,7 +251,7 @@ class ZOTrainer(ExactTrainer):
             return super()._inner_training_loop(*args, **others)
         finally:
             # Something may have stopped a step between its losses and its update.
-            if isinstance(optimizer := bare(self.optimizer), ZerothOrder):
+            if isinstance(optimizer := unwrap(self.optimizer), ZerothOrder):
                 with contextlib.suppress(RuntimeError):  # of one that is broken nothing can be taken back
                     optimizer.discard_()
 
@@ -362,18 +354,11 @@ class ZOTrainer(ExactTrainer):
     def create_model_card(self, *args: Any, **others: Any) -> None:
         """Trainer's, with the optimizer that ran and its learning rate."""
         kept = self.args
-        self.args = card_arguments(kept, bare(self.create_optimizer()))
+        self.args = card_arguments(kept, unwrap(self.create_optimizer()))
         try:
             super().create_model_card(*args, **others)
         finally:
             self.args = kept
-
-
-def bare(optimizer: Any) -> Any:
-    """The optimizer out of accelerate's wrapper, which hides its methods."""
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 class ScoringTrainer(Scoring, ZOTrainer):

@@ -34,10 +34,11 @@ from jaguar.tasks.rows import Row
 from jaguar.tasks.saved import save_task
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.checkpoints import check_weights
+from jaguar.trainer.optimizer import unwrap
 from jaguar.trainer.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.trainer.staging import of as checkpoints_of
 from jaguar.trainer.staging import recover_all, step_of
-from jaguar.trainer.trainer import ScoringTrainer, bare
+from jaguar.trainer.trainer import ScoringTrainer
 from jaguar.trainer.weights import lost, some
 
 _FIGURES = "metrics.json"  # the last file that a run writes
@@ -338,7 +339,7 @@ class Finetuning:
         sets = {"training": self.train_set, "dev": self.dev_set, "held-out": self.test_set}
         return {
             "rows": {name: digest(examples) for name, examples in sets.items()},
-            "optimizer": optimizer_settings(bare(self.trainer.create_optimizer())),
+            "optimizer": optimizer_settings(unwrap(self.trainer.create_optimizer())),
             "model": model_settings(self.model.config),
         }
 

@@ -15,7 +15,7 @@ from jaguar.cli.finetune.report import Points, draw_curves, score_table
 from jaguar.cli.output import say
 from jaguar.scoring import Scores, paired_se
 from jaguar.tasks import Example
-from jaguar.trainer.trainer import bare
+from jaguar.trainer.optimizer import unwrap
 
 
 class Job(Protocol):
@@ -39,7 +39,7 @@ def metrics(job: Job, before: Scores, after: Scores) -> dict[str, Any]:
     run, trainer, args = job.run, job.trainer, job.trainer.args
     first, last = before.figures(), after.figures()
     steps = trainer.state.global_step
-    optimizer = bare(trainer.optimizer)
+    optimizer = unwrap(trainer.optimizer)
     dev = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     best = trainer.state.best_metric if args.load_best_model_at_end else None
     return {

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from jaguar.cli.finetune.report import StepBar
 from jaguar.cli.output import say
 from jaguar.optimizers.interrupts import handled, interrupt
-from jaguar.trainer.trainer import bare
+from jaguar.trainer.optimizer import unwrap
 
 
 class Losses(TrainerCallback):
@@ -24,7 +24,7 @@ class Losses(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Remembers the step's loss."""
-        optimizer = bare(others["optimizer"])
+        optimizer = unwrap(others["optimizer"])
         record = getattr(optimizer, "last_record", None)
         if record is not None:
             self.values.append(optimizer.loss(record))
@@ -47,7 +47,7 @@ class Bar(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Advances it."""
         if self._bar is not None:
-            skipped = getattr(bare(others["optimizer"]), "n_skipped", 0)
+            skipped = getattr(unwrap(others["optimizer"]), "n_skipped", 0)
             self._bar.update(state.global_step, self._losses.values, skipped)
 
     def on_evaluate(
