@@ -4,9 +4,9 @@ import inspect
 import pydoc
 
 import pytest
-import tiny
 from transformers import Trainer
 
+from helpers import tiny
 from jaguar import Scorer, ScoringTrainer, ZOTrainer, ZOTrainingArguments
 
 
