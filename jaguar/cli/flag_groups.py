@@ -10,11 +10,17 @@ from typing import Any
 from jaguar import tasks
 from jaguar.cli import values
 from jaguar.cli.values import filled, finite, natural, number_or_auto, positive, seed
-from jaguar.models.choices import OPTIONS, SCHEDULES, TRAINABLE
+from jaguar.models.choices import TRAINABLE
 from jaguar.optimizers.names import METHODS
-from jaguar.trainer.options import OptimizerOptions
+from jaguar.trainer.options import OPTIONS, OptimizerOptions
 
 TASKS = tuple(tasks.TASKS)
+
+# Schedules of the learning rate that need no figures of an evaluation.
+SCHEDULES = (
+    *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
+    *("cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay"),
+)
 
 # Values of a run where nothing else is said, beside the defaults of TrainingArguments and of the optimizer.
 DEFAULTS: dict[str, Any] = {"max_steps": 100, "per_device_train_batch_size": 16, "logging_steps": 10, "seed": 0}

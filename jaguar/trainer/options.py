@@ -8,8 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaguar.models.choices import OPTIONS
 from jaguar.optimizers.names import FIRST_ORDER, METHOD, METHODS
+
+# Option of an optimizer -> its possible values.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "layout": ("uniform", "block"),
+    "signs": ("rademacher", "ones"),
+    "update": ("sampled", "all"),
+    "ns_coefficients": ("cubic", "quintic", "polar_express"),
+    "ns_dtype": ("bfloat16", "float32", "float64"),
+    "adjust_lr": ("original", "match_rms_adamw"),
+    "distribution": ("gaussian", "rademacher"),
+    "restore": ("copy", "module", "walk"),
+    "estimator": ("two-sided", "one-sided"),
+    "momentum_dtype": ("float32", "bfloat16", "float8_e5m2"),
+    "rounding": ("stochastic", "nearest"),
+    "backend": ("auto", "reference", "triton", "cuda"),
+}
 
 
 def _option(text: str, default: str = "") -> Any:

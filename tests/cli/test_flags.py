@@ -25,8 +25,8 @@ from jaguar.cli.finetune.data import Data
 from jaguar.cli.finetune.run import Run
 from jaguar.method import schemes
 from jaguar.method.estimators import ESTIMATORS
-from jaguar.models import choices
 from jaguar.optimizers.names import METHODS
+from jaguar.trainer import options as choices
 from jaguar.trainer.arguments import OPTIONS
 from jaguar.trainer.options import OptimizerOptions
 
