@@ -113,6 +113,14 @@ def test_links_resolve(name, link):
     assert unresolved(link, ROOT / name, TEXTS) is None
 
 
+@pytest.mark.parametrize("name", sorted(TEXTS.keys() - {"CHANGELOG.md"}))  # which names what there was
+def test_files_that_are_named_exist(name):
+    paths = re.findall(r"`((?:jaguar|triton_kernels|csrc|tests|bench|demo|docs)/[\w./-]+)`", TEXTS[name])
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    tests = re.findall(r"`(test_\w+\.py)`", TEXTS[name])
+    assert [test for test in tests if not list((ROOT / "tests").rglob(test))] == []
+
+
 @pytest.mark.parametrize("name", [name for name in TEXTS if name.startswith("docs/")])
 def test_every_page_is_linked_from_the_first(name):
     assert f"]({name}" in TEXT
