@@ -80,7 +80,7 @@ def loss(model: Any, examples: Sequence[Example], kind: str, pad_id: int, object
 
 
 def alone(model: Any, examples: Sequence[Example], kind: str) -> Tensor:
-    """As `scores`, by the plainest forward there is: one sequence at a time, no padding, no mask, all of its logits."""
+    """The same as `scores`, by the plainest forward: one sequence at a time, no padding, no mask, all of its logits."""
     found = []
     for example in examples:
         logits = [model(input_ids=torch.tensor([choice.ids])).logits[0] for choice in example.choices]

@@ -47,7 +47,7 @@ _FURTHER = "; ".join(f"{name} {row.further}" for name, row in METHODS.items() if
 
 @dataclass
 class OptimizerOptions:
-    """Which optimizer, and its arguments; None keeps that optimizer's default."""
+    """The optimizer and its arguments; None keeps that optimizer's default."""
 
     learning_rate: float | str | None = _option("length of a step; auto: from the losses, a factor of it scheduled")
     weight_decay: float = field(default=0.0, metadata={"help": "decoupled, multiplied by the learning rate"})
