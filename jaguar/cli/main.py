@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import jaguar
 from jaguar.cli.flag_groups import EVAL_BATCH
-from jaguar.cli.flags import parse
 from jaguar.cli.output import complain, outlets, say, to_nowhere
+from jaguar.cli.parser import parse
 from jaguar.models.choices import ADAPTERS
 from jaguar.optimizers.interrupts import handled, interrupt, number_of
 

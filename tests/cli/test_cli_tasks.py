@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers import synthetic, tiny
 from helpers.tiny import refused
-from jaguar.cli import flag_groups, flags
+from jaguar.cli import flag_groups, parser
 from jaguar.cli import main as cli
 from jaguar.scoring import Scorer, evaluate, naive
 from jaguar.tasks import TASKS
@@ -225,7 +225,7 @@ def test_a_file_of_settings_is_the_command_line(folder, tmp_path, suffix, capsys
     assert cli.main(["finetune", "--config", str(path), "--seed", "1", "--overwrite_output_dir"]) == 0  # flags win
     assert one.read_bytes() != other.read_bytes()
     path.write_text(json.dumps({"output_dir": "o", "model": "m", "bf16": False, "lora": False, "optim_args": {"a": 1}}))
-    args = flags.parse(["finetune", "--config", str(path)])
+    args = parser.parse(["finetune", "--config", str(path)])
     assert args.trainer == {"bf16": False, "optim_args": '{"a": 1}'} and "lora" not in args
     path.write_text("learning_rat: 1e-4\nmodel: m\noutput_dir: o\n")
     assert "unrecognized arguments: --learning_rat=1e-4" in refused(capsys, "finetune", "--config", str(path))
@@ -240,16 +240,16 @@ def test_the_tasks_of_the_command_line_are_the_registered_ones():
 
 def test_published_settings_are_taken_and_flags_win():
     line = ["finetune", "--model", "facebook/opt-1.3b", "--task", "sst2", "--lora", "--output_dir", "o"]
-    args = flags.parse([*line, "--max_steps", "7"])
+    args = parser.parse([*line, "--max_steps", "7"])
     assert args.trainer == {} and args.preset_found.source and args.lr_scheduler_type == "constant"
     assert args.learning_rate == args.preset_found.settings["learning_rate"] and args.max_steps == 7
     for more in (["--no_preset"], ["--train", "norm"], ["--prompt_tuning"]):
         cut = [word for word in line if word != "--lora"] if more[0] != "--no_preset" else line
-        args = flags.parse([*cut, *more])
+        args = parser.parse([*cut, *more])
         assert args.preset_found is None and "learning_rate" not in args
-    args = flags.parse([*line, "--num_train_epochs", "3"])
+    args = parser.parse([*line, "--num_train_epochs", "3"])
     assert "max_steps" not in args and args.trainer == {"num_train_epochs": 3.0}
-    args = flags.parse([*line, "--released"])
+    args = parser.parse([*line, "--released"])
     assert args.preset_found is not None and "beta" not in args  # the released step takes none
 
 

@@ -12,7 +12,7 @@ from textwrap import dedent
 
 import pytest
 
-from jaguar.cli.flags import parse
+from jaguar.cli.parser import parse
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 README = ROOT / "README.md"
