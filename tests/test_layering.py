@@ -126,7 +126,7 @@ BROKEN = {
     "the package": ("trainer/arguments.py", "def f():\n    import jaguar"),
     "from task to engine": ("tasks/task.py", "from jaguar.method import rng"),
     "from model to scorer": ("models/load.py", "from jaguar.scoring.scorer import Scorer"),
-    "from trainer to command": ("trainer/trainer.py", "from jaguar.cli.flag_groups import DEFAULTS"),
+    "from trainer to command": ("trainer/trainer.py", "from jaguar.cli.flags import DEFAULTS"),
     "from run to cli": ("cli/finetune/job.py", "if TYPE_CHECKING:\n    from jaguar.cli import main"),
     "inside a room": ("backends/reference/dense.py", "from jaguar.backends.triton import Numbers"),
     "no room": ("novel.py", "import math"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jaguar
-from jaguar.cli.flag_groups import EVAL_BATCH
+from jaguar.cli.flags import EVAL_BATCH
 from jaguar.cli.output import complain, outlets, say, to_nowhere
 from jaguar.cli.parser import parse
 from jaguar.models.choices import ADAPTERS

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 import jaguar
-from jaguar.cli import flag_groups as groups
+from jaguar.cli import flags as groups
 from jaguar.cli import values
 from jaguar.models.choices import ADAPTERS
 from jaguar.models.errors import printable

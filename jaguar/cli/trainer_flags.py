@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from jaguar.cli import values
-from jaguar.cli.flag_groups import FINETUNE, OF_THE_RUN, named, unrecognized
+from jaguar.cli.flags import FINETUNE, OF_THE_RUN, named, unrecognized
 from jaguar.optimizers.names import FIRST_ORDER
 
 _NOT_TRAINERS = "it is of Trainer's own optimizers; those of --method have their arguments in --zo_options"

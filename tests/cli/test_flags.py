@@ -19,7 +19,7 @@ from helpers.flags import Reached, line
 from helpers.flags import settled as settled
 from helpers.tiny import refused
 from jaguar.backends.availability import NAMES
-from jaguar.cli import flag_groups
+from jaguar.cli import flags as flag_groups
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.cli.finetune.run import Run

@@ -23,7 +23,7 @@ from jaguar.cli.finetune.evaluation import make_scorer
 from jaguar.cli.finetune.progress import Bar, Losses, Stop
 from jaguar.cli.finetune.report import row_bar
 from jaguar.cli.finetune.run import STATE, Run, compare, digest, model_settings, optimizer_settings
-from jaguar.cli.flag_groups import underscored
+from jaguar.cli.flags import underscored
 from jaguar.cli.output import say
 from jaguar.method.directions import Sparse
 from jaguar.models.load import adapted, configuration, is_adapter, load, select_trainable

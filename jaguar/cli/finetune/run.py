@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from jaguar.cli import trainer_flags
 from jaguar.cli.finetune.data import Data
 from jaguar.cli.finetune.dry_run import check
-from jaguar.cli.flag_groups import OF_THE_RUN, RELEASED_FIXES
+from jaguar.cli.flags import OF_THE_RUN, RELEASED_FIXES
 from jaguar.models.adapters import Adapter
 from jaguar.models.errors import Damaged, reading
 from jaguar.optimizers.names import METHOD, METHODS
