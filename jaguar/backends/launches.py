@@ -37,7 +37,7 @@ class StepInputs:
 
     @property
     def known(self) -> bool:
-        """Tells whether weights are known: of the launches it is the update that comes next."""
+        """Tells whether weights are known: then the update is launched next."""
         return any(s.weights for s in self.scalars.values())
 
     def of(self, where: Sequence[int], probe: Probe | None = None) -> StepInputs:

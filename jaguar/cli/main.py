@@ -64,7 +64,7 @@ def _main(words: Sequence[str]) -> int:
         command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         with handled(interrupt), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their callers: not to our users
+            warnings.simplefilter("ignore", FutureWarning)  # libraries mean their callers, not our users
             warnings.showwarning = lambda message, *_, **__: say(console, f"warning: {message}", "yellow")
             return command(args, console)
     except KeyboardInterrupt as stop:

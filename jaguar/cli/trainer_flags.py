@@ -128,7 +128,7 @@ def _help(name: str, text: str, default: Any, fields: Any) -> str:
         return f"Refused: --{name} {REFUSED[name]}."
     if why := (OF_THE_TRAINER | _OF_GRADIENTS | WITHOUT_EFFECT).get(name):
         return f"Does nothing here: {why.replace('%', '%%')}."
-    text = re.sub(r"\s*Defaults? (?:to|based on) [^.]*\.", "", text)  # of transformers' scripts
+    text = re.sub(r"\s*Defaults? (?:to|based on) [^.]*\.", "", text)  # defaults that hold in transformers' scripts
     value = OF_THE_RUN.get(name, getattr(fields[name].default, "value", fields[name].default))
     return f"{text} (default: {value})" if isinstance(value, (str, int, float)) and value != "" else text
 

@@ -48,8 +48,8 @@ class Purpose(IntEnum):
     LAYERS = 5  # layer choice
     ROUND = 6  # stochastic rounding of parameters
     ROUND_STATE = 7  # stochastic rounding of optimizer state
-    ROUND_STATE_1 = 8  # of its second buffer
-    ROUND_STATE_2 = 9  # of its third buffer
+    ROUND_STATE_1 = 8  # stochastic rounding of its second buffer
+    ROUND_STATE_2 = 9  # stochastic rounding of its third buffer
     SEARCH = 10  # search along layers
     PROJECT = 11  # stochastic rounding of what a search found
     DIRECTION_1 = 12  # a second dense direction

@@ -43,7 +43,7 @@ def check_group(keys: Mapping[str, Range], group: Mapping[str, Any], where: str,
             continue
         try:
             value = float(group[key])
-        except (TypeError, ValueError, RuntimeError):  # of a tensor with more than one element
+        except (TypeError, ValueError, RuntimeError):  # from a tensor with more than one element
             raise ValueError(f"{key}={group[key]!r} of {where} is not a number") from None
         if not keys[key].admits(value):
             raise ValueError(f"{key}={value} of {where}{keys[key].wanted}")

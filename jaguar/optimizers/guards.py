@@ -18,7 +18,7 @@ from jaguar.record import Record
 
 _ROW = 10  # steps in a row before something that may be chance is reported
 _ENOUGH = 100  # coordinates; with fewer, two equal losses are no surprise
-_LOST_SHARE = 0.05  # of a tensor's perturbed coordinates
+_LOST_SHARE = 0.05  # share of a tensor's perturbed coordinates
 
 
 class NonFiniteLoss(RuntimeError):

@@ -68,7 +68,7 @@ class ModuleState:
         scheduled = self._n_looks < 2 or step & (step - 1) == 0 or step % _EVERY == 0
         self._looking = scheduled or self._stale or not self._unchanged()
         self._inside, self._hook = True, None
-        self._seed: int | None = None  # of the last evaluation
+        self._seed: int | None = None  # the seed of the last evaluation
         self._memo: dict[int, Saved | None] = {}
         if self._looking or self._moving:
             self._perturbed = frozenset(tensor.untyped_storage().data_ptr() for tensor in perturbed)
@@ -181,7 +181,7 @@ class ModuleState:
         now = list(chain.from_iterable(names.holder.values() for names in self._names))
         try:
             return now == self._values
-        except Exception:  # of a comparison of whatever objects these are, say of two tensors
+        except Exception:  # whatever a comparison of these objects raises, say of two tensors
             return False
 
     def _forget(self) -> None:

@@ -55,7 +55,7 @@ def _held(value: Any) -> Iterable[Any]:
         return []
     try:
         return list(object.__getattribute__(value, "__dict__").values())
-    except AttributeError:  # of numbers, strings and the like
+    except AttributeError:  # numbers, strings and the like have none
         return []
 
 

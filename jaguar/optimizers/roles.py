@@ -65,7 +65,7 @@ def _owner(modules: dict[str, nn.Module], path: str, module: nn.Module) -> tuple
     """The module that uses the parameters of `module`, and what comes before their names there."""
     above, _, name = path.rpartition(".")
     if isinstance(module, ParametrizationList):
-        return modules[above.rpartition(".")[0]], f"{name}_"  # of `layer.parametrizations.weight`
+        return modules[above.rpartition(".")[0]], f"{name}_"  # as in `layer.parametrizations.weight`
     if isinstance(module, (nn.ParameterList, nn.ParameterDict)) and path:
         return modules[above], f"{name}_"
     return module, ""
@@ -88,7 +88,7 @@ def _role(owner: nn.Module, qualified: str, name: str, parameter: Tensor) -> Rol
             return Role.TABLE if depthwise else Role.FLATTEN
         if isinstance(owner, (nn.Linear, nn.Bilinear)) or "Linear" in kind or kind == "Conv1D":
             return Role.MATRIX
-    if vectors or _TABLE_MODULE.search(kind) or name == "D":  # of state-space models
+    if vectors or _TABLE_MODULE.search(kind) or name == "D":  # D: in state-space models
         return Role.TABLE
     word = _telling_word(name)
     if word is None:

@@ -64,7 +64,7 @@ class MixedLaunches(DenseLaunches):
         self._momenta.clear()
 
     def _look(self, state: State) -> None:
-        """Where there is no state yet m is 0."""
+        """Keeps the momenta of the slots: zeros where there is no state yet."""
         (buffer,) = self.method.rule.state({})
         self._momenta.clear()
         for slot, own in zip(self.slots, state, strict=True):

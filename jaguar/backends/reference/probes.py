@@ -62,7 +62,7 @@ class ModuleProbe:
         self._hooks: list[Any] = []
 
     def to(self, scale: float) -> None:
-        """From now on modules run with x + scale tau e."""
+        """Lets modules run with x + scale tau e from now on."""
         if self._hooks:
             self._check_all_used()
         else:

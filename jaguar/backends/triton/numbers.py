@@ -132,7 +132,7 @@ class Numbers:
         self._keyed = inputs.draws
 
     def _write(self, first: int, packed: bytes) -> None:
-        if not packed:  # of no tensor at all
+        if not packed:  # there is no tensor at all
             return
         together = torch.frombuffer(bytearray(packed), dtype=torch.int64)
         for device, buffer in self._buffers.items():

@@ -111,7 +111,7 @@ class Finetuning:
         self.scorer = make_scorer(self.loaded, self.task, self.train_set)
         self.losses = Losses()
         self.before: Scores | None = None
-        self.seconds = 0.0  # of training, before this process went on with it
+        self.seconds = 0.0  # spent in training before this process went on with it
         self.trainer = self._make_trainer(args)
         if self.leads:
             check_space(self.folder, self.model)
@@ -164,7 +164,7 @@ class Finetuning:
             raise ValueError(f"--train {run.train} is of the model's own parameters; leave it out with an adapter")
         if has_adapter and run.adapter.kind != "none":
             raise ValueError(f"{run.model!r} is an adapter already: it is trained on; leave --lora and the like out")
-        set_seed(int(self.args.seed))  # of LoRA's factors
+        set_seed(int(self.args.seed))  # draws LoRA's factors
         prompt = self.loaded.tokenizer(self.task.question(row, self.loaded.kind == "masked").prompt).input_ids
         self.loaded = adapted(self.loaded, run.adapter.applied(model, self.loaded.kind, prompt))
 
@@ -232,7 +232,7 @@ class Finetuning:
             self.began = time.monotonic()
             with self.stop:
                 self.result = trainer.train(resume_from_checkpoint=self.run.resume_from_checkpoint)
-        except OSError as error:  # of a checkpoint
+        except OSError as error:  # a checkpoint could not be written
             raise OSError(f"{error}; {self._last_saved()}") from error
         except KeyboardInterrupt as stop:
             text = f"stopped at once after step {trainer.state.global_step}; {self._last_saved()}"

@@ -118,7 +118,7 @@ def curves(*, title: str, losses: Sequence[float], points: Sequence[Points]) -> 
     left, right = figure.subplots(1, 2)
     if losses:
         steps = range(1, len(losses) + 1)
-        one = "." if len(losses) == 1 else None  # of which a line shows nothing
+        one = "." if len(losses) == 1 else None  # a line shows nothing of one point
         left.plot(
             steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, marker=one, label="training batch, perturbed"
         )

@@ -250,7 +250,7 @@ def _grids(
     crossed = ~vector[which][of]
     c = column_at[which][of] + number % across.clamp_min(1)[of]
     if column.numel():
-        c = c.clamp_max(column.numel() - 1)  # of vectors, which do not read it
+        c = c.clamp_max(column.numel() - 1)  # vectors do not read it
         index = torch.where(crossed, index * widths[which][of] + column[c], index)
         # The product of two independent signs is a sign, and two different elements stay uncorrelated.
         sign = torch.where(crossed, sign * column_sign[c], sign)
