@@ -12,6 +12,8 @@ from textwrap import dedent
 
 import pytest
 
+from jaguar.backends.availability import Backend
+from jaguar.backends.launches import Launches
 from jaguar.cli.parser import parse
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
@@ -129,6 +131,14 @@ def test_every_page_is_linked_from_the_first(name):
 @pytest.mark.parametrize("link", ["no-such.md", "docs/gpu.md#no-such-heading", "#no-such-heading"])
 def test_a_broken_link_is_found(link):
     assert unresolved(link, README, TEXTS)
+
+
+def test_the_page_on_backends_names_the_whole_interface():
+    text = TEXTS["docs/adding-a-backend.md"]
+    fields = re.findall(r"^\| `(\w+)", text, flags=re.M)
+    assert sorted(fields) == sorted(Backend.__dataclass_fields__)
+    members = {name for name in vars(Launches) if not name.startswith("_")}
+    assert members <= set(re.findall(r"`(\w+)`", text))
 
 
 COMMANDS = [
