@@ -336,7 +336,7 @@ def test_module_restore_perturbs_shared_and_nested_modules_once() -> None:
 def test_without_a_choice_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     x = [("x", torch.zeros(1000, requires_grad=True))]
     for free, restore in ((1e12, "copy"), (39_999, "module"), (40_001, "copy")):
-        monkeypatch.setattr("jaguar.estimators.free_bytes", lambda device: free)  # noqa: B023
+        monkeypatch.setattr("jaguar.method.probe.free_bytes", lambda device: free)  # noqa: B023
         assert ZOSGD(x)._launches().parts[0][1].restore == restore
 
 
