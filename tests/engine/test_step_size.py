@@ -150,6 +150,39 @@ def test_estimates_of_a_known_quadratic_after_200_steps(case: str) -> None:
     assert optimizer.method.step_size.lr_of(found, rule, group, n, fraction) == pytest.approx(best, rel=0.2)
 
 
+def test_one_look_near_zero_is_not_trusted_beyond_its_rows() -> None:
+    """A second difference that is small by chance would make a step as long as it is small."""
+    found, tau = Estimates(), 5e-3
+    found.add_curvature(second=-4.3 * tau**2, error=(600.0 * tau**2) ** 2, tau=tau)
+    assert found.sure_curvature >= 600.0
+    for value in (610.0, 640.0, 590.0, 655.0):
+        found.add_curvature(second=value * tau**2, error=(600.0 * tau**2) ** 2, tau=tau)
+    assert found.curvature < found.sure_curvature < found.curvature + 600.0
+
+
+def test_what_was_seen_along_a_shorter_tau_counts_less() -> None:
+    """The resolution of the loss makes 1,000 of a curvature at tau 1e-3, and 1 at the tau that follows."""
+    found = Estimates(tau=1e-3, grain=1e-6)
+    found.add([1.0], [0.9], 16)
+    found.add_curvature(1000.0 * 1e-6, 0.0, 1e-3)
+    found.fit_tau(OneSided(1))
+    assert found.tau == pytest.approx(5e-3)  # five resolutions over |rho|
+    found.add([0.1], [0.0], 16)
+    found.add_curvature(1.0 * found.tau**2, 0.0, found.tau)
+    assert found.curvature < 5.0 and found.square < 0.1
+
+
+def test_a_lucky_step_does_not_make_a_share_sure() -> None:
+    found = Estimates()
+    for _ in range(6):
+        found.add([3.6], [12.0], 16)
+    found.add([17.4], [43.0], 16)
+    assert found.share > 0.65 and found.sure_share < 0.35
+    for _ in range(300):
+        found.add([3.0], [1.0], 16)
+    assert found.sure_share == pytest.approx(found.share, rel=0.02)
+
+
 SEEN = Seen(0.5, 9.0, 2.0)
 
 
