@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import jaguar
 from helpers import tiny
+from helpers.command_line import folder as folder
+from helpers.command_line import words
 from helpers.tiny import refused
 from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data
@@ -25,46 +27,6 @@ from jaguar.tasks.rows import Row
 from jaguar.trainer.trainer import ZOTrainer
 
 DEMO = Path(__file__).parents[2] / "demo"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    tiny.causal_lm(folder / "lm")
-    tiny.classifier(folder / "classifier")
-    tiny.write_csv(folder / "train.csv", tiny.sentences(96, seed=1))
-    tiny.write_jsonl(folder / "test.jsonl", tiny.sentences(40, seed=2))
-    return folder
-
-
-def words(folder, out, *more, model="lm"):
-    prompt = ["--template", tiny.TEMPLATE, "--verbalizers", " negative", " positive"] if model == "lm" else []
-    line = [
-        "finetune",
-        "--model",
-        str(folder / model),
-        "--train_file",
-        str(folder / "train.csv"),
-        "--test_file",
-        str(folder / "test.jsonl"),
-        "--output_dir",
-        str(out),
-        "--per_device_train_batch_size",
-        "8",
-        "--max_steps",
-        "6",
-        "--learning_rate",
-        "1e-2",
-        "--tau",
-        "1e-2",
-        "--coordinates",
-        "0.5",
-        "--logging_steps",
-        "2",
-        *prompt,
-        *more,
-    ]
-    return tiny.later_wins(line)
 
 
 def test_finetune_then_eval(folder, tmp_path, capsys):
@@ -261,110 +223,6 @@ sys.exit(demo._run("jaguar-signsgd", 0, []))
             break
     rest, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "saved" in rest
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--tau", "0"), "tau=0.0 of the optimizer: the length of the perturbation must be positive"),
-        (("--learning_rate", "-1"), "lr=-1.0 of the optimizer must be at least 0"),
-        (("--learning_rate", "much"), "'much' is neither a finite number nor 'auto'"),
-        (("--beta", "1"), "beta=1.0 of the optimizer must lie in"),
-        (("--coordinates", "0"), "at least 1"),
-        (("--coordinates", "1.5"), "a fraction lies in (0, 1]"),
-        (("--coordinates", "0.7"), "0.5 and 1"),
-        (("--coordinates", "99999999"), "is more than the"),
-        (("--layout", "rows"), "invalid choice: 'rows' (choose from "),
-        (("--released",), "so --coordinates cannot be given with it"),
-        (("--momentum", "0.9"), "jaguar-signsgd has no option momentum"),
-        (("--method", "adam"), "invalid choice: 'adam'"),
-        (("--backend", "cuda"), "backend='cuda' is not available: "),
-        (("--backend", "magic"), "invalid choice: 'magic' (choose from "),
-        (("--max_steps", "0"), "not a whole number of at least 1"),
-        (("--train", "bias"), "has no such parameters"),
-        (("--verbalizers", " negative"), "1 verbalizers for the 2 labels"),
-        (("--verbalizers", " positive", " positive"), "are the same"),
-        (("--template", "no place"), "no {text}"),
-        (("--max_length", "3"), "the model takes 3; --max_length 3 is too short for the rest"),
-        (("--text_column", "review"), "no column 'review'"),
-        (("--train_file", "none.csv"), "none.csv does not exist"),
-        (("--per_device_train_batch_size", "97"), "fewer than one batch of 97"),
-        (("--per_device_train_batch_siz", "8"), "unrecognized arguments: --per_device_train_batch_siz 8"),
-        (("--output_dir", "/dev/null/x"), "cannot write to the output folder '/dev/null/x'"),
-        (("--model", "/none/such"), "the model folder '/none/such' does not exist"),
-        (("--nonsense",), "unrecognized arguments: --nonsense"),
-        (("--seed", "x"), "'x' is not a whole number from 0 to 4294967295"),
-        (("--coordinates", "abc"), "neither a number of coordinates (100) nor a fraction"),
-        (("--lr_scheduler_type", "constant", "--warmup_steps", "3"), "choose constant_with_warmup"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, more, message):
-    assert message in refused(capsys, *words(folder, tmp_path / "out", *more))
-
-
-def test_broken_models_are_refused(folder, tmp_path, capsys):
-    empty, torn, other = tmp_path / "empty", tmp_path / "torn", tmp_path / "other"
-    empty.mkdir()
-    assert "the folder is incomplete or damaged" in refused(
-        capsys, *words(folder, tmp_path / "out", "--model", str(empty))
-    )
-    tiny.causal_lm(torn)
-    weights = torn / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "could not load the model" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(torn)))
-    tiny.causal_lm(other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"], "model_type": "bert"}))
-    assert "is a BertModel, which has no head" in refused(
-        capsys, *words(folder, tmp_path / "out", "--model", str(other))
-    )
-    assert "is a file" in refused(capsys, *words(folder, tmp_path / "out", "--model", str(weights)))
-
-
-def test_a_model_in_the_output_folder_is_not_overwritten_unasked(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert cli.main(words(folder, out)) == 0
-    capsys.readouterr()
-    assert "already holds a model" in refused(capsys, *words(folder, out))
-    assert cli.main(words(folder, out, "--overwrite_output_dir")) == 0
-
-
-@pytest.mark.parametrize("limit", [2_000, 60_000], ids=["picture", "weights"])
-@pytest.mark.parametrize("stop", [False, True], ids=["end", "ctrl-c"])
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, stop, limit):
-    out = tmp_path / "out"
-    assert cli.main(words(folder, out, "--save_steps", "1")) == 0
-    good = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    # No file of the process may grow past the limit: the kernel refuses the write as it does on a full disk.
-    limited = f"""
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from jaguar.cli import main as cli
-from jaguar.trainer.trainer import ZOTrainer
-step, steps = ZOTrainer.training_step, []
-def limiting(self, *args):
-    steps.append(args)
-    if len(steps) == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-        if {stop}:
-            signal.raise_signal(signal.SIGINT)
-    return step(self, *args)
-ZOTrainer.training_step = limiting
-sys.exit(cli.main(sys.argv[1:]))
-"""
-    line = words(folder, out, "--overwrite_output_dir", "--seed", "1")
-    done = subprocess.run([sys.executable, "-B", "-c", limited, *line], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "could not save" in done.stderr, done.stderr
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == good
-
-
-def test_too_little_space_is_said_before_the_training(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
-    assert "only 1 MB are free" in refused(capsys, *words(folder, tmp_path / "out"))
 
 
 # -- help and info -----------------------------------------------------------------------------------------------------

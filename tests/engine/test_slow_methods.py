@@ -8,10 +8,8 @@ forward pass sums in an order of its own: those tests say what they allow, and w
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,21 +17,17 @@ import pytest
 import torch
 from torch import nn
 
-import jaguar
 from helpers.oracles import DIRECTION, ROUND_STATE, step_key_ints, stream_ints
 from helpers.slow import (
-    DTYPES,
     SEED,
-    SHAPES,
     STEPS,
     Arrays,
     Dense,
-    Var,
+    known,
     loss_of,
     nearest,
     normals,
     pair,
-    same,
     side_by_side,
     signs,
     start,
@@ -44,16 +38,6 @@ from helpers.tensors import numpy_of
 from jaguar import FZOO, ZOSignSGD
 
 SEARCH, PROJECT, DIRECTION_1 = 10, 11, 12  # purposes beside conftest's
-
-
-def known(name: str) -> Any:
-    """The package's class of this name; without it there is nothing to compare."""
-    if not hasattr(jaguar, name):
-        pytest.skip(f"jaguar has no {name}")
-    return getattr(jaguar, name)
-
-
-# The methods
 
 
 class SlowScalarSign(Dense):
@@ -244,38 +228,6 @@ class SlowAdaMU(Dense):
         return move
 
 
-def newton_schulz(m: np.ndarray) -> np.ndarray:
-    """Ten cubic steps, in fp64."""
-    norm = math.sqrt(math.fsum(np.square(m).ravel()))
-    a = m / norm if norm else m
-    for _ in range(10):
-        a = 1.5 * a - 0.5 * (a @ a.T @ a)
-    return a
-
-
-class SlowMuon(Dense):
-    """Algorithm 3. Newton-Schulz is in fp64 whatever the dtype; everything else is as elsewhere."""
-
-    defaults: ClassVar = {"momentum": 0.0, "vector_lr": None}
-
-    def choose(self, g: Arrays) -> Any:
-        def move() -> None:
-            for v in self.variables:
-                keep = self.own.momentum
-                m = self.momentum(v, keep, g[v.name])
-                if not keep:  # g is stored as momentum is, for the step
-                    v.state.clear()
-                if v.settings["ns"]:
-                    lr = v.lr
-                    step = newton_schulz(m.astype(np.float64).reshape(SHAPES[v.name])).reshape(-1).astype(self.num)
-                else:
-                    lr = 0.01 * v.lr if self.own.vector_lr is None else self.own.vector_lr
-                    step = np.sign(m)
-                v.x = self.store(v, v.x * self.num(1 - lr * v.weight_decay) - self.num(lr) * step)
-
-        return move
-
-
 storages = pytest.mark.parametrize("storage", ["fp64", "fp32", "bf16", "fp16"])
 
 
@@ -407,241 +359,8 @@ def test_zo_adamu_with_its_own_settings() -> None:
     went_down(side_by_side(*pair(known("ZOAdaMU"), SlowAdaMU, "fp32", {"lr": 3e-4})))
 
 
-# -- ZO-Muon -----------------------------------------------------------------------------------------------------------
-
-# Powers of two, so that it is the same whether vector_lr is kept or its ratio to lr. ns=False: the sign rule.
-MATRICES: dict[str, dict[str, Any]] = {
-    "head": {"ns": True, "lr": 2.0, "tau": 2.0**-3, "weight_decay": 0.3},
-    "layers.4": {"ns": False, "weight_decay": 0.2},
-    "layers.2.b": {"ns": False, "weight_decay": 0.2},
-    "embed": {"ns": False},
-    "": {"ns": True},
-}
-
-
-def within(share: float) -> Callable[[np.ndarray, Var], None]:
-    """The sign rule bit for bit; of matrices, an error of the whole of Newton-Schulz relative to its size."""
-
-    def check(found: np.ndarray, v: Var) -> None:
-        if not v.settings["ns"]:
-            return same(found, v)
-        size = v.lr * math.sqrt(min(SHAPES[v.name]))
-        assert np.linalg.norm(found - v.x) <= share * size + 4 * 2.0**-53 * np.linalg.norm(v.x)
-        return None
-
-    return check
-
-
-def within_a_spacing(found: np.ndarray, v: Var) -> None:
-    """bf16 beside bf16: the noise picks the same neighbour but where Newton-Schulz differs by more than it leaves."""
-    if v.settings["ns"]:
-        apart = np.abs(found - v.x) / np.exp2(np.floor(np.log2(np.maximum(np.abs(v.x), 1e-30))) - 7)
-        assert apart.max() <= 1 and np.mean(apart > 0) <= 0.02, (apart.max(), np.mean(apart > 0))
-    else:
-        same(found, v)
-
-
-def muon(storage: str, options: dict[str, Any]) -> Any:
-    cls = known("ZOMuon")
-    exact = {"ns_dtype": torch.float64} if "ns_dtype" in inspect.signature(cls).parameters else {}
-    return pair(cls, SlowMuon, storage, {"lr": 2.0**-7, "momentum": 0.9} | options, MATRICES, **exact)
-
-
-# fp32: ten steps multiply small singular values by 1.5^10 = 58, and with them the 2^-24 of each of the dozen roundings
-# before they are large: below 1e-4. x itself is rounded to 2^-24, 2^-17 of a step of 2^-7.
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize(
-    ("storage", "check"), [("fp64", within(1e-11)), ("fp32", within(1e-4)), ("bf16", within_a_spacing)]
-)
-def test_zo_muon(storage: str, check: Any, momentum: float) -> None:
-    opt, slow, params = muon(storage, {"momentum": momentum})
-    went_down(side_by_side(opt, slow, params, falling=1.0, check=check))
-
-
-def test_zo_muon_with_a_rate_for_vectors() -> None:
-    opt, slow, params = muon("fp64", {"vector_lr": 2.0**-9})
-    side_by_side(opt, slow, params, 60, falling=1.0, check=within(1e-11))
-
-
-def test_zo_muon_algorithm_4() -> None:
-    """What E has to be, from where the losses are taken and from the step: the definition leaves its numbers open.
-
-    1e-5: E may be made in fp32 by an iteration of its own.
-    """
-    opt, slow, params = pair(known("ZOMuon"), Dense, "fp64", {"lr": 2.0**-4, "algorithm": 4}, MATRICES)
-    seen: list[Arrays] = []
-    before: list[Arrays] = []
-    losses: list[float] = []
-    directions: dict[str, list[np.ndarray]] = {n: [] for n in SHAPES}
-
-    def closure() -> torch.Tensor:
-        seen.append({n: numpy_of(p).reshape(-1) for n, p in params.items()})
-        losses.append(loss_of(seen[-1]))
-        return torch.tensor(losses[-1], dtype=torch.float64)
-
-    for _ in range(25):
-        seen.clear(), losses.clear()
-        before.append({n: numpy_of(p).reshape(-1) for n, p in params.items()})
-        opt.step(closure)
-        assert len(losses) == 2
-        for v in slow.variables:
-            x, after = before[-1][v.name], numpy_of(params[v.name]).reshape(-1)
-            up, down = ((point[v.name] - x) / v.tau for point in seen)
-            sign = np.sign(losses[0] - losses[1])
-            if not v.settings["ns"]:
-                lr = 0.01 * v.lr
-                e = signs(slow.key(DIRECTION), v.stream, x.size)
-                assert np.allclose(up, e, rtol=0, atol=1e-12)
-                assert np.array_equal(after, x * (1 - lr * v.weight_decay) - lr * (sign * e)), v.name
-                continue
-            E = (x * (1 - v.lr * v.weight_decay) - after) / v.lr * sign
-            assert np.allclose(up, E, rtol=0, atol=1e-5) and np.allclose(down, -E, rtol=0, atol=1e-5)
-            E = E.reshape(SHAPES[v.name])
-            E = E if E.shape[0] <= E.shape[1] else E.T
-            assert np.allclose(E @ E.T, np.eye(len(E)), rtol=0, atol=1e-5)
-            directions[v.name].append(E)
-        slow.step += 1
-    assert loss_of({n: numpy_of(p).reshape(-1) for n, p in params.items()}) < loss_of(before[0])
-    drawn = [E for name in ("layers.0.w", "layers.1.w", "layers.2.w", "layers.3.w") for E in directions[name]]
-    assert len(drawn) == 100
-    between = [np.abs(a - b).max() for i, a in enumerate(drawn) for b in drawn[:i]]
-    assert min(between) > 1e-2  # neither the same in every step nor the same for all
-    # No sign or place is preferred: entries of 36 have the variance 1/9, so their mean over 100 draws 1/30.
-    assert np.abs(np.mean(drawn, 0)).max() < 5 / 30
-
-
-# -- Derivatives of a forward pass -------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A loss whose parameters are used in the forwards of their own modules; one of them twice."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8, bias=False)
-        gen = torch.Generator().manual_seed(4)
-        for p in self.parameters():
-            p.data = torch.randn(p.shape, generator=gen) * 0.4
-        self.register_buffer("x", torch.randn(6, 5, generator=gen))
-        self.register_buffer("y", torch.randn(6, 8, generator=gen))
-        self.to(dtype)
-
-    def forward(self) -> torch.Tensor:
-        hidden = torch.tanh(self.last(torch.tanh(self.norm(self.first(self.x)))))
-        return ((self.last(hidden) - self.y).square().mean()).to(torch.promote_types(self.x.dtype, torch.float32))
-
-
-class Quadratic(nn.Module):
-    """c (x - 1/4)^2 of every element: what the derivative is can be written down."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(Part(dtype, size) for size in (7, 36, 3))
-
-    def forward(self) -> torch.Tensor:
-        return sum(part() for part in self.parts)  # type: ignore[return-value]
-
-
-class Part(nn.Module):
-    def __init__(self, dtype: torch.dtype, size: int) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.linspace(-1, 2, size, dtype=torch.float64).to(dtype))
-        self.register_buffer("c", torch.linspace(0.5, 2, size, dtype=dtype))
-
-    def forward(self) -> torch.Tensor:
-        wide = torch.promote_types(self.w.dtype, torch.float32)
-        return (self.c * (self.w - 0.25).square()).to(wide).sum()
-
-
-def odd(name: str) -> bool:
-    return sum(map(ord, name)) % 2 == 1
-
-
-def forward_grad(model: nn.Module, storage: str) -> tuple[Any, Dense]:
-    """The optimizer with two groups, by a property of the names, and what draws z and steps beside it."""
-    named = dict(model.named_parameters())
-    lots = [
-        {"params": [(n, p) for n, p in named.items() if odd(n)], "lr": 2e-2, "weight_decay": 0.3},
-        {"params": [(n, p) for n, p in named.items() if not odd(n)], "weight_decay": 0.1},
-    ]
-    assert all(lot["params"] for lot in lots)
-    opt = known("ForwardGrad")(lots, 1e-2, model=model, seed=SEED)
-    num = np.float64 if storage == "fp64" else np.float32
-    variables = []
-    for n, p in named.items():
-        lr, decay = (2e-2, 0.3) if odd(n) else (1e-2, 0.1)
-        variables.append(Var(n, stream_ints(n), numpy_of(p).reshape(-1).astype(num), lr, math.nan, decay, {}))
-    return opt, Dense(variables, storage, seed=SEED)
-
-
-def step_from(rho: float, slow: Dense, model: nn.Module) -> None:
-    """x <- (1 - lr wd) x - lr (rho z), bit for bit, with the rho that was recorded."""
-    z, named = slow.draw(), dict(model.named_parameters())
-    for v in slow.variables:
-        slow.sgd(v, slow.num(rho) * z[v.name])
-        same(numpy_of(named[v.name]).reshape(-1), v)
-    slow.step += 1
-
-
-# What rho may differ by, in units of the sum of |grad z|, beside 1e-5 of rho itself: terms of both signs may all but
-# cancel, and what was rounded in the forward pass stays; in bf16 that is 2^-9 for every one of some ten operations.
-SLACK = {"fp64": 0.0, "fp32": 1e-6, "bf16": 2.0**-5}
-
-
-@pytest.mark.parametrize("make", [Net, Quadratic])
-@pytest.mark.parametrize("storage", ["fp64", "fp32", "bf16"])
-def test_forward_grad(storage: str, make: Any) -> None:
-    """rho is grad . z by autograd, and the step follows from rho."""
-    model = make(DTYPES[storage])
-    opt, slow = forward_grad(model, storage)
-    named = dict(model.named_parameters())
-    first = model().item()
-    for step in range(STEPS):
-        loss = model()
-        grads = torch.autograd.grad(loss, list(named.values()))
-        z = slow.draw()
-        terms = np.concatenate([numpy_of(g).reshape(-1) * z[n] for n, g in zip(named, grads, strict=True)])
-        opt.step(lambda: model())
-        value, rho = opt.last_record.losses
-        expected, slack = math.fsum(terms), SLACK[storage] * np.abs(terms).sum()
-        assert abs(rho - expected) <= 1e-5 * abs(expected) + slack, (step, rho, expected)
-        assert value == pytest.approx(loss.item(), rel=1e-2 if storage == "bf16" else 1e-6)
-        step_from(rho, slow, model)
-        assert not any(p.grad is not None for p in named.values())
-    assert model().item() < 0.9 * first
-
-
-def test_forward_grad_of_a_quadratic_in_closed_form() -> None:
-    """grad = 2 c (x - 1/4), without autograd on either side; fp64, so 1e-9."""
-    model = Quadratic(torch.float64)
-    opt, slow = forward_grad(model, "fp64")
-    for _ in range(30):
-        z = slow.draw()
-        terms = [2 * np.linspace(0.5, 2, v.x.size) * (v.x - 0.25) * z[v.name] for v in slow.variables]
-        opt.step(lambda: model())
-        _, rho = opt.last_record.losses
-        assert rho == pytest.approx(math.fsum(np.concatenate(terms)), rel=1e-9)
-        step_from(rho, slow, model)
-
-
-def test_forward_grad_skips_a_loss_that_is_not_finite() -> None:
-    """Nothing moves, and the step is counted: the next one has z of its own number."""
-    model = Quadratic(torch.float32)
-    opt, slow = forward_grad(model, "fp32")
-    curvature = model.parts[0].c
-    model.parts[0].c = curvature * math.nan
-    with skipping():
-        opt.step(lambda: model())
-    named = dict(model.named_parameters())
-    for v in slow.variables:
-        same(numpy_of(named[v.name]), v)
-    model.parts[0].c = curvature
-    opt.step(lambda: model())
-    slow.step += 1
-    step_from(opt.last_record.losses[1], slow, model)
-
-
 # -- Steps that are skipped --------------------------------------------------------------------------------------------
+
 
 SKIPPING: dict[str, tuple[Any, dict[str, Any], dict[tuple[int, int], float]]] = {
     "ZOSignSGD": (SlowScalarSign, {"lr": 1e-3, "momentum": 0.5, "scalar_sign": True}, {}),

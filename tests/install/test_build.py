@@ -1,9 +1,7 @@
-"""What setup.py decides and says, with compilers that only pretend; the build stage of `make gpu`; bench/ptxas.py."""
+"""Decisions and messages of setup.py, with compilers that only pretend."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -17,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from helpers.compilers import NVCC, ROOT, load, said, tool
+
 NOTE = "backends/polar/_cuda_build.txt"
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("jaguar", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE")
 # As setup.py, but a toolkit in its usual place on this machine is not seen.
 DRIVER = """
@@ -31,27 +30,8 @@ module.USUAL = pathlib.Path("/nowhere/cuda")
 sys.argv[0] = "setup.py"
 module.main()
 """
-NVCC = """#!/bin/sh
-echo "$@" >> "$0.log"
-case "$*" in --version) echo "Cuda compilation tools, release ${NVCC_IS:-99.1}, V99.1.7"; exit 0;; esac
-if [ -n "$NVCC_FAILS" ]; then echo "warming up"; echo "csrc/a.cu(3): error: no such thing"; exit 2; fi
-while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
-"""
+
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem + "_under_test", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def tool(path: Path, text: str = NVCC) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
 
 
 def torch_in(folder: Path, cuda: str | None, version: str = "9.9.0") -> Path:
@@ -116,12 +96,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """The lines that are ours."""
-    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("jaguar: ")]
-
-
-# -- the three modes -----------------------------------------------------------------------------------------------
+# -- the three modes ---------------------------------------------------------------------------------------------------
 
 
 def test_0_never_builds_and_needs_nothing(project: Project) -> None:
@@ -257,7 +232,7 @@ def test_the_source_archive_has_the_kernels(project: Project) -> None:
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"csrc/a.cu", "setup.py", "LICENSE"} <= names
 
 
-# -- what is found where -------------------------------------------------------------------------------------------
+# -- what is found where -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -328,183 +303,3 @@ def test_the_kernels_compile_link_and_load(project: Project, tmp_path: Path) -> 
     loaded = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.startswith("CUDA extension built with nvcc")
-
-
-# -- the build stage of `make gpu` ---------------------------------------------------------------------------------
-
-
-class Pip:
-    """Stands for stages.run: pip with JAGUAR_CUDA=1 and =0 end with these exit statuses."""
-
-    def __init__(self, stages: ModuleType, with_cuda: int | None, without: int = 0) -> None:
-        self._stages, self._ends, self.calls = stages, {"JAGUAR_CUDA=1": with_cuda, "JAGUAR_CUDA=0": without}, []
-
-    def __call__(self, command: list[Any], seconds: float, log: Path) -> int | None:
-        log.write_text("  error: the CUDA extension was not built (JAGUAR_CUDA=1): nvcc failed on csrc/a.cu\n  more\n")
-        if "pip" not in command:
-            self.calls.append(command[-1])
-            return 0
-        self.calls.append(command[1])
-        code = self._ends[command[1]]
-        if code == 0:
-            for name, source in self._stages._sources().items():
-                (self._stages.TARGET / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, self._stages.TARGET / name)
-        return code
-
-
-@pytest.fixture
-def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    from gpu import stages
-
-    (tmp_path / "jaguar").mkdir()
-    (tmp_path / "jaguar" / "__init__.py").write_text("")
-    monkeypatch.setattr(stages, "ROOT", tmp_path)
-    monkeypatch.setattr(stages, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(stages, "TARGET", tmp_path / "build" / "gpu")
-    return stages
-
-
-STAGES = [
-    ("/cuda/nvcc", 0, "passed", "CUDA extension built with /cuda/nvcc", ["JAGUAR_CUDA=1"]),
-    ("/cuda/nvcc", 1, "failed", "JAGUAR_CUDA=1): nvcc failed on csrc/a.cu; see", ["JAGUAR_CUDA=1", "JAGUAR_CUDA=0"]),
-    ("/cuda/nvcc", None, "failed", "was not built (ended after 0 s", ["JAGUAR_CUDA=1", "JAGUAR_CUDA=0"]),
-    (None, 0, "passed", "no CUDA extension: nvcc was not found", ["JAGUAR_CUDA=0"]),
-]
-
-
-@pytest.mark.parametrize("nvcc, code, status, note, pips", STAGES, ids=["built", "fails", "slow", "no-nvcc"])
-def test_the_build_stage_builds_the_extension_where_nvcc_is(
-    nvcc: str | None,
-    code: int | None,
-    status: str,
-    note: str,
-    pips: list[str],
-    stages: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pip = Pip(stages, code)
-    monkeypatch.setattr(stages, "run", pip)
-    monkeypatch.setattr(stages, "_nvcc", lambda: nvcc)
-    stage = stages.build(30.0, stages.BUILD)
-    assert stage.status == status and note in stage.note and "pip put 1 files" in stage.note
-    assert pip.calls[:-1] == pips
-    assert ("jaguar._cuda" in pip.calls[-1]) == (status == "passed" and nvcc is not None)
-
-
-def test_the_build_stage_finds_the_nvcc_of_setup(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stages._nvcc() is None  # no setup.py
-    nvcc = tool(stages.ROOT / "home" / "bin" / "nvcc")
-    shutil.copy(ROOT / "setup.py", stages.ROOT)
-    monkeypatch.setenv("CUDA_HOME", str(stages.ROOT / "home"))
-    assert stages._nvcc() == str(nvcc)
-
-
-# -- bench/ptxas.py ------------------------------------------------------------------------------------------------
-
-NAMES = ("_ZN12_GLOBAL__N_14tileILi128ELb1EEEvPKfi", "_Z5helpedi")
-PTXAS = f"""
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '{NAMES[0]}' for 'sm_80'
-ptxas info    : Function properties for {NAMES[0]}
-    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
-ptxas info    : Used 96 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem, 364 bytes cmem[0]
-ptxas info    : Function properties for {NAMES[1]}
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to a call
-"""
-
-
-@pytest.fixture
-def ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """With csrc of two files, results in another folder, and no nvcc yet."""
-    module = load(ROOT / "bench" / "ptxas.py")
-    build = module.build_script()
-    build.CSRC, build.USUAL = tmp_path / "csrc", tmp_path / "usual"
-    build.CSRC.mkdir()
-    for name in ("one.cu", "two_sm90a.cu"):
-        (build.CSRC / name).write_text("")
-    monkeypatch.setattr(module, "build_script", lambda: build)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sys, "argv", ["ptxas.py"])
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    return module
-
-
-def fake_ptxas(tmp_path: Path, said: str) -> Path:
-    (tmp_path / "said").write_text(said)
-    return tool(
-        tmp_path / "usual" / "bin" / "nvcc",
-        NVCC.replace("while", f'case "$*" in *-c*) cat {tmp_path}/said;; esac\nwhile'),
-    )
-
-
-def test_what_ptxas_says_is_read(ptxas: ModuleType) -> None:
-    functions, warnings = ptxas.parse(PTXAS)
-    spilling = {"registers": 96, "shared": 1024, "stack": 16, "spill_stores": 4, "spill_loads": 8}
-    called = {"registers": None, "shared": 0, "stack": 0, "spill_stores": 0, "spill_loads": 0}
-    assert functions == [{"mangled": NAMES[0], **spilling}, {"mangled": NAMES[1], **called}]
-    assert len(warnings) == 1 and "serialized" in warnings[0]
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("void (anonymous namespace)::tile<128, true>(float const*, int)", "tile<128, true>"),
-        ("void jaguar::product<(int)64, (bool)1, a::b<(int)2> >(args)", "jaguar::product<64, 1, a::b<2> >"),
-        ("void jaguar::small<(jaguar_format)1, 64>(args)", "jaguar::small<(jaguar_format)1, 64>"),
-        ("plain", "plain"),
-    ],
-)
-def test_names_are_short(ptxas: ModuleType, name: str, expected: str) -> None:
-    assert ptxas.short(name) == expected
-
-
-def test_a_table_of_kernels_that_spill_is_a_failure(
-    ptxas: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    fake_ptxas(tmp_path, PTXAS)
-    assert ptxas.main() == 1
-    result = json.loads((tmp_path / "results" / "ptxas.json").read_text())
-    assert {(row["file"], row["sm"]) for row in result["results"]} == {
-        ("one.cu", "sm_80"),
-        ("one.cu", "sm_90"),
-        ("two_sm90a.cu", "sm_90a"),
-    }
-    assert result["nvcc"] == "99.1" and "-Xptxas=-v -I csrc -c csrc/FILE.cu" in result["command"]
-    page = (tmp_path / "results" / "ptxas.md").read_text()
-    name = "tile<128, true>" if shutil.which("c++filt") else NAMES[0]
-    assert f"| {name} | one.cu | sm_80 | 96 | 4 | 8 | 16 | 1024 | 0 |" in page and "serialized" in page
-    assert "4 bytes of spill stores, 8 of spill loads" in capsys.readouterr().err
-
-
-def test_a_table_without_spills_is_a_success(ptxas: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    nvcc = fake_ptxas(tmp_path, PTXAS.replace("4 bytes spill stores, 8", "0 bytes spill stores, 0"))
-    sys.argv += ["--json", str(tmp_path / "out.json")]
-    assert ptxas.main() == 0
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 6
-    assert not (tmp_path / "results").exists() and "nothing spills" in capsys.readouterr().err
-    asked = [line for line in nvcc.with_name("nvcc.log").read_text().splitlines() if " -c " in line]
-    assert len(asked) == 3 and all(line.count("-gencode") == 1 for line in asked)
-
-
-def test_a_file_that_does_not_compile_is_named(
-    ptxas: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    fake_ptxas(tmp_path, PTXAS)
-    monkeypatch.setenv("NVCC_FAILS", "1")
-    assert ptxas.main() == 1
-    assert "error: one.cu does not compile for sm_80:" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
-
-
-def test_the_table_needs_nvcc(
-    ptxas: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    assert ptxas.main() == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: no nvcc found in CUDA_HOME (not set)")

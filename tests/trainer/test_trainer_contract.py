@@ -1,19 +1,16 @@
 """What Trainer promises besides training: rows in order, model cards, attempts, searches, optimizers of one's own."""
 
-import contextlib
 import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.hyperparameter_search import HPSearchBackend
 
 from helpers import tiny
 from helpers.trainers import QUIET, Bad, arguments, bits, classifier, equal, examples, labelled, scored
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Method, Scorer, ZerothOrder, ZOTrainer, ZOTrainingArguments
+from jaguar import ZOSGD, JaguarSignSGD, Method, Scorer, ZerothOrder, ZOTrainer, ZOTrainingArguments
 from jaguar.method.directions import Rademacher
 from jaguar.method.estimators import TwoSided
 from jaguar.method.rules import Sign
@@ -273,200 +270,6 @@ def test_train_twice_goes_on_and_a_model_of_its_own_begins_anew(tmp_path):
         found.append(bits(trainer.model))
         assert trainer.zeroth_order.steps_done == 3
     assert equal(*found)
-
-
-# -- attempts ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_an_interrupted_window_held_is_forgotten(tmp_path):
-    class Interrupt(TrainerCallback):
-        def on_substep_end(self, args, state, control, **_):
-            if state.global_step == 1:
-                raise KeyboardInterrupt
-
-    args = arguments(tmp_path, 3, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    trainer = ZOTrainer(classifier(), args, train_dataset=labelled(), callbacks=[Interrupt()])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert trainer.forward_passes == 2 * 2
-    trainer.remove_callback(Interrupt)
-    trainer.train()
-    assert trainer.forward_passes == 2 * 2 + 3 * 2 * 2
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(labelled(30))
-
-
-def test_what_a_stream_leaves_over_is_no_part_of_the_next_window(tmp_path):
-    args = arguments(tmp_path, 4, gradient_accumulation_steps=3, per_device_train_batch_size=4)
-    trainer = ZOTrainer(classifier(), args, train_dataset=Stream())  # 8 batches
-    trainer.train()
-    assert trainer.zeroth_order.steps_done == 4 and trainer.forward_passes == 4 * 3 * 2
-
-
-@contextlib.contextmanager
-def memory_for(model, rows, calls):
-    """Batches of more than `rows` rows run out of memory from the given call of the model on."""
-    count = [0]
-
-    def run_out(_module, _args, kwargs):
-        count[0] += 1
-        if len(kwargs["input_ids"]) > rows and count[0] > calls:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    hook = model.register_forward_pre_hook(run_out, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"optim_zo": "jaguar-muon", "weight_decay": 0.1},
-        {"optim_zo": "zo-sgd", "momentum": 0.9, "coordinates": None, "restore": "walk", "learning_rate": 1e-4},
-        {"own": True},
-    ],
-    ids=["signsgd", "micro-batches", "muon", "walk", "optimizer of one's own"],
-)
-@pytest.mark.parametrize("calls", [0, 1, 7], ids=["first", "second", "later"])
-def test_an_attempt_is_a_run_of_its_own(tmp_path, more, calls):
-    more = {
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 3,
-    } | more
-    own = more.pop("own", False)
-    found = []
-    for folder, size, auto in (("auto", 8, True), ("plain", 7, False)):
-        model = classifier()
-        args = arguments(
-            tmp_path / folder, 6, auto_find_batch_size=auto, **(more | {"per_device_train_batch_size": size})
-        )
-        optimizer = JaguarSignSGD(model.named_parameters(), lr=1e-2, tau=1e-2, coordinates=0.5) if own else None
-        trainer = ZOTrainer(model, args, train_dataset=labelled(), optimizers=(optimizer, None))
-        with memory_for(model, 7, calls) if auto else contextlib.nullcontext():
-            trainer.train()
-        found.append(trainer)
-    one, other = found
-    assert equal(bits(one.model), bits(other.model)) and one.forward_passes == other.forward_passes
-    assert one.zeroth_order.steps_done == one.state.global_step == 6
-    logs = [
-        [{k: e[k] for k in ("step", "loss", "learning_rate")} for e in t.state.log_history if "loss" in e]
-        for t in found
-    ]
-    assert logs[0] == logs[1]
-    saved = [torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt")["jaguar"] for name in ("auto", "plain")]
-    assert saved[0] == saved[1]
-
-
-@pytest.mark.filterwarnings("ignore:.*rows per step")
-def test_a_resumed_run_tries_again_from_its_checkpoint(tmp_path):
-    more = {
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "ignore_data_skip": True,
-    }
-    more |= {"per_device_train_batch_size": 7}
-    ZOTrainer(classifier(), arguments(tmp_path / "first", 4, **more), train_dataset=labelled()).train()
-    found = []
-    for auto in (True, False):
-        model = classifier()
-        args = arguments(tmp_path / str(auto), 4, **(more | {"auto_find_batch_size": auto}))
-        trainer = ZOTrainer(model, args, train_dataset=labelled())
-        with memory_for(model, 6, 2) if auto else contextlib.nullcontext():
-            trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-        found.append(trainer)
-    assert [t.zeroth_order.steps_done for t in found] == [4, 4] and found[0]._train_batch_size == 6
-    args = arguments(tmp_path / "c", 4, **(more | {"per_device_train_batch_size": 6}))
-    third = ZOTrainer(classifier(), args, train_dataset=labelled())
-    third.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-    assert equal(bits(found[0].model), bits(third.model))
-
-
-@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance", "sequential"])
-def test_a_resumed_run_takes_the_rows_of_its_epoch(tmp_path, strategy):
-    """With a scorer; in whatever order it takes them."""
-    found, seen = [], []
-    for folder in ("whole", "again"):
-        more = {"save_strategy": "steps", "save_steps": 4, "train_sampling_strategy": strategy}
-        trainer = scored(tmp_path / folder, steps=8, **more)  # three steps an epoch
-        collate = trainer.data_collator
-        trainer.data_collator = lambda part, collate=collate: seen.append([e.choices for e in part]) or collate(part)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4") if found else None)
-        found.append(bits(trainer.model))
-    assert equal(*found)
-    assert seen[9:] == seen[4:9]  # the loader is a batch ahead
-    assert (seen[:3] == seen[3:6]) == (strategy == "sequential")
-
-
-# -- searches ----------------------------------------------------------------------------------------------------------
-
-
-class Trial(dict):
-    """The parameters, with what else optuna's trials have."""
-
-    def __init__(self, number, params):
-        super().__init__(params)
-        self.number, self.params = number, params
-
-
-class Search:
-    """A backend that tries what it is given, as optuna's does."""
-
-    trials = ()
-
-    def ensure_available(self):
-        pass
-
-    def run(self, trainer, n_trials, direction, **_):
-        runs = []
-        for number, params in enumerate(self.trials[:n_trials]):
-            trainer.objective = None
-            trainer.train(resume_from_checkpoint=None, trial=Trial(number, params))
-            if trainer.objective is None:
-                trainer.objective = trainer.compute_objective(trainer.evaluate())
-            runs.append((trainer.objective, number, trainer.optimizer.optimizer, bits(trainer.model)))
-        return runs
-
-
-def searched(tmp_path, monkeypatch, trials, **more):
-    monkeypatch.setattr(Search, "trials", trials)
-    monkeypatch.setattr("transformers.integrations.hp_params", dict)
-    monkeypatch.setattr("transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS", {HPSearchBackend.OPTUNA: Search})
-    args = ZOTrainingArguments(str(tmp_path), max_steps=3, save_strategy="no", **QUIET, **more)
-    trainer = ZOTrainer(
-        args=args, model_init=lambda: classifier(), train_dataset=labelled(), eval_dataset=labelled(10, 1)
-    )
-    return trainer.hyperparameter_search(lambda trial: trial.params, backend="optuna", n_trials=len(trials))
-
-
-def test_a_search_over_optim_zo_runs_each_optimizer(tmp_path, monkeypatch):
-    trials = [
-        {"optim_zo": name, "learning_rate": 1e-2} for name in ("jaguar-muon", "fo-sgd", "zo-sgd", "jaguar-signsgd")
-    ]
-    runs = searched(tmp_path, monkeypatch, trials)
-    assert [type(run[2]) for run in runs] == [JaguarMuon, torch.optim.SGD, ZOSGD, JaguarSignSGD]
-    for trial, run in zip(trials, runs, strict=True):  # each as on its own
-        args = ZOTrainingArguments(str(tmp_path), max_steps=3, save_strategy="no", **QUIET, **trial)
-        alone = ZOTrainer(args=args, model_init=lambda: classifier(), train_dataset=labelled())
-        alone.train()
-        assert equal(bits(alone.model), run[3])
-
-
-def test_a_search_over_options(tmp_path, monkeypatch):
-    trials = [{"tau": 1e-3, "coordinates": 0.1}, {"tau": 1e-2, "coordinates": 0.5, "per_device_train_batch_size": 4}]
-    runs = searched(tmp_path, monkeypatch, trials, learning_rate=1e-2)
-    assert [run[2].param_groups[0]["tau"] for run in runs] == [1e-3, 1e-2]
-    with pytest.raises(ValueError, match="zo-sgd has no option coordinates"):
-        searched(tmp_path, monkeypatch, [{"optim_zo": "zo-sgd"}], coordinates=0.5)
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
