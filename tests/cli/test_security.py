@@ -14,6 +14,7 @@ import torch
 import transformers.dynamic_module_utils
 
 from helpers import payloads, tiny
+from helpers.checkpoint_payloads import CHECKPOINTS, SLOW
 from helpers.payloads import changed, filled
 from helpers.tiny import refused
 from jaguar.cli import main as cli
@@ -194,10 +195,11 @@ def checkpoint(place):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in payloads.SLOW else []) for n in payloads.CHECKPOINTS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CHECKPOINTS],
 )
 def test_a_checkpoint(place, checkpoint, tmp_path, canary, capsys, name):
-    build, message = payloads.CHECKPOINTS[name]
+    build, message = CHECKPOINTS[name]
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(checkpoint, folder)
     build(folder, canary)

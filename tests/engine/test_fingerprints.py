@@ -1,7 +1,8 @@
 """The bits of every optimizer are those that were recorded: a change of any rounding, draw or order is seen and named.
 
-`fingerprints.json` has a line per run of `fingerprints.py`: digests of the parameters, of the state and of the records,
-and the commit that they were recorded at. This adds the runs that the file lacks, and leaves its lines as they are:
+`fingerprints.json` has a line per row of `fingerprint_rows.py`: digests of the parameters, of the state and of the
+records, and the commit that they were recorded at. This adds the runs that the file lacks, and leaves its lines as they
+are:
 
     TRITON_INTERPRET=1 PYTHONPATH=tests python tests/engine/test_fingerprints.py --write
 
@@ -29,14 +30,15 @@ import pytest
 import torch
 
 from helpers import fingerprints
-from helpers.fingerprints import Row, fingerprint, row_id
+from helpers.fingerprint_rows import interpreter_rows, reference_rows, row_id
+from helpers.fingerprints import Row, fingerprint
 from helpers.tensors import bits
 
 FILE = Path(__file__).with_name("fingerprints.json")
 RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
 ROWS = {
     f"{backend}: {row_id(row)}": (backend, row)
-    for backend, rows in (("reference", fingerprints.reference_rows()), ("triton", fingerprints.interpreter_rows()))
+    for backend, rows in (("reference", reference_rows()), ("triton", interpreter_rows()))
     for row in rows
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

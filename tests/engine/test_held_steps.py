@@ -106,7 +106,7 @@ def test_steps_are_held_where_nobody_looks(tmp_path: Any, monkeypatch: Any, who:
 
 def test_three_launches_a_step_of_the_trainer(tmp_path: Any) -> None:
     pytest.importorskip("triton")
-    from helpers.kernels import counted, jobs
+    from helpers.launches import counted, jobs
 
     run = trainer(tmp_path, model_of("tied"), coordinates=0.5, tau=TAU, backend="triton", save_strategy="no")
     with counted(run=True) as seen:

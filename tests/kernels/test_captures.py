@@ -16,17 +16,8 @@ from helpers.laws import make
 pytest.importorskip("triton")
 from torch import Tensor
 
-from helpers.kernels import (
-    DIRECTIONS,
-    Form,
-    Twins,
-    bag_of,
-    coordinate_twins,
-    dense_twins,
-    everything,
-    interpreted,
-    method_of,
-)
+from helpers.kernels import DIRECTIONS, Form, Twins, coordinate_twins, dense_twins, interpreted, method_of
+from helpers.launches import bag_of, everything
 from jaguar.backends import triton as fused
 from jaguar.backends import uploads
 from jaguar.backends.polar import triton as newton_schulz

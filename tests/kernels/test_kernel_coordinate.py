@@ -25,19 +25,16 @@ from helpers.kernels import (
     STEP,
     Form,
     Twins,
-    as_the_end,
     coordinate_twins,
-    counted,
     crossed,
     drawn,
-    edit_tables,
     forms_of,
     interpreted,
-    jobs,
     row_id,
     same,
     step_law,
 )
+from helpers.launches import as_the_end, counted, edit_tables, jobs
 from jaguar.backends import availability
 from jaguar.backends.triton.plan import Plan, Table
 from jaguar.method.directions import Coordinates

@@ -23,18 +23,15 @@ from helpers.kernels import (
     RHO,
     SHAPES,
     Form,
-    as_the_end,
-    counted,
     crossed,
     dense_twins,
-    edit_tables,
     forms_of,
     interpreted,
-    jobs,
     row_id,
     same,
     step_law,
 )
+from helpers.launches import as_the_end, counted, edit_tables, jobs
 from jaguar import ZOSGD
 from jaguar.backends.triton.plan import Plan, Table
 from jaguar.triton_kernels import dense

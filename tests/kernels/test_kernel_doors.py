@@ -26,18 +26,15 @@ from helpers.kernels import (
     RHO,
     Form,
     Twins,
-    as_the_end,
     coordinate_twins,
-    counted,
     dense_twins,
-    edit_tables,
     forms_of,
     interpreted,
-    jobs,
     method_of,
     same,
     step_law,
 )
+from helpers.launches import as_the_end, counted, edit_tables, jobs
 from jaguar.backends import availability
 from jaguar.backends.triton.numbers import arithmetic
 from jaguar.backends.triton.plan import Plan

@@ -17,7 +17,8 @@ from helpers.laws import TAU, make
 from helpers.tensors import FORMS, Bag, all_bits, bits, weights
 
 pytest.importorskip("triton")
-from helpers.kernels import bag_of, counted, everything, interpreted, jobs, parameters
+from helpers.kernels import interpreted
+from helpers.launches import bag_of, counted, everything, jobs, parameters
 from jaguar import JaguarSignSGD
 from jaguar.backends import availability
 from jaguar.triton_kernels.launch import around

@@ -27,7 +27,6 @@ from helpers.kernels import (
     Form,
     Model,
     Twins,
-    bag_of,
     coordinate_twins,
     dense_twins,
     method_of,
@@ -35,6 +34,7 @@ from helpers.kernels import (
     step_law,
     steps_of,
 )
+from helpers.launches import bag_of
 from helpers.random_kernels import (  # noqa: F401  (collected here too, and then run on the GPU)
     test_every_pattern_widens_and_comes_back,
     test_mulhi64_equals_ints,

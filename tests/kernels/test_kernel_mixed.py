@@ -14,20 +14,8 @@ from helpers.tensors import DTYPES
 
 pytest.importorskip("triton")
 from helpers.covering import pairwise
-from helpers.kernels import (
-    MOVES,
-    SHAPES,
-    Form,
-    Twins,
-    counted,
-    forms_of,
-    interpreted,
-    jobs,
-    method_of,
-    row_id,
-    same,
-    step_law,
-)
+from helpers.kernels import MOVES, SHAPES, Form, Twins, forms_of, interpreted, method_of, row_id, same, step_law
+from helpers.launches import counted, jobs
 from jaguar.method.directions import Mixed
 from jaguar.method.rules import AlongMomentum
 

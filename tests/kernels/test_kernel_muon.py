@@ -18,20 +18,8 @@ from helpers.tensors import all_bits, dtype_id, state_bits
 pytest.importorskip("triton")
 import jaguar
 from helpers.covering import pairwise
-from helpers.kernels import (
-    DIRECTIONS,
-    Form,
-    Steps,
-    Twins,
-    counted,
-    forms_of,
-    interpreted,
-    jobs,
-    method_of,
-    row_id,
-    step_law,
-    steps_of,
-)
+from helpers.kernels import DIRECTIONS, Form, Steps, Twins, forms_of, interpreted, method_of, row_id, step_law, steps_of
+from helpers.launches import counted, jobs
 from jaguar import JaguarMuon
 from jaguar.backends import reference
 from jaguar.backends import triton as fused

@@ -21,7 +21,8 @@ from helpers.steps import skipping
 from helpers.tensors import Bag, dtype_id, weights
 
 pytest.importorskip("triton")
-from helpers.kernels import bag_of, counted, everything, interpreted, jobs
+from helpers.kernels import interpreted
+from helpers.launches import bag_of, counted, everything, jobs
 from jaguar import ZOSGD, JaguarSignSGD
 from jaguar.backends import availability, bind, ops
 from jaguar.backends.polar import run as polar_run

@@ -1,4 +1,4 @@
-"""Laws of these tests: what they share is in tests/helpers; no file of tests is imported, and neither is conftest."""
+"""Laws of these tests: shared things are in tests/helpers, no file of tests is imported, and files are small."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def test_no_file_of_tests_is_imported() -> None:
 def test_an_import_is_noticed(form: str, name: str) -> None:
     assert imported('"""Text."""\n' + form.format(name) + "\n") == [name]
     assert imported("from helpers.tiny import test_rows\nfrom helpers import tiny\n") == []
+
+
+def too_long(sources: dict[str, str]) -> list[str]:
+    """Files of more than 400 lines."""
+    return [name for name, text in sources.items() if len(text.splitlines()) > 400]
+
+
+def test_files_are_under_400_lines() -> None:
+    assert too_long({str(path.relative_to(TESTS)): path.read_text() for path in TESTS.rglob("*.py")}) == []
+
+
+def test_a_long_file_is_noticed() -> None:
+    assert too_long({"short": "pass\n" * 400, "long": "pass\n" * 401}) == ["long"]

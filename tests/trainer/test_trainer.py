@@ -1,7 +1,5 @@
-"""ZOTrainer: Trainer's loop, schedules, callbacks and checkpoints, with records in the place of gradients."""
+"""ZOTrainer in Trainer's place: scripts, arguments, schedules, groups, and what a zeroth-order run has not."""
 
-import copy
-import json
 import logging
 import warnings
 
@@ -9,36 +7,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
-    BertForSequenceClassification,
-    EarlyStoppingCallback,
     HfArgumentParser,
-    RobertaForSequenceClassification,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from helpers import tiny
-from helpers.trainers import QUIET, Bad, arguments, bits, classifier, equal, examples, labelled, scored
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Scorer, ZOTrainer, ZOTrainingArguments
-from jaguar.models.adapters import Adapter
-from jaguar.optimizers.guards import NonFiniteLoss
-from jaguar.scoring import evaluate
+from helpers.trainers import QUIET, arguments, bits, classifier, equal, labelled, scored
+from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, ZOTrainer, ZOTrainingArguments
 from jaguar.tasks import COPA, SST2
 
 
 @pytest.fixture(autouse=True)
 def _quiet():
     logging.getLogger("transformers").setLevel(logging.ERROR)
-
-
-def stream(count=24, seed=0):
-    """Rows of a language model, with different numbers of tokens that count."""
-    rows = labelled(count, seed)
-    for i, row in enumerate(rows):
-        row["labels"] = row["input_ids"].clone()
-        row["labels"][: 1 + i % 6] = -100
-    return rows
 
 
 # -- the two names -----------------------------------------------------------------------------------------------------
@@ -124,165 +106,6 @@ def test_the_learning_rate_left_out_is_the_optimizers(tmp_path):
         args = ZOTrainingArguments(str(tmp_path), optim_zo=method, **QUIET)
         trainer = ZOTrainer(classifier(), args, train_dataset=labelled())
         assert args.learning_rate is None and trainer.create_optimizer().param_groups[0]["lr"] == lr
-
-
-# -- steps -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_is_the_optimizers_own_steps(tmp_path):
-    """Trainer adds nothing: the records are those of a plain loop over the same batches."""
-    trainer = scored(tmp_path, warmup_steps=2, lr_scheduler_type="cosine")
-    model = copy.deepcopy(trainer.model)
-    batches = list(trainer.get_train_dataloader())
-    trainer.train()
-    scorer = Scorer(model, 1)
-    scorer.verify(trainer.train_dataset)
-    named = [(n, p) for n, p in model.named_parameters()]
-    optimizer = JaguarSignSGD([{"params": named, "weight_decay": 0.0}], lr=1e-2, tau=1e-2, coordinates=0.5, seed=42)
-    from transformers import get_scheduler
-
-    schedule = get_scheduler("cosine", optimizer, 2, 6)
-    for i in range(6):
-        if i == 3:  # the second epoch shuffles anew
-            loader = trainer.get_train_dataloader()
-            loader.set_epoch(1)
-            batches = list(loader)
-
-        def loss(batch=batches[i % 3]):
-            total, weight = scorer.loss(batch)
-            return total.double() / weight.double()
-
-        optimizer.step(loss)
-        schedule.step()
-    assert equal(bits(model), bits(trainer.model))
-    assert trainer.zeroth_order.last_record == optimizer.last_record
-
-
-def test_parameters_are_whole_wherever_callbacks_look(tmp_path):
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **others):
-            self.before = bits(model)
-
-        def on_pre_optimizer_step(self, args, state, control, model=None, **others):
-            seen.append(equal(self.before, bits(model)))
-
-        def on_step_end(self, args, state, control, model=None, **others):
-            seen.append(not equal(self.before, bits(model)))
-
-    scored(tmp_path, steps=3, callbacks=[Look()]).train()
-    assert seen == [True] * 6
-
-
-def test_dropout_is_off_while_a_step_is_measured(tmp_path):
-    model = classifier(hidden_dropout_prob=0.5)
-    modes = []
-    model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    model.train()
-    ZOTrainer(model, arguments(tmp_path, 3), train_dataset=labelled()).train()
-    assert len(modes) == 6 and not any(modes)
-
-
-@pytest.mark.parametrize("kind", ["classifier", "roberta", "language model", "scorer"])
-def test_micro_batches_make_the_step_of_one_large_batch(tmp_path, kind):
-    """Also for heads that take **kwargs and ignore num_items_in_batch, and for rows with unequal numbers of tokens."""
-    records = []
-    for i, (size, micro) in enumerate([(12, 1), (4, 3), (6, 2)]):
-        more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro}
-        if kind == "scorer":
-            trainer = scored(tmp_path / str(i), COPA, steps=4, **more)
-            trainer.scorer.verify(trainer.train_dataset)
-        else:
-            made = {"classifier": BertForSequenceClassification, "roberta": RobertaForSequenceClassification}
-            model = tiny.architecture("opt") if kind == "language model" else classifier(made[kind])
-            rows = stream() if kind == "language model" else labelled()
-            trainer = ZOTrainer(model, arguments(tmp_path / str(i), 4, **more), train_dataset=rows)
-        calls = []
-        trainer.model.register_forward_hook(lambda *a, calls=calls: calls.append(1))
-        losses = []
-
-        class Keep(TrainerCallback):
-            def on_step_end(self, args, state, control, losses=losses, trainer=trainer, **others):
-                losses.extend(trainer.zeroth_order.last_record.losses)
-
-        trainer.add_callback(Keep())
-        trainer.train()
-        asked = 6 if micro > 1 and kind != "scorer" else 0  # what its loss is a mean of, once
-        assert 0 <= len(calls) - 2 * micro * 4 <= asked  # one pair of evaluations, whatever the micro-batches
-        records.append(losses)
-        assert sum("loss" in entry for entry in trainer.state.log_history) == 2
-        logged = trainer.state.log_history[0]["loss"]
-        assert logged == pytest.approx(sum(losses[:4]) / 4, rel=1e-6)  # not divided by the micro-batches
-    for other in records[1:]:  # fp32 sums in another order; the first step only: later ones have moved by its sign
-        assert other[:2] == pytest.approx(records[0][:2], rel=1e-5)
-
-
-def test_labels_survive_both_evaluations(tmp_path):
-    """compute_loss pops them for label smoothing and compute_loss_func; the second evaluation would find none."""
-    smooth = ZOTrainer(classifier(), arguments(tmp_path, 2, label_smoothing_factor=0.1), train_dataset=labelled())
-    smooth.train()
-    assert smooth.zeroth_order.n_skipped == 0
-
-    def own(outputs, labels, num_items_in_batch=None):
-        assert labels is not None
-        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
-    plain = ZOTrainer(classifier(), arguments(tmp_path, 2), train_dataset=labelled())
-    given = ZOTrainer(classifier(), arguments(tmp_path, 2), train_dataset=labelled(), compute_loss_func=own)
-    for trainer in (plain, given):
-        trainer.train()
-    assert plain.zeroth_order.last_record.losses == pytest.approx(given.zeroth_order.last_record.losses, rel=1e-6)
-    assert plain.zeroth_order.last_record.losses != pytest.approx(smooth.zeroth_order.last_record.losses, rel=1e-4)
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "bf16=True"])
-def test_bf16(tmp_path, autocast):
-    model = tiny.architecture("opt")
-    model = model if autocast else model.to(torch.bfloat16)
-    trainer = scored(tmp_path, model=model, bf16=autocast, steps=4, tau=5e-2)
-    trainer.train()
-    assert {p.dtype for p in model.parameters()} == {torch.float32 if autocast else torch.bfloat16}
-    losses = trainer.zeroth_order.last_record.losses
-    assert losses[0] != losses[1] and trainer.zeroth_order.n_skipped == 0
-
-
-# -- losses that are no numbers ----------------------------------------------------------------------------------------
-
-
-def test_a_nan_skips_its_step_and_the_log_says_so(tmp_path):
-    model = Bad(bad={3})
-    trainer = ZOTrainer(model, arguments(tmp_path, 4, logging_steps=1), train_dataset=labelled())
-    moved = []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, **others):
-            moved.append(model.weight.detach().clone())
-
-    trainer.add_callback(Look())
-    with pytest.warns(UserWarning, match="step 1 was skipped, because a loss was nan"):
-        trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[1], moved[2])
-    assert logs[0]["loss"] > 0 and logs[1]["loss"] != logs[1]["loss"] and logs[1]["skipped_steps"] == 1
-    assert logs[2]["loss"] > 0 and logs[3]["skipped_steps"] == 1 and trainer.zeroth_order.n_skipped == 1
-    with pytest.raises(NonFiniteLoss, match="25 steps in a row"), pytest.warns(UserWarning, match="was skipped"):
-        ZOTrainer(Bad(bad=set(range(100))), arguments(tmp_path, 40), train_dataset=labelled()).train()
-
-
-def test_an_error_in_an_evaluation_leaves_the_parameters(tmp_path):
-    trainer = scored(tmp_path)
-    before, count = bits(trainer.model), []
-
-    def fail(*_):
-        count.append(1)
-        if len(count) == 2:
-            raise RuntimeError("CUDA out of memory")
-
-    trainer.model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        trainer.train()
-    assert equal(before, bits(trainer.model))
 
 
 # -- what is not there -------------------------------------------------------------------------------------------------
@@ -442,144 +265,3 @@ def test_wrong_objects_are_refused(tmp_path):
         frozen.train()
     with pytest.raises(TypeError, match=r"create_optimizer\(\) comes first"):
         _ = scored(tmp_path).zeroth_order
-
-
-# -- evaluation, logging, best model -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("task", [SST2, COPA])
-def test_evaluation_and_prediction_are_the_scorers(tmp_path, task):
-    trainer = scored(tmp_path, task, per_device_eval_batch_size=4)
-    expected = evaluate(trainer.scorer, trainer.eval_dataset, 1)
-    metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(expected.figures()["loss"], rel=1e-5)
-    assert metrics["eval_accuracy"] == expected.figures()["accuracy"]
-    output = trainer.predict(trainer.eval_dataset)  # in the order of the data set
-    torch.testing.assert_close(torch.tensor(output.predictions), expected.logits, rtol=1e-5, atol=1e-5)
-    assert output.label_ids.tolist() == expected.labels.tolist()
-
-
-def test_batches_of_similar_length(tmp_path):
-    trainer = scored(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=4)
-    trainer.train_dataset = examples(SST2, 200)
-    lengths = [e.length for e in trainer.train_dataset]
-    order = list(trainer._get_train_sampler())
-    batches = [[lengths[i] for i in order[k : k + 4]] for k in range(0, 200, 4)]
-    assert sorted(order) == list(range(200))
-    spread = sum(max(b) - min(b) for b in batches) / len(batches)
-    assert spread < (max(lengths) - min(lengths)) / 4
-    trainer.train()
-
-
-def test_callbacks_best_model_and_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trainer = scored(
-        tmp_path,
-        steps=40,
-        report_to="tensorboard",
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="best",
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        learning_rate=0.1,
-        callbacks=[EarlyStoppingCallback(2)],
-    )
-    trainer.train()
-    evals = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    best = min(evals, key=evals.get)
-    assert trainer.state.best_global_step == best and trainer.state.global_step == best + 4  # patience of 2
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(evals[best], rel=1e-6)
-    (folder,) = {path.parent for path in tmp_path.rglob("events.out*")}
-    events = EventAccumulator(str(folder)).Reload()
-    tags = events.Tags()["scalars"]
-    assert {"train/loss", "train/projected_grad", "train/learning_rate", "eval/loss", "eval/accuracy"} <= set(tags)
-    assert "train/grad_norm" not in tags
-    points = [e.value for e in events.Scalars("eval/loss")]
-    assert points == pytest.approx([*evals.values(), evals[best]], rel=1e-5)
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-RESUMED = {
-    "micro-batches": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5},
-    "muon": {"optim_zo": "jaguar-muon", "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
-    "zo-sgd": {"optim_zo": "zo-sgd", "momentum": 0.9, "coordinates": None, "learning_rate": 1e-3},
-    "fo-sgd": {"optim_zo": "fo-sgd", "momentum": 0.9, "coordinates": None, "tau": None},
-    "bf16": {},
-    "lora": {},
-    "prefix": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4},
-}
-
-
-@pytest.mark.parametrize("case", RESUMED)
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, case):
-    def make(folder):
-        model = tiny.architecture("opt")
-        model = model.to(torch.bfloat16) if case == "bf16" else model
-        torch.manual_seed(5)  # of LoRA's factors
-        model = Adapter(case).applied(model, "causal") if case in ("lora", "prefix") else model
-        more = {"save_strategy": "steps", "save_steps": 4, "tau": 5e-2 if case == "bf16" else 1e-2} | RESUMED[case]
-        return scored(tmp_path / folder, model=model, steps=8, **more)
-
-    whole = make("whole")
-    whole.train()
-    again = make("again")
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert equal(bits(whole.model), bits(again.model)) and again.state.global_step == 8
-    if case != "fo-sgd":
-        one, other = (t.zeroth_order.state_dict() for t in (whole, again))
-        assert one["jaguar"] == other["jaguar"] and one["jaguar"]["step"] == 8
-        for key, state in one["state"].items():
-            assert all(torch.equal(value, other["state"][key][name]) for name, value in state.items())
-
-
-@pytest.mark.filterwarnings("ignore:.*holds checkpoints of another run")
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
-    trainer = scored(tmp_path, steps=2, save_strategy="steps", save_steps=2)
-    trainer.train()
-    folder = tmp_path / "checkpoint-2"
-    good = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def full(folder):
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    trainer = scored(tmp_path, steps=2, save_strategy="steps", save_steps=2)
-    trainer.beside = full
-    with pytest.raises(OSError, match=r"checkpoint-2.*: no space left on the disk; the checkpoint of step 2 is whole"):
-        trainer.train()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_adapters_train_and_are_saved_and_loaded_by_peft(tmp_path, kind):
-    from peft import PeftModel
-
-    base = tiny.architecture("opt")
-    before = bits(base)
-    torch.manual_seed(0)
-    model = Adapter(kind).applied(base, "causal")
-    trainer = scored(tmp_path, model=model, steps=4, tau=5e-2)
-    start = bits(model)
-    trainer.train()
-    moved = {name for name, tensor in bits(model).items() if not torch.equal(tensor, start[name])}
-    assert moved and all("lora_" in name or "prompt_encoder" in name for name in moved)
-    trainer.save_model(str(tmp_path / "adapter"))
-    saved = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json"} <= saved and "model.safetensors" not in saved
-    fresh = tiny.architecture("opt")
-    assert equal(before, bits(fresh))
-    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    data = examples(SST2, 6, 3)
-    scores = [evaluate(Scorer(m, 1), data, 3).logits for m in (model, loaded)]
-    assert torch.equal(*scores)
-
-
-def test_arguments_are_saved_as_plain_values(tmp_path):
-    args = arguments(tmp_path, momentum_dtype="bfloat16", optim_zo="jaguar-muon")
-    saved = json.loads(args.to_json_string())
-    assert saved["optim_zo"] == "jaguar-muon" and saved["momentum_dtype"] == "bfloat16" and saved["tau"] == 1e-2
-    assert args.optimizer_options()["momentum_dtype"] is torch.bfloat16
