@@ -22,8 +22,6 @@ from helpers.extension_stub import (
     half,
     on,
 )
-from helpers.extension_stub import built as built
-from helpers.extension_stub import stub as stub
 from jaguar.backends.polar import cuda as extension
 
 # -- product -----------------------------------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ from helpers.extension_stub import (
     half,
     on,
 )
-from helpers.extension_stub import built as built
-from helpers.extension_stub import stub as stub
 from jaguar.backends import uploads
 from jaguar.backends.polar import cuda as extension
 from jaguar.backends.polar import schedule as iteration
