@@ -2,6 +2,6 @@
 
 import sys
 
-from jaguar.cli.main import main
+from jaguar.cli.commands import main
 
 sys.exit(main())

@@ -39,7 +39,7 @@ CLOSED = [
     ("backends.reference", "backends.triton"),
     ("backends.reference", "backends.bind"),
     ("backends.triton", "backends.bind"),
-    ("cli.finetune", "cli.main"),
+    ("cli.finetune", "cli.commands"),
 ]
 MODULES = modules(ROOT) | modules(KERNELS, "jaguar.triton_kernels")
 NO_TORCH = {"record", "journal"}
@@ -116,7 +116,7 @@ def test_every_room_is_there() -> None:
 
 
 BROKEN = {
-    "cli": ("method/rules.py", "import jaguar.cli.main"),
+    "cli": ("method/rules.py", "import jaguar.cli.commands"),
     "transformers": ("backends/ops.py", "def f():\n    from transformers import Trainer"),
     "torch": ("record.py", "import torch.nn"),
     "upwards": ("method/rng.py", "from jaguar.backends.launches import Lost"),
@@ -127,7 +127,7 @@ BROKEN = {
     "from task to engine": ("tasks/task.py", "from jaguar.method import rng"),
     "from model to scorer": ("models/load.py", "from jaguar.scoring.scorer import Scorer"),
     "from trainer to command": ("trainer/trainer.py", "from jaguar.cli.flags import DEFAULTS"),
-    "from run to cli": ("cli/finetune/job.py", "if TYPE_CHECKING:\n    from jaguar.cli import main"),
+    "from run to cli": ("cli/finetune/job.py", "if TYPE_CHECKING:\n    from jaguar.cli import commands"),
     "inside a room": ("backends/reference/dense.py", "from jaguar.backends.triton import Numbers"),
     "no room": ("novel.py", "import math"),
 }
@@ -235,7 +235,7 @@ def test_reading_a_record_needs_no_torch(statement: str) -> None:
 
 
 def test_importing_the_engine_loads_no_leaf() -> None:
-    leaves = "'transformers', 'jaguar.cli.main', 'jaguar.scoring'"
+    leaves = "'transformers', 'jaguar.cli.commands', 'jaguar.scoring'"
     code = f"import sys, jaguar.optimizers; sys.exit(any(m in sys.modules for m in ({leaves})))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=600).returncode == 0
 

@@ -1,1 +1,3 @@
-"""Parts of an optimizer, as values and plain torch: directions, estimators, rules, counted randomness, one rounding."""
+"""What an optimizer is, as values and plain torch: directions, estimators, rules, counted randomness, one rounding."""
+
+from jaguar.method.method import Method as Method

@@ -20,7 +20,7 @@ from helpers import tiny
 from helpers.command_line import folder as folder
 from helpers.command_line import words
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.models.load import Loaded
 from jaguar.tasks.rows import Row

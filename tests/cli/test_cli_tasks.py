@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from helpers import synthetic, tiny
 from helpers.tiny import refused
+from jaguar.cli import commands as cli
 from jaguar.cli import flags as flag_groups
-from jaguar.cli import main as cli
 from jaguar.cli import parser
 from jaguar.scoring import Scorer, evaluate, naive
 from jaguar.tasks import TASKS

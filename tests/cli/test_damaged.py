@@ -15,7 +15,7 @@ import torch
 from helpers.runs import place as place
 from helpers.runs import words
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.trainer.staging import RECORD
 
 # What a run goes on from; the others of a checkpoint are for those who use the model.

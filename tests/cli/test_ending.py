@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from helpers.runs import place as place
 from helpers.runs import words
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune import job as finetune
 from jaguar.cli.finetune import outcome
 from jaguar.method import rules

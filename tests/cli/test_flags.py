@@ -9,8 +9,8 @@ from helpers.flag_tables import FIELDS, KIND, KINDS, OURS, WITH, WORDS
 from helpers.flags import Reached, line
 from helpers.flags import settled as settled
 from helpers.tiny import refused
+from jaguar.cli import commands as cli
 from jaguar.cli import flags as flag_groups
-from jaguar.cli import main as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.cli.finetune.run import Run
 

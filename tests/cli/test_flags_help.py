@@ -14,8 +14,8 @@ import jaguar
 from helpers.flag_tables import FIELDS, OURS
 from helpers.flags import settled as settled
 from jaguar.backends.availability import NAMES
+from jaguar.cli import commands as cli
 from jaguar.cli import flags as flag_groups
-from jaguar.cli import main as cli
 from jaguar.method import schemes
 from jaguar.method.estimators import ESTIMATORS
 from jaguar.optimizers.names import METHODS

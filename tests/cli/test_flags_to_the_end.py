@@ -11,7 +11,7 @@ import transformers
 from helpers import tiny
 from helpers.flag_tables import KIND, KINDS, OWN, WITH, WORDS
 from helpers.flags import settled as settled
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import jaguar
 import jaguar.optimizers
 from helpers.tiny import refused
 from jaguar.backends import availability
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.method_card import facts
 from jaguar.optimizers.common import Common, keywords
 from jaguar.optimizers.names import FIRST_ORDER, METHODS, Named

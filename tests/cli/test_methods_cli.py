@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from helpers import synthetic, tiny
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.optimizers.names import METHODS
 from jaguar.trainer.trainer import ZOTrainer
 

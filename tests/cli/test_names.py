@@ -21,7 +21,7 @@ import jaguar.optimizers
 from helpers import tiny
 from helpers.flags import line, settled  # noqa: F401
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli import values
 from jaguar.cli.finetune.dry_run import check
 from jaguar.cli.finetune.run import Run, compare, optimizer_settings

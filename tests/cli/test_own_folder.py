@@ -17,7 +17,7 @@ from helpers.checkpoints import bits, equal, make, trainer
 from helpers.runs import place as place
 from helpers.runs import words
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune.progress import Stop
 from jaguar.trainer import staging
 

@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState
 
 from helpers.runs import place as place
 from helpers.runs import words
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune.progress import Stop
 from jaguar.trainer import arguments as training_args
 from jaguar.trainer import checkpoints
@@ -96,7 +96,7 @@ def test_all_processes_end(place: Path, tmp_path: Path, how: str, instant: int) 
             sent(process, how)
             break
     rest, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0 and "jaguar/cli/main.py" not in rest  # torchrun has a traceback of its own
+    assert process.returncode != 0 and "jaguar/cli/commands.py" not in rest  # torchrun has a traceback of its own
     assert subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode == 1, "one is still there"
     found = of(tmp_path / "out")
     if how == "SIGKILL of one":

@@ -10,7 +10,7 @@ from helpers import tiny
 from helpers.command_line import folder as folder
 from helpers.command_line import words
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, sto
     limited = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.trainer.trainer import ZOTrainer
 step, steps = ZOTrainer.training_step, []
 def limiting(self, *args):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from helpers import tiny
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune.report import Points, StepBar, curves, score_table
 from jaguar.scoring import Scorer
 

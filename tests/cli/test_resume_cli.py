@@ -12,7 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, Mixtr
 
 from helpers import tiny
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune import job as finetune
 from jaguar.cli.finetune.run import STATE
 from jaguar.models.load import load

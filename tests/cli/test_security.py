@@ -17,7 +17,7 @@ from helpers import payloads, tiny
 from helpers.checkpoint_payloads import CHECKPOINTS, SLOW
 from helpers.payloads import changed, filled
 from helpers.tiny import refused
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.models.adapters import Adapter
 from jaguar.models.load import load
 

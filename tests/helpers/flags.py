@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune.run import Run
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transformers import (
 
 from helpers import synthetic
 from helpers.synthetic import BAD, FILLER, GOOD
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 
 TEMPLATE = r"Review: {text}\nSentiment:"
 

@@ -42,7 +42,7 @@ def test_the_package_is_imported_alone(statement: str) -> None:
     assert "jaguar" in modules and not heavy(modules, set())
 
 
-COMMAND = "from jaguar.cli.main import main; sys.exit(main())"
+COMMAND = "from jaguar.cli.commands import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("words", ["--help", "finetune --help", "eval --help", "info --help"])

@@ -10,7 +10,7 @@ import transformers
 from helpers import architectures, tiny
 from helpers.scorers import CLOSE, scorer_of
 from helpers.tiny import recurrent, scaled
-from jaguar.cli import main as cli
+from jaguar.cli import commands as cli
 from jaguar.cli.finetune.data import Data
 from jaguar.models import load as models
 from jaguar.models.adapters import Adapter, virtual_tokens
