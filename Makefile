@@ -62,7 +62,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layering.py
+	$(BIN)/python -m pytest tests/laws/test_layering.py
 
 bench: $(VENV)/.demo
 	$(BIN)/python bench/bench_step.py
