@@ -15,6 +15,7 @@ import torch
 from jaguar.backends import reference
 from jaguar.backends.launches import Launches
 from jaguar.backends.polar import cuda
+from jaguar.backends.polar.schedule import Products
 from jaguar.method.directions import Mixed, Sparse
 from jaguar.method.method import Method
 from jaguar.method.params import Slot
@@ -43,6 +44,8 @@ class Backend:
             read; None: it has none, but products of Newton-Schulz.
         refuses: the reason why it cannot run a method, as the end of "cannot draw this: "; None: it can.
         unfit: the reason why it cannot take a tensor, as the end of "cannot take NAME: it "; None: it can.
+        emulated: whether it runs on CPU tensors, slowly: then it is taken where it is named, and not by "auto".
+        products: of Newton-Schulz in 16 bits, on tensors of GPUs; None: the reference's iteration is taken.
     """
 
     name: str
@@ -50,6 +53,13 @@ class Backend:
     bind: Bind | None
     refuses: Callable[[Method, Groups], str | None] = lambda *_: None
     unfit: Callable[[Slot], str | None] = lambda _: None
+    emulated: Callable[[], bool] = lambda: False
+    products: Callable[[], Products] | None = None
+
+    @property
+    def device(self) -> str:
+        """Type of the devices whose matrices its products take."""
+        return "cpu" if self.emulated() else "cuda"
 
 
 def _missing_triton() -> str | None:
@@ -118,13 +128,32 @@ def _bind_reference(
     return (reference.MixedLaunches if mixed else reference.DenseLaunches)(method, slots, restore)
 
 
+def _triton_products() -> Products:
+    from jaguar.backends.polar.triton import TritonProducts
+
+    return TritonProducts()
+
+
 BACKENDS = (
-    Backend("cuda", cuda.missing, None),
-    Backend("triton", _missing_triton, _bind_triton, lambda *of: undrawable(*of), lambda slot: unfit(slot)),
+    Backend("cuda", cuda.missing, None, products=cuda.CudaProducts),
+    Backend(
+        "triton",
+        _missing_triton,
+        _bind_triton,
+        lambda *of: undrawable(*of),
+        lambda slot: unfit(slot),
+        lambda: interpreted(),
+        _triton_products,
+    ),
     Backend("reference", lambda: None, _bind_reference),
 )
 # As users choose, the one that needs nothing first.
 NAMES = ("auto", *reversed([backend.name for backend in BACKENDS]))
+
+
+def named(name: str) -> Backend:
+    """The backend of a name."""
+    return next(backend for backend in BACKENDS if backend.name == name)
 
 
 def unavailable() -> dict[str, str]:

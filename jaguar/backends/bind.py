@@ -52,7 +52,7 @@ def bind(method: Method, slots: Sequence[Slot], groups: Groups, backend: str, re
     parts: list[Part] = []
     for name in dict.fromkeys(names):
         where = [i for i, chosen in enumerate(names) if chosen == name]
-        make = ops.named(name).bind
+        make = availability.named(name).bind
         assert make is not None
         parts.append((where, make(method, [slots[i] for i in where], slots, restore, numbers)))
     stage = None

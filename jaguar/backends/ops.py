@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaguar.backends import availability
-from jaguar.backends.availability import BACKENDS, Backend, Groups, Unavailable
+from jaguar.backends.availability import Groups, Unavailable
 from jaguar.backends.polar import run
 from jaguar.method.directions import Coordinates
 from jaguar.method.method import Method
@@ -13,25 +13,14 @@ from jaguar.method.orthogonal import Orthogonal
 from jaguar.method.params import Slot
 
 
-def named(name: str) -> Backend:
-    """The backend of a name."""
-    return next(backend for backend in BACKENDS if backend.name == name)
-
-
 def assign(backend: str, method: Method, slots: Sequence[Slot], groups: Groups) -> list[str]:
-    """The backend of every slot's launches: what was named, or the first that has launches for it.
-
-    "auto" takes no interpreter, which runs kernels on CPU tensors, slowly.
-    """
-    able = [b for b in BACKENDS if b.bind is not None]
+    """The backend of every slot's launches: what was named, or the first that has launches for it."""
+    able = [b for b in availability.BACKENDS if b.bind is not None]
     if backend in [b.name for b in able]:
         return [backend] * len(slots)
     missing = availability.unavailable()
-    able = [b for b in able if b.name not in missing and not b.refuses(method, groups)]
-    names = [
-        next(b.name for b in able if b.name == "reference" or (slot.tensor.is_cuda and not b.unfit(slot)))
-        for slot in slots
-    ]
+    able = [b for b in able if b.name not in missing and not b.emulated() and not b.refuses(method, groups)]
+    names = [next(b.name for b in able if not b.unfit(slot)) for slot in slots]
     # The strata of a number of coordinates run across tensors: one backend draws them all.
     across = isinstance(method.direction, Coordinates) and isinstance(method.direction.coordinates, int)
     return [able[-1].name] * len(slots) if across and len(set(names)) > 1 else names
@@ -46,7 +35,7 @@ def require(backend: str, method: Method, slots: Sequence[Slot], groups: Groups)
                 run.assigned(backend, slot.tensor, rule.steps, rule.ns_dtype)
     if backend == "auto":
         return
-    chosen = named(backend)
+    chosen = availability.named(backend)
     if chosen.bind is None:
         if not isinstance(rule, Orthogonal):
             raise Unavailable(

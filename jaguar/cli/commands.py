@@ -273,7 +273,3 @@ def _print_paths(name: str, trust_remote_code: bool, console: Console) -> None:
         for pattern, shape, count in collapsed(named):
             table.add_row("Newton-Schulz" if ns else "sign rule", pattern, shape, str(count))
     console.print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -229,7 +229,7 @@ def steps_of(backend: str, method: Method, slots: list[Slot], restore: str = "co
     """What `bind` makes of one backend."""
     ops.require(backend, method, slots, GROUPS)
     numbers = None if backend == "reference" else fused.Numbers(slots, method)
-    return Steps(slots, ops.named(backend).bind(method, slots, slots, restore, numbers), numbers)
+    return Steps(slots, availability.named(backend).bind(method, slots, slots, restore, numbers), numbers)
 
 
 class Twins:

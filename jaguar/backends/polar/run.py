@@ -92,12 +92,12 @@ def assigned(backend: str, matrix: Tensor, steps: int, dtype: torch.dtype) -> st
     Raises:
         Unavailable: the named one cannot.
     """
-    if backend == "reference":
-        return backend
+    named = None if backend == "auto" else availability.named(backend)
+    if named is not None and named.products is None:
+        return "reference"
     reason = _refusal(steps, dtype)
-    if backend != "auto":
-        where = "cpu" if backend == "triton" and availability.interpreted() else "cuda"
-        if reason is None and matrix.device.type != where:
+    if named is not None:
+        if reason is None and matrix.device.type != named.device:
             reason = f"the matrix is on {matrix.device}"
         if reason:
             raise Unavailable(
@@ -110,17 +110,18 @@ def assigned(backend: str, matrix: Tensor, steps: int, dtype: torch.dtype) -> st
     for name in fastest():
         if name not in missing:
             return name
-    _say_slow(missing["cuda"], missing["triton"])
+    _say_slow(*(missing[name] for name in sorted(fastest())))
     return "reference"
 
 
-def fastest() -> tuple[str, str]:
-    """The kernels of Newton-Schulz, the faster ones first.
+def fastest() -> list[str]:
+    """The backends with products of Newton-Schulz, the faster ones first.
 
     Measured on Hopper (docs/gpu.md): Triton's take 0.74 to 1.03 of csrc's time.
     """
+    names = [backend.name for backend in availability.BACKENDS if backend.products is not None]
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return ("triton", "cuda") if hopper else ("cuda", "triton")
+    return sorted(names, key=lambda name: hopper and name == "cuda")
 
 
 def _refusal(steps: int, dtype: torch.dtype) -> str | None:
@@ -142,13 +143,9 @@ def _say_slow(*reasons: str) -> None:
 
 @cache
 def _products(name: str) -> schedule.Products:
-    if name == "cuda":
-        from jaguar.backends.polar.cuda import CudaProducts
-
-        return CudaProducts()
-    from jaguar.backends.polar.triton import TritonProducts
-
-    return TritonProducts()
+    make = availability.named(name).products
+    assert make is not None
+    return make()
 
 
 @cache
