@@ -1,4 +1,4 @@
-"""What is decided at build time: the packages, and whether the CUDA extension `jaguar._cuda` is built.
+"""Decisions at build time: the packages, and whether the CUDA extension `jaguar._cuda` is built.
 
 The environment variable JAGUAR_CUDA says: 0, never; 1, or the build fails; auto (the default), where nvcc is found and
 the torch of this environment is a CUDA build, and a failure is only a warning. The outcome is one line of output, also

@@ -1,4 +1,4 @@
-"""What a computation allocates: live bytes and their peak, from the operators that it calls.
+"""Allocations of a computation: live bytes and their peak, from the operators that it calls.
 
 Storages are followed, not tensors: views and in-place operators allocate nothing, and memory counts as long as any view
 of it lives. What was there before (weights, inputs) is not counted. Works on real tensors and, without memory or time,

@@ -1,4 +1,4 @@
-"""Where momentum acts: held-out loss of JAGUAR SignSGD and JAGUAR Muon against beta, by coordinates and update.
+"""Ablation of momentum: held-out loss of JAGUAR SignSGD and JAGUAR Muon against beta, by coordinates and update.
 
     python bench/bench_ablation.py [--passes N] [--seeds N] [--only TEXT ...] [--out FOLDER]
 

@@ -1,4 +1,4 @@
-"""Everything that needs an NVIDIA GPU, in one go and under nine minutes: build, tests, compute-sanitizer, benchmark.
+"""Runs all that needs an NVIDIA GPU, in one go and under nine minutes: build, tests, compute-sanitizer, benchmark.
 
 Uses the Python it is started with and what that has (torch, triton, pytest); installs and downloads nothing. A stage
 that fails does not stop the later ones; the exit status is 1 if one did. Writes bench/results/<gpu>-<date>.json after

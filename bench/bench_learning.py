@@ -1,4 +1,4 @@
-"""What every method reaches with as many forward passes on the same work: a search of settings, a table, curves.
+"""Losses that all methods reach with as many forward passes on the same work: a search of settings, a table, curves.
 
     python bench/bench_learning.py [--work NAME ...] [--passes N] [--seeds N] [--only NAME ...] [--out FOLDER]
 

@@ -1,4 +1,4 @@
-"""How accurate Newton-Schulz is: the reference in three precisions, and every kernel that runs here.
+"""Accuracy of Newton-Schulz: the reference in three precisions, and every kernel that runs here.
 
 Per shape, spectrum and scheme (with its own number of steps): alignment <O, U V^T> / n with the SVD's polar factor,
 singular values of O, and the relative error against the same iteration in float64. Prints a table and, with --out,

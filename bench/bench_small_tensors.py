@@ -1,4 +1,4 @@
-"""What small tensors, all coordinates and bf16 cost on the reference backend: before and after, on one CPU thread.
+"""Cost of small tensors, all coordinates and bf16 on the reference backend: before and after, on one CPU thread.
 
 Before is the commit given by --baseline, checked out beside this one; each of the two runs in a process of its own, in
 turns. Steps outside the forwards are compared with MeZO's loop (torch.manual_seed, torch.normal per tensor, four

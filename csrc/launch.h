@@ -1,4 +1,4 @@
-// What the launchers share: attributes of the current device, asked for once, and a typed launch.
+// Common parts of the launchers: attributes of the current device, asked for once, and a typed launch.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,5 +1,5 @@
 // C ABI of the Newton-Schulz kernels: device addresses and streams as integers, no torch headers, so that plain nvcc
-// compiles it on a machine whose torch has no CUDA. The schedule of products is polar/schedule.py; a call here
+// compiles it on a machine whose torch has no CUDA. The schedule of products is backends/polar/schedule.py; a call here
 // is one launch (prepare: three), allocates nothing and never waits for the device.
 //
 // Every function returns a cudaError_t as int; JAGUAR_* codes below 0 are refusals made before anything is launched.

@@ -1,5 +1,5 @@
 // Every PTX instruction of the kernels, each as one function. Compiled by anything but nvcc, the kernels run on an
-// emulation of these functions (tests/csrc_emulator).
+// emulation of these functions (tests/helpers/csrc_emulator).
 #pragma once
 #ifndef __CUDACC__
 #include "emulated_ptx.h"

@@ -1,4 +1,4 @@
-// Which tile a thread block computes. Pure functions without CUDA headers, so that a plain C++ compiler can test them.
+// The tile that a thread block computes. Pure functions without CUDA headers, so that any C++ compiler can test them.
 #pragma once
 #include <cstdint>
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def noisy(format, stochastic):
-    """Whether storing as `format` takes rounding noise."""
+    """Tells whether storing as `format` takes rounding noise."""
     return stochastic and format not in ("fp64", "fp32")
 
 

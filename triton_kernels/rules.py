@@ -1,4 +1,4 @@
-"""`jaguar.rules` in registers: every product and every sum rounded on its own (kernels are compiled without fusion).
+"""`jaguar.method.rules` in registers: every product and sum rounded on its own (kernels are compiled without fusion).
 
 Kernels are compiled for the functions of a rule, which are looked up here by the names that they have there.
 """

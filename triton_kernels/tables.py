@@ -72,7 +72,7 @@ STORAGE = {
 
 @triton.jit
 def derivatives_finite(weights, n_directions):
-    """Whether every direction's weight is finite; where one is not, a step restores and moves nothing."""
+    """Checks that every direction's weight is finite; where one is not, a step restores and moves nothing."""
     finite = tl.abs(tl.load(weights)) < float("inf")
     for k in range(1, n_directions):
         finite = finite & (tl.abs(tl.load(weights + k)) < float("inf"))

@@ -1,4 +1,4 @@
-"""How things are timed: CUDA events for kernels, the host's clock around whole steps; medians and quartiles."""
+"""Timing: CUDA events for kernels, the host's clock around whole steps; medians and quartiles."""
 
 from __future__ import annotations
 

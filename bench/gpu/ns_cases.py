@@ -1,4 +1,4 @@
-"""What is measured of Newton-Schulz, most important first, and what it should reach. Needs no torch."""
+"""Measurements of Newton-Schulz, most important first, and their targets. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Newton-Schulz is compared with: torch's products, eager, compiled, and matrix by matrix; torch.optim.Muon's.
+"""Peers of Newton-Schulz: torch's products, eager, compiled, and matrix by matrix; torch.optim.Muon's.
 
 All of them take a batch (b, n, m) in bf16 with n <= m and return polar factors in bf16. They iterate in bf16 as the
 reference does, but normalise in one pass, without its care for extreme magnitudes.

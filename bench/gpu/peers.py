@@ -1,4 +1,4 @@
-"""What the optimizers are compared with, written from the formulas: MeZO's loop, torch._foreach, the released JAGUAR.
+"""Peers of the optimizers, written from the formulas: MeZO's loop, torch._foreach, the released JAGUAR.
 
 All of them work on the same tensors in place, with the same losses, and store by nearest rounding.
 """

@@ -1,4 +1,4 @@
-"""What is measured on each parameter list, in which order, and the rows that come out of it."""
+"""Measurements on each parameter list, their order, and the rows that come out of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reports are made of: targets, tables, times. Needs no torch."""
+"""Parts of the reports: targets, tables, times. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes that each launch has to move through device memory: the floor table of DESIGN.md, section 6.
+"""Bytes that each launch has to move through device memory at least: the floor of its time.
 
 Dense launches count what they read and write once. Sampled coordinates lie too far apart to share a 32-byte sector,
 so each of them costs a sector read and one written, of the parameter and of the momentum.

@@ -1,1 +1,1 @@
-"""What every method reaches on the same work with as many forward passes: the search of settings, and its table."""
+"""Losses that all methods reach on the same work with as many forward passes: the search of settings, and its table."""

@@ -1,4 +1,4 @@
-"""What is learned: a network, rows to learn from, rows to choose settings by, and rows that are reported."""
+"""Works to be learned: a network, rows to learn from, rows to choose settings by, and rows that are reported."""
 
 from __future__ import annotations
 

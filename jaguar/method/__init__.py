@@ -1,3 +1,3 @@
-"""What an optimizer is, as values and plain torch: directions, estimators, rules, counted randomness, one rounding."""
+"""Definition of an optimizer in values and plain torch: directions, estimators, rules, counted randomness, rounding."""
 
 from jaguar.method.method import Method as Method

@@ -1,4 +1,4 @@
-"""Rules that move matrices along the polar factor of their momentum, and the stage after the launches that does it."""
+"""Rules that move matrices along the polar factor of their momentum."""
 
 from __future__ import annotations
 

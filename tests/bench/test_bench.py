@@ -63,7 +63,7 @@ def sgd_step() -> None:
     """What a launch calls the function of its rule."""
 
 
-FLOORS = [  # DESIGN.md, section 6, at p = 1 %
+FLOORS = [  # bytes per parameter, with p = 1 % of the coordinates sampled
     ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "S0": "bf16"}, 6.34),
     ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "S0": "fp32"}, 8.34),
     ("tiles", {"RESTORE": True, "X_FORMAT": "bf16", "S0": "e5m2"}, 5.34),

@@ -1,4 +1,4 @@
-"""What lean scoring is claimed to save, on OPT-1.3B's shape, and the allocation trace that says so."""
+"""Savings claimed for lean scoring, on OPT-1.3B's shape, and the allocation trace that shows them."""
 
 from __future__ import annotations
 

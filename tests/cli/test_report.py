@@ -1,4 +1,4 @@
-"""What people look at: the picture of a run, the table, the lines of a run that skips steps."""
+"""Reports for people: the picture of a run, the table, the lines of a run that skips steps."""
 
 from __future__ import annotations
 

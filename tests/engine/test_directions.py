@@ -1,4 +1,4 @@
-"""Which coordinates are sampled: exact sets against plain ints, probabilities, shards, refusals."""
+"""Sampled coordinates: exact sets against plain ints, probabilities, shards, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `nn.Embedding` says about its table is honoured: padding rows stay, `max_norm` is refused."""
+"""Facts of `nn.Embedding` about its table are honoured: padding rows stay, `max_norm` is refused."""
 
 from __future__ import annotations
 

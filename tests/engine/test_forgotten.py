@@ -1,4 +1,4 @@
-"""What was drawn and saved for a step is let go of when it is over: finished, skipped, given up or failed."""
+"""Draws and copies for a step are let go of when it is over: finished, skipped, given up or failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`requires_grad` is read in every step (rule 33): frozen tensors keep still, with their state, until they thaw."""
+"""`requires_grad` is read in every step: frozen tensors keep still, with their state, until they thaw."""
 
 from __future__ import annotations
 

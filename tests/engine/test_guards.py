@@ -30,7 +30,7 @@ def step_rule(config: str) -> str:
     return f"jaguar.rules.{'sgd_step' if isinstance(rule, Orthogonal) else rule.step.__name__}"
 
 
-# -- lost perturbations (rule 10) --------------------------------------------------------------------------------------
+# -- lost perturbations ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("update", ["sampled", "all"])
@@ -94,7 +94,7 @@ def test_no_warning_below_five_percent() -> None:
     assert not warned(opt, lambda: x.float().sum(), 2) and opt.lost_share == {"#0": 0.04}
 
 
-# -- skipped steps (rule 5) --------------------------------------------------------------------------------------------
+# -- skipped steps -----------------------------------------------------------------------------------------------------
 
 
 @configs
@@ -154,7 +154,7 @@ def test_skipped_steps_move_on_to_new_directions() -> None:
     assert bits(bag.seen[0][0]) != bits(bag.seen[2][0])
 
 
-# -- transactions (rule 4) ---------------------------------------------------------------------------------------------
+# -- transactions ------------------------------------------------------------------------------------------------------
 
 
 @configs

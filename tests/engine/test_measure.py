@@ -1,4 +1,4 @@
-"""Invariants 1 and 2 and rules 1 to 3: measuring changes nothing, whatever the closure and the tensors."""
+"""Measuring changes nothing, whatever the closure and the tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that an evaluation changes in modules is put back."""
+"""Changes that an evaluation makes in modules are put back, all of them."""
 
 from __future__ import annotations
 

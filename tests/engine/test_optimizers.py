@@ -1,4 +1,4 @@
-"""Rules 8 to 11 on whole steps: numpy's arithmetic, replays, shards, schedules, walks."""
+"""Whole steps: numpy's arithmetic, replays, shards, schedules, walks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keep(
 
 
 class Oracle:
-    """JAGUAR SignSGD with fractions, element by element in numpy: the arithmetic of rule 8, the rounding of rule 11."""
+    """JAGUAR SignSGD with fractions, element by element in numpy: one operation at a time, one rounding at the end."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which tensors are hidden matrices: module types, output heads, ties, LoRA factors."""
+"""Hidden matrices among the tensors: module types, output heads, ties, LoRA factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained: names, streams, ties, overlaps, groups, and every refusal with its reason."""
+"""Trained tensors: names, streams, ties, overlaps, groups, and every refusal with its reason."""
 
 from __future__ import annotations
 

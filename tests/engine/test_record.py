@@ -1,4 +1,4 @@
-"""Records: their bytes, damage, what does not fit; and the losses that come out of closures (rule 28)."""
+"""Records: their bytes, damage, what does not fit; and the losses that come out of closures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has two dimensions and is no matrix: stacked biases, tokens, tables, scales; tiny models without values."""
+"""Two-dimensional tensors that are no matrices: stacked biases, tokens, tables, scales; tiny models without values."""
 
 from __future__ import annotations
 

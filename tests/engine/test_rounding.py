@@ -97,7 +97,7 @@ def one_step(rounding_mode: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_nearest_rounding_stands_still() -> None:
     moves, _ = one_step("nearest")
-    assert (moves != 0).double().mean() < 0.05  # DESIGN 5 measured 1 %
+    assert (moves != 0).double().mean() < 0.05  # measured: 1 %
 
 
 def test_stochastic_rounding_moves_the_mean_right() -> None:

@@ -1,6 +1,6 @@
 """Slow versions of seven more methods, written from their definitions alone, and the package beside them.
 
-ZO-SignSGD by the sign of rho, FZOO, Acc-ZOM, DiZO, ZO-AdaMU, ForwardGrad and ZO-Muon. Numbers come from conftest's
+ZO-SignSGD by the sign of rho, FZOO, Acc-ZOM, DiZO, ZO-AdaMU, ForwardGrad and ZO-Muon. Numbers are the helpers'
 plain ints, but for Gaussian ones, whose bits are tested elsewhere (`rng.normals_of`); arithmetic is one numpy operation
 at a time. Losses, parameters and state agree bit for bit after every step, except where a product of matrices or a
 forward pass sums in an order of its own: those tests say what they allow, and why.
@@ -37,7 +37,7 @@ from helpers.steps import skipping
 from helpers.tensors import numpy_of
 from jaguar import FZOO, ZOSignSGD
 
-SEARCH, PROJECT, DIRECTION_1 = 10, 11, 12  # purposes beside conftest's
+SEARCH, PROJECT, DIRECTION_1 = 10, 11, 12  # purposes beside the helpers'
 
 
 class SlowScalarSign(Dense):

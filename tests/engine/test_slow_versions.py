@@ -1,6 +1,6 @@
 """Slow versions of ZO-AdaMM, LeZO and ZO-SGD-Cons, written from their formulas alone, and the package against them.
 
-Nothing here computes with jaguar: numbers from conftest's plain ints, arithmetic one numpy operation at a time in the
+Nothing here computes with jaguar: numbers from the helpers' plain ints, arithmetic one numpy operation at a time in the
 compute dtype, one rounding to the storage dtype. The loss is a quadratic summed by `math.fsum`, so that both sides see
 the same losses as long as they hold the same bits. Everything is compared bit for bit, at every step, but for Adam's
 bias correction, which is in another order here than there (x of a single step is held to four roundings).

@@ -1,4 +1,4 @@
-"""What torch.optim promises and its users build on: torch.optim.SGD and every optimizer here keep these laws."""
+"""Promises of torch.optim that its users build on: torch.optim.SGD and every optimizer here keep these laws."""
 
 from __future__ import annotations
 

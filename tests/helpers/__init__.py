@@ -1,1 +1,1 @@
-"""Shared by the tests: `from helpers.x import y`. No test file imports another one."""
+"""Helpers of the tests: `from helpers.x import y`. No test file imports another one."""

@@ -1,4 +1,4 @@
-"""What the kernel tests share: two copies of a model between guard bands, and the laws that run both backends on them.
+"""Parts of the kernel tests: two copies of a model between guard bands, and the laws that run both backends on them.
 
 Compared are whole buffers, so a byte outside of a tensor counts as much as one inside. A NaN equals any NaN: which one
 comes out of an operation is the processor's choice.

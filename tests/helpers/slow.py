@@ -1,4 +1,4 @@
-"""What slow versions of the optimizers are made of: a problem, random numbers in plain ints, rounding, losses.
+"""Parts of slow versions of the optimizers: a problem, random numbers in plain ints, rounding, losses.
 
 Nothing here computes with jaguar, but for Gaussian numbers, whose bits are tested elsewhere: arithmetic is one numpy
 operation at a time in the compute dtype, with one rounding to the storage dtype. The loss is a quadratic summed by

@@ -1,4 +1,4 @@
-"""What a CUDA graph must not contain is refused while it is captured, and what its replays read is kept."""
+"""CUDA graphs: what one must not contain is refused while it is captured, and what its replays read is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods of any kind ask of kernels: several state buffers, any points, tensors that are left out, hooks."""
+"""Demands of any method on kernels: several state buffers, any points, tensors that are left out, hooks."""
 
 from __future__ import annotations
 

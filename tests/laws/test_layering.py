@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN 11), read from the source; and what importing costs."""
+"""Laws of imports between rooms, read from the source; and what importing costs."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_files_are_small_and_have_names(path: Path) -> None:
 
 
 def test_the_engine_never_seeds_or_reads_global_generators() -> None:
-    """Only the isolation of closures touches them (rule 3)."""
+    """Only the isolation of closures touches them."""
     for path in ENGINE:
         if path.stem in ("isolation", "saved_values"):
             continue
@@ -309,7 +309,7 @@ def test_the_engine_never_seeds_or_reads_global_generators() -> None:
     "name", ["method/rules.py", *(f"backends/reference/{name}.py" for name in ("coordinate", "dense", "common"))]
 )
 def test_the_arithmetic_has_no_fused_operations(name: str) -> None:
-    """Rule 8: no `alpha=`, lerp, addcmul or addcdiv, whose fused multiply-add changes bits."""
+    """No `alpha=`, lerp, addcmul or addcdiv, whose fused multiply-add changes bits."""
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
         if isinstance(node, ast.Call):
             assert "alpha" not in [k.arg for k in node.keywords]

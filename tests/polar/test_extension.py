@@ -1,4 +1,4 @@
-"""The bindings of the CUDA extension, compiled with a stub in place of the kernels, and `polar.cuda`; no CUDA."""
+"""The bindings of the CUDA extension, compiled with a stub for the kernels, and `backends.polar.cuda`; no CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an option begins, and where a text is cut: at characters, for every family of tokenizers."""
+"""Beginnings of options and cuts of texts: at characters, for every family of tokenizers."""
 
 import functools
 import unicodedata

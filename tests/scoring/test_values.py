@@ -1,4 +1,4 @@
-"""What a data file means: what was written, or an error that names the row."""
+"""Values in a data file: each means what was written, or is an error that names the row."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What a run survives: a process that is killed, files that fail and a disk that is full, at any file operation.
+"""Survival of a run: a process that is killed, files that fail and a disk that is full, at any file operation.
 
 tests/helpers/faults.c counts what changes files, whichever library it comes from, and lets the n-th operation fail.
 """

@@ -1,4 +1,4 @@
-"""What Trainer promises besides training: rows in order, model cards, attempts, searches, optimizers of one's own."""
+"""Promises of Trainer besides training: rows in order, model cards, attempts, searches, optimizers of one's own."""
 
 import copy
 import dataclasses

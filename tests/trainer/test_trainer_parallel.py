@@ -78,7 +78,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     args = arguments(tmp_path / "alone", 4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     alone = ZOTrainer(classifier(), args, train_dataset=labelled())
     alone.train()
-    # One process equals two bit for bit when it sums the same two micro-batches in the order of the ranks (rule 29).
+    # One process equals two bit for bit when it sums the same two micro-batches in the order of the ranks.
     assert list(alone.zeroth_order.last_record.losses) == one[2]
     data = b"".join(p.detach().numpy().tobytes() for p in alone.model.parameters())
     assert hashlib.sha256(data).hexdigest() == one[0]

@@ -56,7 +56,7 @@ def _load() -> ModuleType | str:
 
 
 def missing() -> str | None:
-    """Why the extension cannot be used here, in one line; None if it can."""
+    """The reason that the extension cannot be used here, in one line; None if it can."""
     module = _load()
     if isinstance(module, str):
         return module

@@ -1,4 +1,4 @@
-"""Shared by the launches of the reference: the work of a step, moving a value and storing a value."""
+"""Common parts of the launches of the reference: the work of a step, moving a value and storing a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strata of tensors, in the numbers that kernels need; `jaguar.directions` defines the cut."""
+"""Strata of tensors, in the numbers that kernels need; `jaguar.method.directions` defines the cut."""
 
 from __future__ import annotations
 
