@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jaguar.method.params import Shard as Shard
     from jaguar.method.step_size import StepSize as StepSize
     from jaguar.optimizers.names import *  # noqa: F403
+    from jaguar.optimizers.replay import replay as replay
+    from jaguar.record import Journal as Journal
     from jaguar.record import Record as Record
     from jaguar.scoring import Scorer as Scorer
     from jaguar.trainer.arguments import ZOTrainingArguments as ZOTrainingArguments
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = _names.HOME | {
     "Method": "jaguar.method.method",
+    "Journal": "jaguar.record",
     "Record": "jaguar.record",
     "Scorer": "jaguar.scoring",
     "ScoringTrainer": "jaguar.trainer.trainer",
@@ -37,6 +40,7 @@ _HOME = _names.HOME | {
     "StepSize": "jaguar.method.step_size",
     "ZOTrainer": "jaguar.trainer.trainer",
     "ZOTrainingArguments": "jaguar.trainer.arguments",
+    "replay": "jaguar.optimizers.replay",
     "newton_schulz": "jaguar.backends.polar.newton_schulz",
 }
 # Modules whose classes are the parts of a `Method`.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from jaguar.optimizers.contract import with_step_hooks
 from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, warn_of_skipped
+from jaguar.optimizers.identity import deciding, environment, fingerprint_of
 from jaguar.optimizers.interrupts import HeldInterrupts
 from jaguar.optimizers.measuring import Closure, Measuring
 from jaguar.optimizers.module_state import ModuleState
@@ -79,6 +81,7 @@ class ZerothOrder(Measuring):
             # What the groups have is a factor then, so that schedules of lr go on as ever.
             group_values |= {key: 1.0 for key in method.step_size.chosen if group_values.get(key, AUTO) == AUTO}
         self.method = method
+        self._record_hooks = OrderedDict()
         self._estimates = Estimates() if method.step_size is not None else None
         self._seed, self._backend = checked_seed(seed), availability.choose(backend)
         self._step = self._skipped = self._skipped_in_a_row = self._stayed = self._n_frozen = 0
@@ -183,6 +186,21 @@ class ZerothOrder(Measuring):
         # Not torch.tensor: its copy to a GPU would wait for the update to end.
         return torch.full((), self.loss(record), dtype=dtype, device=self._slots[0].tensor.device)
 
+    def take(self, record: Record) -> None:
+        """Takes a record as if it had just been measured, so that `step()` without a closure applies it.
+
+        Raises:
+            RuntimeError: the parameters are where an earlier `measure_` left them, or the optimizer is broken.
+            TypeError: it is no record.
+        """
+        self._check_usable()
+        if not isinstance(record, Record):
+            raise TypeError(f"take needs a jaguar.Record, got {type(record).__name__}")
+        if self._measured is not None and self._measured.probe is not None:
+            raise RuntimeError("a step is being measured: call apply_(record) or discard_() first")
+        self._trained.read_frozen()
+        self._measured = Measured(record, None, {})
+
     def discard_(self) -> None:
         """Forgets what was measured; a walk goes back to where it began, but for the roundings."""
         self._check_usable()
@@ -204,14 +222,31 @@ class ZerothOrder(Measuring):
         return self._last_record
 
     @property
-    def steps_done(self) -> int:
-        """Number of finished steps; the next record has this number as its `step`."""
-        return self._step
-
-    @property
     def n_skipped(self) -> int:
         """Number of steps whose loss was not finite."""
         return self._skipped
+
+    @classmethod
+    def of(cls, params: Any, method: Method, **options: Any) -> Self:
+        """An optimizer of this class with a method as it is, in place of the class's own arguments.
+
+        Args:
+            options: those of `ZerothOrder`.
+        """
+        made = cls.__new__(cls)
+        ZerothOrder.__init__(made, params, method, **options)
+        return made
+
+    def header(self, **more: Any) -> dict[str, Any]:
+        """The header of a `jaguar.Journal` that begins with the optimizer and its weights as they are now.
+
+        Args:
+            more: further keys, of JSON values; those of `base` are added to its fingerprint.
+        """
+        base = {"fingerprint": fingerprint_of(self)} | more.pop("base", {})
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        own = {"first": self._step, "base": base, "initial_lr": lrs, "environment": environment(self)}
+        return deciding(self) | own | more
 
     # -- its parts -------------------------------------------------------------------------------------------------
 
@@ -272,6 +307,8 @@ class ZerothOrder(Measuring):
             self._trained.drop_state()
             self._finish(record)
             torch.clear_autocast_cache()
+        for hook in list(self._record_hooks.values()):
+            hook(self, record)
         if record.skipped:
             warn_of_skipped(record, self._skipped)
 

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
+
+from jaguar.record import Record
 
 # Runs the step hooks around a method, as torch does around `step`.
 with_step_hooks: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step
@@ -25,6 +28,20 @@ class Contract(torch.optim.Optimizer):
 
     Subclasses say what `_packed` adds, and how `_unpack` takes it.
     """
+
+    _record_hooks: dict[int, Callable[[Any, Record], None]]
+
+    def register_record_hook(self, hook: Callable[[Any, Record], None]) -> RemovableHandle:
+        """Calls `hook(optimizer, record)` after every step that was applied, by `step` or by `apply_`.
+
+        Parameters and state are those after the step. What the hook raises reaches the caller, and the step stays.
+
+        Returns:
+            A handle whose `remove()` takes the hook away.
+        """
+        handle = RemovableHandle(self._record_hooks)
+        self._record_hooks[handle.id] = hook
+        return handle
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state_dict, with step counter, seed and options under "jaguar"; loads with weights_only=True."""
@@ -53,6 +70,10 @@ class Contract(torch.optim.Optimizer):
             self._unpack(state_dict, super().load_state_dict)
         for last_hook in self._optimizer_load_state_dict_post_hooks.values():
             last_hook(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._record_hooks = OrderedDict()  # hooks are of the optimizer that they were given to
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         """Torch's state_dict and the subclass's part."""

@@ -76,8 +76,8 @@ class DiZO(ZerothOrder):
         if decides["walk"]:
             raise ValueError("restore='walk' leaves x, and a search starts from it: choose 'copy' or 'module'")
         names = _QUERY_AND_VALUE if project is None else project
-        self._rule = Projected(True, every, search_steps, search_scale, search_lr, bounds, names)  # type: ignore[arg-type]
-        method = Method(dense(distribution), self._rule, **decides)
+        rule = Projected(True, every, search_steps, search_scale, search_lr, bounds, names)  # type: ignore[arg-type]
+        method = Method(dense(distribution), rule, **decides)
         super().__init__(params, method, lr=lr, momentum=momentum, weight_decay=weight_decay, **runs)
         if not any(self._rule.projects(slot) for slot in self._slots):
             first = ", ".join(repr(slot.name) for slot in self._slots[:3])
@@ -85,6 +85,15 @@ class DiZO(ZerothOrder):
                 f"project={project!r}: none of {', '.join(self._rule.project)} is a part of the names {first}, ...: "
                 "pass model.named_parameters(), and with project= the names of the tensors to project"
             )
+
+    @property
+    def _rule(self) -> Projected:
+        assert isinstance(self.method.rule, Projected)
+        return self.method.rule
+
+    @property
+    def _most_losses(self) -> int:
+        return super()._most_losses + 2 * self._rule.search_steps
 
     def _n_losses(self, step: int) -> int:
         return super()._n_losses(step) + 2 * self._rule.search_steps * self._rule.searches(step)

@@ -55,6 +55,9 @@ class ForwardGrad(ZerothOrder):
     Equivalent to: `f, rho = torch.func.jvp(loss, (x,), (z,)); x -= lr * rho * z`.
     """
 
+    _model: nn.Module | None = None
+    _hold = False  # all tangents of the model are held
+
     def __init__(
         self,
         params: Any,
@@ -71,7 +74,7 @@ class ForwardGrad(ZerothOrder):
         if common.get("momentum_dtype") is not None:
             raise ValueError(f"momentum_dtype={common['momentum_dtype']!r}: this method keeps no state; leave it out")
         decides, runs = parts(common, ForwardMode)
-        self._model, self._hold = model, False
+        self._model = model
         method = Method(Gaussian(), SGD(momentum=False), **decides)
         # No copies of parameters are needed: nothing moves them before the step.
         super().__init__(params, method, lr=lr, weight_decay=weight_decay, **runs | {"restore": "module"})

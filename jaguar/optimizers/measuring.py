@@ -33,6 +33,8 @@ from jaguar.record import Record
 
 Closure = Callable[[], Tensor]
 
+# Losses of the second differences of a step that has them all: one for the curvature, two for the resolution.
+_LOOKS = 3
 # An automatic tau begins where rounding swallows less than this share of the perturbation.
 _SWALLOWED = 0.2
 
@@ -80,6 +82,16 @@ class Measuring(Contract):
         double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
         tau = record.taus[0] if record.taus else self.param_groups[0]["tau"]
         return self.method.estimator.rho(self._own(record.losses), tau, double)
+
+    @property
+    def seed(self) -> int:
+        """Key of all directions and rounding noise."""
+        return self._seed
+
+    @property
+    def steps_done(self) -> int:
+        """Number of finished steps; the next record has this number as its `step`."""
+        return self._step
 
     @property
     def estimates(self) -> Estimates | None:
@@ -203,6 +215,18 @@ class Measuring(Contract):
         curvature, resolution = self._looks(step)
         return self.method.estimator.n_losses + curvature + 2 * resolution
 
+    @property
+    def _most_losses(self) -> int:
+        """Losses of the record that has the most."""
+        return self.method.estimator.n_losses + (0 if self._estimates is None else _LOOKS)
+
+    @property
+    def record_size(self) -> int:
+        """Bytes of the longest record of a step."""
+        automatic = self._estimates is not None
+        n_errors = self.method.estimator.n_directions + 2 if automatic else 0
+        return Record.size(len(self.param_groups), self._most_losses, n_errors if automatic else None)
+
     def _n_errors(self, step: int) -> int:
         """Number of standard errors in the record of a step."""
         return 0 if self._estimates is None else self.method.estimator.n_directions + sum(self._looks(step))
@@ -249,6 +273,11 @@ class Measuring(Contract):
 
     def _launches(self) -> Bound:
         return self._trained.launches(self.param_groups, self.state)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The trained tensors in canonical order: names, shapes, and which part of each is held here."""
+        return self._trained.slots
 
     @property
     def _slots(self) -> list[Slot]:

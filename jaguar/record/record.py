@@ -92,6 +92,12 @@ class Record:
         if not self.skipped and not all(map(math.isfinite, self.losses)):
             raise ValueError(f"the record has a non-finite loss {self.losses} but is not marked as skipped")
 
+    @staticmethod
+    def size(n_lrs: int, n_losses: int, n_errors: int | None = None) -> int:
+        """Bytes that a record packs into at most; `n_errors`: of an automatic step, which has a tau for every rate."""
+        found = 0 if n_errors is None else _FOUND.size + 8 * (n_lrs + n_errors)
+        return _HEAD.size + 8 * (n_lrs + n_losses) + _FROZEN.size + found + _CHECKSUM.size
+
     def pack(self) -> bytes:
         """The record as bytes, little-endian, with a CRC-32 at the end."""
         numbers = self.lrs + self.losses

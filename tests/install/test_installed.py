@@ -16,10 +16,10 @@ import jaguar
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 PUBLIC = [
-    "AccZOM", "DiZO", "FZOO", "ForwardGrad", "JaguarMuon", "JaguarSignSGD", "LeZO", "Method", "Record", "Scorer",
-    "ScoringTrainer", "Shard", "StepSize", "ZOAdaMM", "ZOAdaMU", "ZOMuon", "ZOSGD", "ZOSGDCons", "ZOSignSGD",
+    "AccZOM", "DiZO", "FZOO", "ForwardGrad", "JaguarMuon", "JaguarSignSGD", "Journal", "LeZO", "Method", "Record",
+    "Scorer", "ScoringTrainer", "Shard", "StepSize", "ZOAdaMM", "ZOAdaMU", "ZOMuon", "ZOSGD", "ZOSGDCons", "ZOSignSGD",
     "ZOTrainer", "ZOTrainingArguments", "ZerothOrder", "__version__", "directions", "estimators", "newton_schulz",
-    "orthogonal", "param_groups", "rules",
+    "orthogonal", "param_groups", "replay", "rules",
 ]
 # fmt: on
 

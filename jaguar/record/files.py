@@ -1,0 +1,91 @@
+"""Files that are whole or not there, held by one process, and written to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+from weakref import WeakSet
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_held: WeakSet[BinaryIO] = WeakSet()
+
+
+def write(file: BinaryIO, data: bytes) -> None:
+    """Writes all of it; an unbuffered file may take less at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def placed(path: Path, parts: Iterable[bytes]) -> BinaryIO:
+    """A new file that gets its name when all of it is on the disk: a killed process leaves no half of one.
+
+    Raises:
+        FileExistsError: there is one of that name.
+    """
+    made = path.with_name(f".{path.name}.new")
+    file = os.fdopen(os.open(made, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    try:
+        lock(file, path)
+    except BaseException:  # it is another process's
+        file.close()
+        raise
+    try:
+        file.truncate()
+        for part in parts:
+            write(file, part)
+        os.fsync(file.fileno())
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.rename(made, path)
+        _sync_folder(path)
+    except BaseException:
+        file.close()
+        with contextlib.suppress(OSError):
+            made.unlink()
+        raise
+    return file
+
+
+def _sync_folder(path: Path) -> None:
+    """Puts the name of a new file onto the disk."""
+    with contextlib.suppress(OSError):  # of systems that open no folders
+        handle = os.open(path.resolve().parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Holds a file for this process, as long as it is open.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    if fcntl is None:
+        return
+    _held.add(file)
+    with contextlib.suppress(OSError):  # of file systems without locks
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to {str(path)!r}: wait for its end") from None
+
+
+def _let_go() -> None:
+    """Closes the files in a child, which would hold them when its parent is killed."""
+    for file in list(_held):
+        file.close()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
