@@ -78,7 +78,7 @@ def lock(file: BinaryIO, path: Path) -> None:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process writes to {str(path)!r}: wait for its end") from None
+            raise ValueError(f"a run is writing to {str(path)!r}: wait for its end, or choose another file") from None
 
 
 def _let_go() -> None:
