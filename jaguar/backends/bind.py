@@ -97,7 +97,7 @@ class Bound:
         self.parts, self._numbers, self._stage, self._in_modules = parts, numbers, stage, in_modules
         self._places = {slot.name: i for i, slot in enumerate(slots)}
         # Positions, tensors and the row that stays.
-        self._kept = [(i, slot.tensor, slot.kept) for i, slot in enumerate(slots) if slot.kept is not None]
+        self._kept = [(i, slot.tensor, row) for i, slot in enumerate(slots) if (row := slot.kept_here) is not None]
 
     @property
     def fuses_restore(self) -> bool:

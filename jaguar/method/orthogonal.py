@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jaguar.method.directions import Dense, Direction, Orthonormal, ReleasedBlock, Sparse, matrix_shape
+from jaguar.method.distributed import cut_of
 from jaguar.method.params import Slot, is_int
 from jaguar.method.rule import FACTOR, NOT_NEGATIVE, Buffer, Range, plain
 from jaguar.method.rules import AveragedSign, ScalarSign
@@ -112,7 +113,7 @@ class Orthogonal(AveragedSign):
         if not self.is_matrix(slot, group):
             return {"rate": float(group["vector_lr"])}
         rows, columns = matrix_shapes(slot, group["ns"])
-        if 0 < slot.count < slot.total and not _whole_matrices(slot, rows * columns):
+        if slot.spread is None and 0 < slot.count < slot.total and not _whole_matrices(slot, rows * columns):
             raise ValueError(
                 f"{slot.name} is a part of a matrix, and Newton-Schulz needs all of it: cut batches between their "
                 "matrices, or give the part to the sign rule, with 'ns': False"
@@ -248,6 +249,16 @@ def matrix_shapes(slot: Slot, ns: Any) -> tuple[int, int]:
     """Rows and columns of the matrix (or of each matrix of a batch) that Newton-Schulz sees."""
     shape = slot.shape[1:] if ns != "flatten" and len(slot.shape) == 3 else slot.shape
     return matrix_shape(torch.Size(shape))
+
+
+def is_scattered(slot: Slot, stacked: bool) -> bool:
+    """Tells whether the parts of a DTensor must come together before Newton-Schulz can have its matrices.
+
+    Args:
+        stacked: it holds a batch of matrices, and is cut between them if it is cut along the first dimension.
+    """
+    cut = None if slot.spread is None else cut_of(slot.spread)
+    return cut is not None and not (stacked and cut.dim == 0)
 
 
 def _whole_matrices(slot: Slot, size: int) -> bool:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from jaguar.method import distributed
+
 PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Wrappers (DDP, torch.compile, FSDP) insert a path component; the parameter is the same with and without.
@@ -80,7 +82,8 @@ class Slot:
         gain: length of its step as a multiple of its learning rate; weight decay has no part in it.
         signed: the rule moves it; else its launches update its state only, and something else moves it.
         matrices: rows and columns of its matrices, where directions know of them.
-        kept: a row that stays as it is.
+        kept: a row that stays as it is, of the logical tensor.
+        spread: the DTensor whose part `tensor` is.
     """
 
     name: str
@@ -96,6 +99,20 @@ class Slot:
     signed: bool = True
     matrices: tuple[int, int] | None = None
     kept: int | None = None
+    spread: Tensor | None = None
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer's group has, and its state belongs to: `tensor` itself, or the DTensor that it is of."""
+        return self.tensor if self.spread is None else self.spread
+
+    @property
+    def kept_here(self) -> int | None:
+        """The row of `tensor` that stays as it is."""
+        if self.kept is None or self.spread is None:
+            return self.kept
+        row = self.kept - self.start // math.prod(self.shape[1:])
+        return row if 0 <= row < len(self.tensor) else None
 
     @property
     def count(self) -> int:
@@ -160,8 +177,12 @@ def check_tensor(label: str, tensor: Tensor) -> None:
         raise ValueError(f"{label} is on the meta device and has no values; materialise the model first")
     if tensor.layout != torch.strided:
         raise ValueError(f"{label} is sparse ({tensor.layout}); only dense tensors can be trained")
-    if type(tensor).__name__ == "DTensor":
-        raise ValueError(f"{label} is sharded (DTensor), which is not supported yet; pass whole tensors")
+    if distributed.is_spread(tensor):
+        try:
+            distributed.cut_of(tensor)
+        except ValueError as error:
+            raise ValueError(f"{label} is a DTensor, and {error}") from None
+        tensor = distributed.local(tensor)
     if tensor.is_quantized or tensor.dtype not in PARAMETER_DTYPES:
         raise ValueError(
             f"{label} has dtype {tensor.dtype}; trainable dtypes are "
@@ -176,7 +197,13 @@ def check_tensor(label: str, tensor: Tensor) -> None:
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors exactly when they are tied: same storage, offset, shape and strides."""
+    """Equal for two tensors exactly when they are tied: same storage, offset, shape and strides.
+
+    Empty tensors (those of which this process has nothing, too) share an address without being tied.
+    """
+    tensor, given = distributed.local(tensor), tensor
+    if not tensor.numel():
+        return (id(given),)
     return (
         tensor.device,
         tensor.untyped_storage().data_ptr(),
@@ -205,7 +232,11 @@ def build_slots(groups: list[dict[str, Any]], shards: Mapping[str, Shard] | None
             position = len(slots)
             label = canonical_name(name) if name is not None else f"#{position}"
             stream = stream_of(name) if name is not None else position
-            slots.append(_part(Slot(label, tensor, stream, index, tensor.shape), parts.get(label)))
+            if label in parts and distributed.is_spread(tensor):
+                raise ValueError(
+                    f"{label} is a DTensor, which says itself what part of it is here: leave it out of shards"
+                )
+            slots.append(_part(_slot(label, tensor, stream, index), parts.get(label)))
     seen: dict[int, str] = {}
     for slot in slots:
         if slot.stream in seen:
@@ -224,6 +255,18 @@ def check_shards(shards: Mapping[str, Shard], slots: Iterable[Slot]) -> None:
     unknown = {canonical_name(name) for name in shards} - {slot.name for slot in slots}
     if unknown:
         raise ValueError(f"shards names {', '.join(map(repr, sorted(unknown)))}, and no parameter has this name")
+
+
+def _slot(name: str, tensor: Tensor, stream: int, group: int) -> Slot:
+    if not distributed.is_spread(tensor):
+        return Slot(name, tensor, stream, group, tensor.shape)
+    slot = Slot(name, distributed.local(tensor), stream, group, tensor.shape, spread=tensor)
+    cut = distributed.cut_of(tensor)
+    if cut is None or not slot.count:
+        return slot
+    row = math.prod(tensor.shape[cut.dim + 1 :])  # elements per place along the dimension
+    rows = ((cut.end - cut.begin) * row, tensor.shape[cut.dim] * row) if cut.dim else (None, None)
+    return _part(slot, Shard(tuple(tensor.shape), cut.begin * row, *rows))
 
 
 def _part(slot: Slot, shard: Shard | None) -> Slot:

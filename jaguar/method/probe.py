@@ -74,7 +74,12 @@ def evaluated(
 
 
 def choose_restore(slots: Sequence[Slot]) -> str:
-    """ "copy" where the trained tensors need under a tenth of the free memory of their device, else "module"."""
+    """ "copy" where the trained tensors need under a tenth of the free memory of their device, else "module".
+
+    Parts of sharded tensors are copied: their modules gather them before anything could move them.
+    """
+    if any(slot.spread is not None for slot in slots):
+        return "copy"
     for device in {slot.tensor.device for slot in slots}:
         size = sum(slot.count * slot.tensor.element_size() for slot in slots if slot.tensor.device == device)
         if size > _COPY_SHARE * free_bytes(device):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jaguar.backends import availability, ops
 from jaguar.backends.launches import StepInputs
+from jaguar.method.distributed import part_of
 from jaguar.method.method import Method
 from jaguar.method.params import Kind, Shard, check_shards
 from jaguar.method.probe import Probe
@@ -39,7 +40,7 @@ class ZerothOrder(Measuring):
 
     Args:
         params: tensors (fp32, bf16, fp16, fp64), dicts with numbers of their own, or model.named_parameters(), whose
-            names make the random numbers independent of the order.
+            names make the random numbers independent of the order. DTensors (FSDP2) are moved part by part.
         method: what is computed, a `jaguar.Method`.
         seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
@@ -280,6 +281,7 @@ class ZerothOrder(Measuring):
     def _move(self, record: Record, inputs: StepInputs, scalars: Mapping[Kind, Scalars]) -> None:
         """Moves parameters and state by a record that belongs here; interrupts are held."""
         bound, method = self._trained.bound, self.method
+        self._trained.sharded.reshard()
         moves = not record.skipped and method.moves(self._own(record.losses))
         with torch.no_grad():
             if moves:
@@ -388,6 +390,8 @@ class ZerothOrder(Measuring):
         options = self.method.options()
         if rows := [f"{slot.name}[{slot.kept}]" for slot in self._slots if slot.kept is not None]:
             options["padding_rows"] = ", ".join(rows)
+        if parts := sorted({part_of(slot.spread) for slot in self._slots if slot.spread is not None}):
+            options["parts"] = "; ".join(parts)
         counts = self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite
         found = None if self._estimates is None else asdict(self._estimates)
         return Saved(*counts, options, self._stayed, found)

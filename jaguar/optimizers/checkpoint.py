@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jaguar.method.distributed import local
 from jaguar.method.method import Method
 from jaguar.method.params import Slot, canonical_name
 from jaguar.optimizers.state import buffers_of, copies_of
@@ -144,10 +145,10 @@ def exact_state(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
         if values is None:
             continue
         for key, value in values.items():
-            if isinstance(value, Tensor) and value.shape != tensor.shape:
+            if isinstance(value, Tensor) and value.shape != local(tensor).shape:
                 raise ValueError(
                     f"the saved {key} of parameter {number} has shape {tuple(value.shape)}, the parameter "
-                    f"{tuple(tensor.shape)}"
+                    f"{tuple(local(tensor).shape)}"
                 )
         state[tensor] = {
             key: value.detach().to(tensor.device, copy=True) if isinstance(value, Tensor) else value
@@ -165,9 +166,9 @@ def check_complete(
     """Raises ValueError where the saved state of steps that moved something lacks what they kept of a tensor."""
     kept = zip(slots, buffers_of(method, slots, groups), copies_of(method, slots, groups), strict=True)
     for slot, buffers, copies in kept:
-        held = state.get(slot.tensor, {})
+        held = state.get(slot.parameter, {})
         missing = [name for name in (*(b.name for b in buffers if b.lasting), *copies) if name not in held]
-        if missing and slot.tensor.requires_grad:
+        if missing and slot.parameter.requires_grad:
             raise ValueError(
                 f"the state_dict has steps that moved something, and no {missing[0]} of {slot.name}, which they keep "
                 f"of every tensor that they move: it is incomplete. If {slot.name} was frozen in all of them, freeze "

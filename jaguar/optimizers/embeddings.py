@@ -35,17 +35,18 @@ def slots_of(
     Raises:
         ValueError: a table has `max_norm`, or as `build_slots`.
     """
-    rows = {slot.tensor: slot.kept for slot in known}
+    rows = {slot.parameter: slot.kept for slot in known}
     slots = [
-        replace(s, kept=rows[s.tensor]) if rows.get(s.tensor) is not None else s for s in build_slots(groups, shards)
+        replace(s, kept=rows[s.parameter]) if rows.get(s.parameter) is not None else s
+        for s in build_slots(groups, shards)
     ]
     tables = {
-        identity(slot.tensor): slot
+        identity(slot.parameter): slot
         for slot in slots
-        if slot.tensor not in rows
-        and isinstance(slot.tensor, nn.Parameter)
+        if slot.parameter not in rows
+        and isinstance(slot.parameter, nn.Parameter)
         and slot.tensor.dim() == 2
-        and slot.count
+        and slot.total
         and _TABLE.fullmatch(slot.name)
     }
     # Only an embedding with options has anything to say, and few models have one.

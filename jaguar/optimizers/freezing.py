@@ -22,7 +22,7 @@ class Frozen:
 
     def read(self, slots: Sequence[Slot]) -> bool:
         """Looks at every tensor; returns whether the frozen ones are others than at the last call."""
-        names = [slot.name for slot in slots if not slot.tensor.requires_grad]
+        names = [slot.name for slot in slots if not slot.parameter.requires_grad]
         before, self.mark = self.mark, mark(names)
         if names and len(names) == len(slots):
             self._tell(

@@ -74,7 +74,7 @@ def prepared_group(
     if not isinstance(group, dict) or "params" not in group or isinstance(group["params"], set):
         raise TypeError("a parameter group is a dict whose 'params' are tensors in a fixed order (a set has none)")
     check_group(keys, group, f"parameter group {len(others)}", flags)
-    elsewhere = {identity(tensor) for other in others for tensor in other["params"] if tensor.numel()}
+    elsewhere = {identity(tensor) for other in others for tensor in other["params"]}
     kept: dict[Any, tuple[str | None, Tensor]] = {}
     n_frozen, has_names = 0, False
     for position, (name, tensor) in enumerate(named_entries(group["params"])):
@@ -86,7 +86,7 @@ def prepared_group(
         if not tensor.requires_grad:
             n_frozen += 1
             continue
-        key = identity(tensor) if tensor.numel() else id(tensor)  # empty tensors share address 0 without being tied
+        key = identity(tensor)
         if key in elsewhere:
             raise ValueError(f"{label} (or the tensor it is tied to) is already in another parameter group")
         if key not in kept or _before(name, kept[key][0]):

@@ -32,6 +32,7 @@ class Isolation:
         state: state of the modules; kept from step to step.
         step: number of the step.
         perturbed: the trained tensors.
+        reshard: drops copies of them that modules hold.
     """
 
     def __init__(
@@ -41,12 +42,15 @@ class Isolation:
         state: ModuleState,
         step: int,
         perturbed: Sequence[Tensor],
+        reshard: Callable[[], None],
     ) -> None:
         cuda = {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
         self._generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in sorted(cuda))]
         self._closure, self._modules, self._step, self._perturbed = closure, state, step, perturbed
+        self._reshard = reshard
 
     def __enter__(self) -> Isolation:
+        self._reshard()
         self._states = [generator.get_state() for generator in self._generators]
         self._python = random.getstate()
         self._modules.begin(self._closure, self._step, self._perturbed)
@@ -57,6 +61,7 @@ class Isolation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._modules.end()
+        self._reshard()
         torch.clear_autocast_cache()
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
@@ -73,6 +78,7 @@ class Isolation:
         if _numpy_random():
             _numpy_random().seed(seed & 0xFFFFFFFF)
         torch.clear_autocast_cache()  # else low-precision copies of the weights outlive the perturbation
+        self._reshard()  # else whole copies of sharded ones do
         with torch.no_grad():
             return closure()
 

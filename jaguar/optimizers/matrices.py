@@ -59,7 +59,7 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
 
 
 def _key(parameter: Tensor) -> Any:
-    return identity(parameter) if parameter.numel() and not parameter.is_meta else id(parameter)
+    return identity(parameter) if not parameter.is_meta else id(parameter)
 
 
 def _outside(model: nn.Module) -> set[Any]:
@@ -98,7 +98,7 @@ def collapsed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str,
 
 def listed(slots: Sequence[Slot]) -> str:
     """`collapsed` as text."""
-    lines = collapsed((slot.name, slot.tensor) for slot in slots)
+    lines = collapsed((slot.name, slot.parameter) for slot in slots)
     return (
         "; ".join((f"{count} of " if count > 1 else "") + f"{name} ({shape})" for name, shape, count in lines) or "none"
     )

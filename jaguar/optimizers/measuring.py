@@ -70,7 +70,7 @@ class Measuring(Contract):
     @property
     def fraction(self) -> float:
         """p: the probability that a coordinate is perturbed in a step (of a matrix, with a block layout)."""
-        total = sum(slot.total for slot in self._slots if slot.tensor.requires_grad)
+        total = sum(slot.total for slot in self._slots if slot.parameter.requires_grad)
         return self.method.direction.fraction(total)
 
     def loss(self, record: Record) -> float:
@@ -79,7 +79,7 @@ class Measuring(Contract):
 
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
-        double = any(slot.kind.double for slot in self._slots if slot.tensor.requires_grad)
+        double = any(slot.kind.double for slot in self._slots if slot.parameter.requires_grad)
         tau = record.taus[0] if record.taus else self.param_groups[0]["tau"]
         return self.method.estimator.rho(self._own(record.losses), tau, double)
 
@@ -116,12 +116,12 @@ class Measuring(Contract):
         bound.prepare(inputs)
         if self._step == 0 and self.lost_share is None and self.method.estimator.points:
             with torch.no_grad():
-                lost = bound.lost(inputs)
+                lost = self._trained.lost(inputs)
                 while self._grows(lost):
                     sizes = self._sizes()
                     inputs = self._inputs(sizes)
                     bound.prepare(inputs)
-                    lost = bound.lost(inputs)
+                    lost = self._trained.lost(inputs)
             self.lost_share = {part.name: part.share for part in lost}
             if self.method.step_size is None or not self.method.step_size.tau:  # else nobody could raise it
                 warn_of_lost(lost, self.method.direction.fate_of_lost)
@@ -160,7 +160,8 @@ class Measuring(Contract):
         trained, roster = self._trained, self._trained.roster
         seed = rng.closure_seed(self._seed, self._step)
         rows: list[Tensor] = []  # losses of each evaluation
-        surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors)
+        reshard = trained.sharded.reshard
+        surroundings = Isolation(closure, roster.devices, self._modules, self._step, roster.tensors, reshard)
         with surroundings as isolation, torch.no_grad():
 
             def evaluate(read: Callable[[Tensor], None] | None = None) -> float:
@@ -191,7 +192,7 @@ class Measuring(Contract):
             try:
                 record, scalars = self._recorded(losses, sizes, rows)
                 if roster.slots:
-                    self._guard.watch(losses, trained.bound.n_perturbed(inputs))
+                    self._guard.watch(losses, trained.n_perturbed(inputs))
             except BaseException:  # a warning may be an error
                 if held is not None:
                     held.abort()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from jaguar.method.distributed import local
 from jaguar.optimizers.reached import reached
 from jaguar.optimizers.saved_values import Saved, SavedTensor, copies, saved
 
@@ -133,7 +134,9 @@ class ModuleState:
 
     def _trains(self, module: nn.Module) -> bool:
         """Tells whether it has trained tensors; what else a closure reaches, say metrics, may keep what it is told."""
-        return any(p.untyped_storage().data_ptr() in self._perturbed for p in module.parameters() if copies(p))
+        return any(
+            p.untyped_storage().data_ptr() in self._perturbed for p in map(local, module.parameters()) if copies(p)
+        )
 
     def _see(self, root: nn.Module) -> None:
         """Remembers a module and all inside it, unless they are known."""
@@ -164,7 +167,7 @@ class ModuleState:
         for holder, name in places:
             value, content = holder.get(name), None
             if isinstance(value, nn.Parameter):  # frozen, and written to before
-                if value.untyped_storage().data_ptr() not in self._perturbed:
+                if copies(value) and value.untyped_storage().data_ptr() not in self._perturbed:
                     content = SavedTensor(value)
             else:
                 content = saved(value, self._perturbed, self._memo)

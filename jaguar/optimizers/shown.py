@@ -32,7 +32,7 @@ def shown(
     """
     count = sum(slot.count for slot in slots)
     frozen = f", {n_frozen} frozen tensors left out" if n_frozen else ""
-    later = sum(not slot.tensor.requires_grad for slot in slots)
+    later = sum(not slot.parameter.requires_grad for slot in slots)
     frozen += f", {later} of them frozen now" if later else ""
     lines = [f"parameters: {len(slots)} tensors, {count:,} elements{frozen}"]
     lines += _method(optimizer, method, slots)
@@ -53,7 +53,7 @@ def shown(
 
 def _method(optimizer: torch.optim.Optimizer, method: Method, slots: Sequence[Slot]) -> list[str]:
     """Lines about the parts of a method, its cost and its state."""
-    trained = [slot for slot in slots if slot.tensor.requires_grad]
+    trained = [slot for slot in slots if slot.parameter.requires_grad]
     fraction = method.direction.fraction(sum(slot.total for slot in trained))
     sparse, estimator = isinstance(method.direction, Sparse), method.estimator
     how = f", update {method.rule.update}" if sparse else ", restored by a walk" if method.walk else ""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jaguar.backends.launches import State
+from jaguar.method.distributed import local
 from jaguar.method.method import Method
 from jaguar.method.params import Kind, Slot
 from jaguar.method.rule import Buffer, state_dtype
@@ -39,12 +40,14 @@ class Roster:
         copies: Sequence[tuple[str, ...]] = (),
     ) -> None:
         self.entries, self.slots, self._buffers = entries, slots, buffers
-        # (parameter, name) of the state that begins as a copy of a parameter, and that launches do not see.
-        self._copies = [(s.tensor, name) for s, names in zip(slots, copies, strict=False) for name in names]
+        # (slot, name) of the state that begins as a copy of a parameter, and that launches do not see.
+        self._copies = [(s, name) for s, names in zip(slots, copies, strict=False) for name in names]
         self.kinds: list[Kind] = list(dict.fromkeys(slot.kind for slot in slots))
         self.double = any(kind.double for kind in self.kinds)
         self.devices = {slot.tensor.device for slot in slots}
         self.tensors = [slot.tensor for slot in slots]
+        self._owners = [slot.parameter for slot in slots]  # of the entries
+        self._spread = [slot for slot in slots if slot.spread is not None]
         self._seen: list[int] | None = None
         self._complete = not any(buffers)
         # One (entry of the state, name) per buffer of every slot.
@@ -56,7 +59,7 @@ class Roster:
     def _look(self) -> None:
         seen = list(map(id, self.entries.values()))
         if seen != self._seen:  # entries were added, taken away or replaced
-            self._seen, own = seen, [self.entries.get(t, {}) for t in self.tensors]
+            self._seen, own = seen, [self.entries.get(p, {}) for p in self._owners]
             self._wanted = [(e, b.name) for e, buffers in zip(own, self._buffers, strict=True) for b in buffers]
         held = [entry.get(name) for entry, name in self._wanted]
         if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
@@ -76,6 +79,12 @@ class Roster:
         """
         self._look()
         tensors = self.tensors
+        for slot in self._spread:
+            if slot.count and local(slot.parameter).data_ptr() != slot.tensor.data_ptr():
+                raise RuntimeError(
+                    f"the part of {slot.name} that is here is not where it was when the optimizer was made: make the "
+                    "optimizer after moving the model, and load models with assign=False"
+                )
         # Not strides and shapes, which cost as much as the rest of the step.
         places: list[Any] = [
             *map(Tensor.data_ptr, tensors),
@@ -93,29 +102,29 @@ class Roster:
     @property
     def lacks_copies(self) -> bool:
         """Tells whether `make` has copies of parameters to make, which must be where a step begins."""
-        return any(name not in self.entries.get(tensor, {}) for tensor, name in self._copies)
+        return any(name not in self.entries.get(slot.parameter, {}) for slot, name in self._copies)
 
     def copies(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Every parameter that has a copy of this name by now, and the copy."""
         return [
-            (tensor, self.entries[tensor][of])
-            for tensor, of in self._copies
-            if of == name and of in self.entries.get(tensor, {})
+            (slot.tensor, self.entries[slot.parameter][of])
+            for slot, of in self._copies
+            if of == name and of in self.entries.get(slot.parameter, {})
         ]
 
     def make(self, method: Method) -> bool:
         """Makes the buffers and copies that are missing; returns whether any was a buffer."""
         if self._copies and self.lacks_copies:
             with torch.inference_mode(False), torch.no_grad():
-                for tensor, name in self._copies:
-                    if name not in self.entries[tensor]:
-                        self.entries[tensor][name] = tensor.detach().clone(memory_format=torch.preserve_format)
+                for slot, name in self._copies:
+                    if name not in (entry := self.entries[slot.parameter]):
+                        entry[name] = slot.tensor.detach().clone(memory_format=torch.preserve_format)
         if self._complete:
             return False
         missing = [i for i, own in enumerate(self._buffers) if own and not self.state[i]]
         with torch.inference_mode(False):  # made in inference mode it could not be written to outside it
             for i in missing:
-                tensor, entry = self.tensors[i], self.entries[self.tensors[i]]
+                tensor, entry = self.tensors[i], self.entries[self._owners[i]]
                 for buffer in self._buffers[i]:
                     if buffer.name not in entry:
                         dtype = state_dtype(tensor.dtype, buffer, method.momentum_dtype)
@@ -125,12 +134,12 @@ class Roster:
     def drop(self) -> bool:
         """Drops the buffers that last for a step only; returns whether there was one."""
         dropped = False
-        for tensor, own in zip(self.tensors, self._buffers, strict=True):
+        for owner, own in zip(self._owners, self._buffers, strict=True):
             for buffer in own:
-                if not buffer.lasting and tensor in self.entries:
-                    self.entries[tensor].pop(buffer.name, None)
-                    if not self.entries[tensor]:
-                        del self.entries[tensor]
+                if not buffer.lasting and owner in self.entries:
+                    self.entries[owner].pop(buffer.name, None)
+                    if not self.entries[owner]:
+                        del self.entries[owner]
                     dropped = True
         return dropped and self.moved()
 

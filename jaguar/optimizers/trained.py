@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from jaguar.backends.bind import Bound, bind
-from jaguar.backends.launches import StepInputs
+from jaguar.backends.launches import Lost, StepInputs
 from jaguar.backends.uploads import refuse_capture
 from jaguar.method.method import Method
 from jaguar.method.params import Kind, Slot
@@ -18,6 +18,7 @@ from jaguar.method.probe import Derivatives, Probe, choose_restore
 from jaguar.method.rng import Draw
 from jaguar.method.rule import Scalars
 from jaguar.optimizers.freezing import Frozen
+from jaguar.optimizers.fully_sharded import FullySharded, all_lost
 from jaguar.optimizers.state import Roster, buffers_of, copies_of
 from jaguar.record import Record
 
@@ -63,6 +64,7 @@ class Trained:
         slots: all tensors of the optimizer, in canonical order.
         frozen: those that have requires_grad=False by now.
         roster: those that take part.
+        sharded: the FSDP2 modules of those.
     """
 
     def __init__(self, method: Method, backend: str, restore: str | None) -> None:
@@ -70,15 +72,27 @@ class Trained:
         self.slots: list[Slot] = []
         self.frozen = Frozen()
         self.roster = Roster([], {}, [])
+        self.sharded = FullySharded([])
         self._bound: Bound | None = None
         # A length, and the direction and the slots that it is of.
         self._known: tuple[float, Draw | None, Sequence[Slot]] = (1.0, None, ())
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_bound": None}  # a copy makes its own launches: compiled functions cannot be pickled
+        # A copy makes its own launches: compiled functions cannot be pickled.
+        return vars(self) | {"_bound": None, "sharded": FullySharded([])}
 
     def take(self, slots: list[Slot]) -> None:
-        """Other slots from now on."""
+        """Other slots from now on.
+
+        Raises:
+            ValueError: they cannot be moved as it was asked for.
+        """
+        spread = [slot.name for slot in slots if slot.spread is not None]
+        if spread and self._restore == "module" and self._method.estimator.points:
+            raise ValueError(
+                f"restore='module' moves a tensor when its module runs, and {spread[0]} is sharded: FSDP2 gathers it "
+                "before that. Choose 'copy', or None"
+            )
         self.slots, self._bound = slots, None
 
     def read_frozen(self) -> None:
@@ -104,9 +118,10 @@ class Trained:
         """
         if self._bound is None:
             self.slots = self._method.in_roles(self.slots, groups)
-            taking_part = [slot for slot in self.slots if slot.tensor.requires_grad]
+            taking_part = [slot for slot in self.slots if slot.parameter.requires_grad]
             self._method.direction.check(taking_part)
             restore = "walk" if self._method.walk else self._restore or choose_restore(taking_part)
+            self.sharded = FullySharded(taking_part)
             self._bound = bind(self._method, taking_part, groups, self._backend, restore)
             self.roster = self._roster(taking_part, groups, state)
         elif self.roster.entries is not state:
@@ -116,6 +131,17 @@ class Trained:
         if self.roster.moved():
             self._bound.check(self.roster.state)
         return self._bound
+
+    def lost(self, inputs: StepInputs) -> list[Lost]:
+        """The perturbations that rounding swallows, per tensor, of all processes that hold parts of it."""
+        return all_lost(self.bound.lost(inputs), self.roster.slots)
+
+    def n_perturbed(self, inputs: StepInputs) -> int:
+        """Number of coordinates that a direction moves; where only parts of them are here, the expected number."""
+        if all(slot.spread is None for slot in self.roster.slots):
+            return self.bound.n_perturbed(inputs)
+        total = sum(slot.total for slot in self.roster.slots)
+        return round(self._method.direction.fraction(total) * total)
 
     def _roster(self, slots: Sequence[Slot], groups: Groups, state: dict[Tensor, dict[str, Any]]) -> Roster:
         return Roster(slots, state, buffers_of(self._method, slots, groups), copies_of(self._method, slots, groups))
