@@ -65,39 +65,39 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/laws/test_layering.py
 
 bench: $(VENV)/.demo
-	$(BIN)/python bench/bench_step.py
+	$(BIN)/python bench step
 
 learning: $(VENV)/.demo
-	$(BIN)/python bench/bench_learning.py --work bytes reviews
+	$(BIN)/python bench learning --work bytes reviews
 
 ablation: $(VENV)/.demo
-	$(BIN)/python bench/bench_ablation.py
+	$(BIN)/python bench ablation
 
 theorems: $(VENV)/.demo
-	$(BIN)/python bench/bench_theorems.py
+	$(BIN)/python bench theorems
 
 aot: $(VENV)/.dev
-	$(BIN)/python bench/aot.py
+	$(BIN)/python bench aot
 
 ptxas: $(VENV)/.dev
-	$(BIN)/python bench/ptxas.py
+	$(BIN)/python bench ptxas
 
 # With the Python that is there: a machine with a GPU brings its own torch and triton, and often no network.
 # COMMIT says which one this is where there is no git repository.
 gpu:
-	@$(PYTHON) bench/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
+	@$(PYTHON) bench gpu $(if $(COMMIT),--commit $(COMMIT))
 
 # The demo's model and rows, which may have been copied here: nothing is downloaded. The same command goes on.
 MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/jaguar/SmolLM2-135M-Instruct
 
 build/.gpu-learning: $(shell find jaguar triton_kernels csrc -type f -not -name '*.pyc')
-	@$(PYTHON) bench/bench_gpu.py --stages build $(if $(COMMIT),--commit $(COMMIT)) || test -d build/gpu/jaguar
+	@$(PYTHON) bench gpu --stages build $(if $(COMMIT),--commit $(COMMIT)) || test -d build/gpu/jaguar
 	@touch $@
 
 LEARNING ?= --work reviews sst2 --all --minutes 7.5
 
 gpu-learning: build/.gpu-learning
-	@PYTHONPATH=build/gpu:$(PYTHONPATH) $(PYTHON) bench/bench_learning.py --passes 600 --processes 12 --model $(MODEL) \
+	@PYTHONPATH=build/gpu:$(PYTHONPATH) $(PYTHON) bench learning --passes 600 --processes 12 --model $(MODEL) \
 	  --out bench/results/learning-gpu $(LEARNING) $(if $(PART),--part $(PART)) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:

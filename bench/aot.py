@@ -4,17 +4,15 @@ Reads what ptxas and the disassembler in Triton's wheel say of each specialisati
 tiles use 16-byte accesses, products tensor cores and, on Hopper, at most half of an SM's registers, and the barrier
 between the phases of `tiles` stands where it must.
 
-    python bench/aot.py [--only TEXT ...] [--sm 80 90] [--json FILE]        (make aot: everything, and the tables)
+    python bench aot [--only TEXT ...] [--sm 80 90] [--json FILE]        (make aot: everything, and the tables)
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
 
 import triton
+from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
 from triton.backends.compiler import GPUTarget
@@ -355,7 +354,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only", nargs="+", default=[], help="cases of these names, or with one of these texts in the name"
     )
@@ -377,14 +376,9 @@ def main() -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
     elif not failed and not args.only:
-        folder = Path(__file__).parent / "results"
-        (folder / "aot.json").write_text(
+        (RESULTS / "aot.json").write_text(
             json.dumps({"triton": triton.__version__, "results": results}, indent=1) + "\n"
         )
-        (folder / "aot.md").write_text(markdown(results))
-        console.print(f"{len(results)} specialisations, nothing spills; written to {folder / 'aot.md'}")
+        (RESULTS / "aot.md").write_text(markdown(results))
+        console.print(f"{len(results)} specialisations, nothing spills; written to {RESULTS / 'aot.md'}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

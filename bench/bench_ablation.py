@@ -1,9 +1,9 @@
 """Ablation of momentum: held-out loss of JAGUAR SignSGD and JAGUAR Muon against beta, by coordinates and update.
 
-    python bench/bench_ablation.py [--passes N] [--seeds N] [--only TEXT ...] [--out FOLDER]
+    python bench ablation [--passes N] [--seeds N] [--only TEXT ...] [--out FOLDER]
 
-Work "bytes" of `bench_learning.py`, all weights, with 4 rows a step: many steps, and noise to average. For every cell
-of the table lr is searched on dev rows; held-out rows are reported. Runs are lines of FOLDER/ablation.jsonl: what
+Work "bytes" of `python bench learning`, all weights, with 4 rows a step: many steps, and noise to average. For every
+cell of the table lr is searched on dev rows; held-out rows are reported. Runs are lines of FOLDER/ablation.jsonl: what
 stands there is not run again, so a computation that was killed goes on where it was, and one with more seeds or betas
 takes what is there. Nothing is downloaded.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 import torch
 from bench_step import machine
 from byte_model import CONSOLE
-from commits import ROOT
 from learning.momentum import METHODS, UPDATES, Watch, cell, search
 from learning.search import Journal, finals, run
 from learning.works import Bytes
+from registry import RESULTS, parser_of
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PANELS = [(method, update) for method in METHODS for update in UPDATES]
@@ -156,7 +155,7 @@ def draw(title: str, table: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--passes", type=int, default=800, help="forward passes of a run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of the best setting (default: %(default)s)")
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
@@ -164,7 +163,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--coordinates", **one, nargs="+", default=COORDINATES, help="1: one of them all; 1.0: all")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="panels with this in method, update")
     parser.add_argument("--pretraining", type=int, default=1000, help="steps of AdamW (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/learning", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning", help="folder of the results")
     args = parser.parse_args()
     args.panels = [p for p in PANELS if not args.only or any(text in ", ".join(p) for text in args.only)]
     if not args.panels:
@@ -207,7 +206,3 @@ def main() -> int:
     CONSOLE.print(text, markup=False, highlight=False)
     CONSOLE.print(f"written to {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

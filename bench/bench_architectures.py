@@ -12,12 +12,11 @@ An outcome is "equal", "refused" (an error that has the model's name and the rea
 of tests/helpers/architecture_checks.py, the models those of tests/helpers/architectures.py. Rows are written as they
 come; rows that were not asked for stay as they are in the file.
 
-    python bench/bench_architectures.py [PATTERN ...] [--missing] [--workers 2] [--out bench/results]
+    python bench architectures [PATTERN ...] [--missing] [--workers 2] [--out bench/results]
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import fnmatch
@@ -36,10 +35,11 @@ import torch
 import transformers
 from bench_step import machine
 from gpu import tables
+from registry import RESULTS, ROOT, parser_of
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(ROOT / "tests"))
 from helpers import architecture_checks as checks
 from helpers import architectures
 
@@ -98,11 +98,11 @@ def lines_of(rows: list[dict[str, Any]], about: dict[str, str]) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="causal-llama, 'masked-*', ...")
     parser.add_argument("--missing", action="store_true", help="only what the file does not have of this commit")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: bench/results)")
     args = parser.parse_args(words)
     path, about = args.out / "architectures.json", machine() | {"transformers": transformers.__version__}
     about |= {"date": datetime.date.today().isoformat(), "tolerance of scores": str(checks.TOLERANCE)}
@@ -120,7 +120,7 @@ def main(words: list[str] | None = None) -> int:
     def write() -> list[dict[str, Any]]:
         rows = [found[name] for name in known if name in found]
         commits = ", ".join(sorted({row["commit"] for row in rows}))
-        said = about | {"commit": commits, "command": "python bench/bench_architectures.py"}
+        said = about | {"commit": commits, "command": "python bench architectures"}
         path.write_text(json.dumps({"about": said, "absent": architectures.ABSENT, "rows": rows}, indent=1) + "\n")
         path.with_suffix(".md").write_text("\n".join(lines_of(rows, said)))
         return rows
@@ -137,7 +137,3 @@ def main(words: list[str] | None = None) -> int:
     rows = write()
     print(f"{len(rows)} rows in {path} and {path.with_suffix('.md').name}")
     return 0 if all(not row[what].startswith("differs") for row in rows for what in checks.CHECKS) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

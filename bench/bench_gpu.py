@@ -4,12 +4,11 @@ Uses the Python it is started with and what that has (torch, triton, pytest); in
 that fails does not stop the later ones; the exit status is 1 if one did. Writes bench/results/<gpu>-<date>.json after
 every row, and the same as Markdown. `make gpu` runs it.
 
-    python bench/bench_gpu.py [--stages build tests ... kernels newton-schulz] [--out bench/results]
+    python bench gpu [--stages build tests ... kernels newton-schulz] [--out bench/results]
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import report, result, stages
+from registry import BENCH, RESULTS, parser_of
 
 # Seconds from the start after which everything has ended: jobs on shared machines are often cut off at ten minutes.
 LIMIT = 535.0
@@ -34,11 +34,11 @@ CAPS: dict[str, float | None] = {
     "newton-schulz": 75.0,
     "models": 55.0,
 }
-# Stages that are a benchmark: its program, and the time in which it ends the measurement that it is at.
-_BENCHMARKS = {
-    "kernels": (["bench_kernels.py"], 20.0),
-    "newton-schulz": (["bench_newton_schulz.py", "--speed"], 10.0),
-    "models": (["bench_models.py"], 10.0),
+# Stages that are a benchmark of the same name: its options, and the time in which it ends the measurement it is at.
+_BENCHMARKS: dict[str, tuple[list[str], float]] = {
+    "kernels": ([], 20.0),
+    "newton-schulz": (["--speed"], 10.0),
+    "models": ([], 10.0),
 }
 _MEASURED = {"kernels": ("kernel", "step"), "newton-schulz": ("ns", "product"), "models": ("model",)}
 _SANITIZERS = ("memcheck", "racecheck")
@@ -59,7 +59,7 @@ class Run:
 
     def __init__(self, commit: str | None, folder: Path) -> None:
         self._begin = time.monotonic()
-        info = result.machine(commit, shlex.join(["python3", *_without_out(sys.argv)]))
+        info = result.machine(commit, " ".join(["python3", sys.argv[0], shlex.join(_without_out(sys.argv[1:]))]))
         self.path = result.path_of(info, folder)
         self.result: dict[str, Any] = {"machine": info, "stages": [], "lists": {}, "rows": []}
         for key, value in info.items():
@@ -93,8 +93,8 @@ class Run:
     def benchmark(self, name: str, seconds: float) -> list[stages.Stage]:
         """A benchmark, in a process of its own: an illegal access ends it and not the run."""
         begin = time.monotonic()
-        (program, *options), grace = _BENCHMARKS[name]
-        command = [sys.executable, result.ROOT / "bench" / program, *options]
+        options, grace = _BENCHMARKS[name]
+        command = [sys.executable, BENCH, name, *options]
         words = ["--into", self.path.resolve(), "--seconds", f"{max(seconds - grace, 1.0):.0f}"]
         before = len(result.load(self.path)["rows"])
         code = stages.run([*command, *words], seconds)
@@ -110,7 +110,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     names = tuple(CAPS)
     parser.add_argument("--stages", nargs="+", choices=names, default=names, help="which stages to run (default: all)")
     parser.add_argument(
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running is ended with us
     os.environ.pop("TRITON_INTERPRET", None)
     # A part of a run must not replace the day's result.
-    folder = result.ROOT / ("bench/results" if set(args.stages) == set(names) else "build")
+    folder = RESULTS if set(args.stages) == set(names) else stages.BUILD
     run, logs = Run(args.commit, args.out or folder), args.out or stages.BUILD
     works: dict[str, Callable[[float], list[stages.Stage]]] = {
         "build": lambda seconds: [stages.build(seconds, logs)],
@@ -145,7 +145,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"FAILED {line}")
     run.say(f"written to {run.path} and {run.path.with_suffix('.md').name}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

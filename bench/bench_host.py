@@ -9,7 +9,7 @@ time does not depend on them. Newton-Schulz is left out; its results have fixed 
 The closure returns a number that lies ready. Its own time is taken off, and the rest is split at its two calls. Parity
 is asserted first: with kernels that do run, both leave the same bits, and both launch as often.
 
-    python bench/bench_host.py --baseline COMMIT [--rounds 30] [--out bench/results]
+    python bench host --baseline COMMIT [--rounds 30] [--out bench/results]
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from commits import ROOT, machine, trees
+from commits import machine, trees
 from gpu.shapes import LISTS, Named, Shape
+from registry import BENCH, RESULTS, parser_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ class Worker:
 
     def __init__(self, tree: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, "--worker", str(tree)],
+            [sys.executable, "-W", "ignore", str(BENCH), "host", "--worker", str(tree)],
             # With hashes of their own, two processes of the same code were 7 % apart.
             env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,
@@ -315,10 +316,10 @@ def report(rows: Sequence[dict[str, Any]], info: Mapping[str, str], folder: Path
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--baseline", help="commit to compare with")
     parser.add_argument("--rounds", type=int, default=30, help=f"turns of {STEPS} steps on each side (default: 30)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the result file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -328,9 +329,5 @@ def main() -> int:
         parser.error("--baseline COMMIT says what to compare with")
     with trees(args.baseline) as sides:
         rows = compare(sides, MODELS, args.rounds)
-    report(rows, machine(args.baseline, "python bench/bench_host.py"), args.out)
+    report(rows, machine(args.baseline, "python bench host"), args.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,7 @@
 Every optimizer is first compared with the reference on the same tensors, bit for bit, and every peer with its formula;
 what fails is reported and not timed. Prints the numbers and writes no file, unless `make gpu` calls it (--into).
 
-    python bench/bench_kernels.py [--lists opt-1.3b opt-1.3b-lora ...] [--seconds 240]
+    python bench kernels [--lists opt-1.3b opt-1.3b-lora ...] [--seconds 240]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import report, result
+from registry import parser_of
 
 # Compilation in this process, where a time limit reaches it.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -39,7 +40,7 @@ def said(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--lists", nargs="+", metavar="NAME", help="parameter lists (default: all, until time is up)")
     parser.add_argument(
         "--seconds", type=float, default=240.0, help="begin nothing more after so many seconds (default: 240)"
@@ -91,7 +92,3 @@ def _measured(args: argparse.Namespace, begin: float, suite: Any) -> int:
         if args.into:
             result.save(args.into, found)
     return 1 if report.failures(found | {"stages": []}) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Losses that all methods reach with as many forward passes on the same work: a search of settings, a table, curves.
 
-    python bench/bench_learning.py [--work NAME ...] [--passes N] [--seeds N] [--only NAME ...] [--out FOLDER]
+    python bench learning [--work NAME ...] [--passes N] [--seeds N] [--only NAME ...] [--out FOLDER]
 
 Work "bytes": a byte-level Llama of 0.12 M parameters, all of them or LoRA; nothing is downloaded. "reviews": the
 demo's SmolLM2-135M-Instruct and film reviews; weights of normalisation layers, LoRA, or all; other packages beside us
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,13 +25,13 @@ from typing import Any
 import torch
 from bench_step import machine
 from byte_model import CONSOLE
-from commits import ROOT
 from learning import report
 from learning.contenders import CONTENDERS, Contender
 from learning.peers import PEERS, versions
 from learning.reviews import PROMPTS, Reviews
 from learning.search import Journal, Plan, run
 from learning.works import Bytes, Work
+from registry import BENCH, RESULTS, parser_of
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 BASELINE = "ZO-SGD"
@@ -171,7 +170,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--work", nargs="+", default=["bytes"], choices=("bytes", *PROMPTS))
     parser.add_argument("--passes", type=int, help="forward passes of a run (default: the work's)")
     parser.add_argument("--seeds", type=int, help="runs of the best setting (default: the work's)")
@@ -184,7 +183,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="as many at once, each with its share")
     parser.add_argument("--minutes", type=float, help="begin no run that would end later; 0: only write the tables")
     parser.add_argument("--commit", help="what to record as the commit in place of what git says")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/learning", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning", help="folder of the results")
     args = parser.parse_args(words)
     if args.only and not any(text in c.name for c in ALL for text in args.only):
         parser.error(f"none is called {' or '.join(args.only)}; there are {', '.join(c.name for c in ALL)}")
@@ -198,8 +197,8 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 def side_by_side(args: argparse.Namespace, words: Sequence[str], searches: Sequence[Search]) -> None:
     """Shares of the searches in processes of their own, which write into the same journals; they end with this one."""
     (part, parts), n = args.part, args.processes
-    own = [word for word, before in zip(words, ["", *words], strict=False) if before != "--processes"]
-    command = [sys.executable, os.path.relpath(__file__), *(word for word in own if word != "--processes"), "--part"]
+    own = [word for word, before in zip(words, ["", *words], strict=False) if "--processes" not in (word, before)]
+    command = [sys.executable, str(BENCH), "learning", *own, "--part"]
     shares = [f"{part + parts * i}/{parts * n}" for i in range(n)]
     children = [subprocess.Popen([*command, share], stdout=subprocess.DEVNULL) for share in shares]
     try:
@@ -238,7 +237,3 @@ def main(words: Sequence[str] | None = None) -> int:
     whole = all(one.whole for one in searches)
     CONSOLE.print(f"written to {args.out}" + ("" if whole else "; runs are missing: the same command goes on"))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

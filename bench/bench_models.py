@@ -3,22 +3,22 @@
 Each optimizer of this package, MeZO's published loop and first-order AdamW take steps on the same model and batch.
 Prints the numbers and writes no file, unless `make gpu` calls it (--into).
 
-    python bench/bench_models.py [--seconds 60]
+    python bench models [--seconds 60]
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from gpu import result
+from registry import parser_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="begin nothing more after so many seconds (default: 60)"
     )
@@ -52,7 +52,3 @@ def main(arguments: list[str] | None = None) -> int:
         if args.into:
             result.save(args.into, found)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,8 +5,8 @@ singular values of O, and the relative error against the same iteration in float
 writes newton-schulz-accuracy.json and .md. Needs no GPU; Triton's interpreter (TRITON_INTERPRET=1) takes the smallest
 shapes only. How fast the kernels are is measured on a GPU by `make gpu`, which calls this program with --speed.
 
-    python bench/bench_newton_schulz.py [--out bench/results] [--device cpu]
-    python bench/bench_newton_schulz.py --speed [--seconds 75]
+    python bench newton-schulz [--out bench/results] [--device cpu]
+    python bench newton-schulz --speed [--seconds 75]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import result
+from registry import parser_of
 
 SHAPES = ((1, 64), (64, 1), (8, 2048), (2048, 8), (768, 768), (1000, 1003), (4, 64, 256))
 SPECTRA = ("Gaussian", "logspace(0, -3)")
@@ -140,7 +141,7 @@ def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> 
         console.print(note)
     if out is not None:
         about = {
-            "command": " ".join(["python", "bench/bench_newton_schulz.py", *sys.argv[1:]]),
+            "command": " ".join(["python", *sys.argv]),
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU",
             "torch": torch.__version__,
@@ -198,7 +199,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="NxM", help="(default: seven; BxNxM is a batch)"
     )
@@ -223,7 +224,3 @@ def main(arguments: list[str] | None = None) -> int:
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no NVIDIA GPU on this machine")
     return accuracy(args.shapes, args.device, args.out)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,15 +4,13 @@ A byte-level Llama of 0.12 M parameters is pretrained with AdamW on the source c
 then fine-tuned by JAGUAR Muon on the text of Python's documentation (`pydoc_data.topics`), two forward passes a step.
 Every run sees the same batches and the same coordinates. Nothing is downloaded.
 
-    python bench/bench_ns_period.py [--steps N] [--seeds N] [--out FOLDER]
+    python bench period [--steps N] [--seeds N] [--out FOLDER]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from bench_step import machine
 from byte_model import BATCH, CONSOLE, documents, model, pretrained, rows
+from registry import RESULTS, parser_of
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -104,7 +103,7 @@ def named(result: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=1500, help="two forward passes each (default: %(default)s)")
     parser.add_argument("--pretraining", type=int, default=1000, help="steps of AdamW (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default: %(default)s)")
@@ -115,7 +114,7 @@ def main() -> int:
     parser.add_argument("--sign_lr", type=float, default=3e-3, help="of JAGUAR SignSGD (default: %(default)s)")
     parser.add_argument("--coordinates", type=float, default=0.01, help="fraction (default: %(default)s)")
     parser.add_argument("--vector_lr", type=float, help="of the sign rule in Muon")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     code, prose = documents()
     net = pretrained(code, args.pretraining)
@@ -141,11 +140,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for result in results:
         result["options"] = {key: str(value) for key, value in result["options"].items()}
-    about = {"command": " ".join(["python", *sys.argv]), **machine()}
+    about = machine()
     (args.out / "ns-period.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     draw([r | {"options": {"ns_period": r["options"].get("ns_period")}} for r in results], args.out / "ns-period.png")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

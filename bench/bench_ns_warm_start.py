@@ -4,16 +4,16 @@ M changes in 1 % of its entries per step, so P = (X X^T + d I)^(-1/2), X = M / |
 Newton step P <- P (3 I - P A P) / 2 instead of being made anew; the step is then along P X. d = 3e-4 damps what ten
 cubic steps damp too. Momentum is simulated: stratified coordinates, Rademacher signs, noise-dominated rho, beta 0.9.
 
-    python bench/bench_ns_warm_start.py [--out bench/results]
+    python bench warm-start [--out bench/results]
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from bench_step import machine
+from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -59,8 +59,8 @@ def followed(n: int, m: int, newton: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = parser_of(__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     about = machine()
     lines = [
@@ -87,7 +87,3 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "ns-warm-start.md").write_text(text)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,7 +8,7 @@ needed. Time: forwards on this machine's CPU, fp32, side by side, after their sc
 Measured against jaguar/scoring/naive.py, which is kinder than the public code: that also copies the logits of all but
 the last position and holds the KV cache until the loss is there.
 
-    python bench/bench_scoring.py [--sentences FILE ...] [--column NAME] [--tokenizer DIR] [--out bench/results]
+    python bench scoring [--sentences FILE ...] [--column NAME] [--tokenizer DIR] [--out bench/results]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from allocations import Allocations
 from bench_step import machine, median_seconds
 from gpu import tables
+from registry import parser_of
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -294,7 +295,7 @@ def measured(texts: dict[str, list[str]], tokenizer: Any, args: argparse.Namespa
 
 
 def arguments_of(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     files = [path for path in (CACHE / "movie_reviews_test.csv",) if path.is_file()]
     folder = CACHE / "SmolLM2-135M-Instruct"
     there = folder if (folder / "config.json").is_file() else None
@@ -356,7 +357,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     if not texts:
         texts = {"written here": list(SENTENCES)}
-        notes.append("no file of sentences: the sixteen of bench_scoring.py, so all batches are the same")
+        notes.append("no file of sentences: the sixteen of `python bench scoring`, so all batches are the same")
     if args.tokenizer is None:
         tokenizer = trained([text for own in texts.values() for text in own])
         notes.append("no tokenizer: a BPE of at most 4000 tokens, trained on the sentences themselves")
@@ -386,7 +387,3 @@ def main(words: list[str] | None = None) -> int:
         path.with_suffix(".md").write_text("\n".join(lines))
         console.print(f"written to {path} and {path.with_suffix('.md').name}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@ turns. Steps outside the forwards are compared with MeZO's loop (torch.manual_se
 passes), the memory of a step is the resident set's peak over its value before, and Newton-Schulz runs with the products
 that a CPU of 2013 to 2016 has (ONEDNN_MAX_CPU_ISA=AVX2). Parity is asserted first: both leave the same bits.
 
-    python bench/bench_small_tensors.py --baseline COMMIT [--out bench/results]
+    python bench small-tensors --baseline COMMIT [--out bench/results]
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commits import ROOT, machine, trees
+from commits import machine, trees
+from registry import BENCH, RESULTS, parser_of
 from rich.console import Console
 from rich.table import Table
 
@@ -150,14 +151,14 @@ def ask(tree: Path, task: str) -> Any:
     env = os.environ | {"PYTHONPATH": str(tree)}
     if task == "newton-schulz":
         env["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-    command = [sys.executable, "-W", "ignore", __file__, "--worker", task]
+    command = [sys.executable, "-W", "ignore", str(BENCH), "small-tensors", "--worker", task]
     return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--baseline", help="commit to compare with")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the result file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -170,7 +171,7 @@ def main() -> int:
         found["newton-schulz"] = {key: ask(tree, "newton-schulz") for key, tree in sides.items()}
     if found["parity"]["before"] != found["parity"]["after"]:
         raise AssertionError(f"the two differ: {found['parity']}")
-    info = machine(args.baseline, "python bench/bench_small_tensors.py")
+    info = machine(args.baseline, "python bench small-tensors")
     table = Table(title="the reference backend on a CPU, before and after", title_justify="left")
     for column in ("what", "before", "after"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -192,7 +193,3 @@ def main() -> int:
     path.write_text(json.dumps({"machine": info, "results": found}, indent=2) + "\n")
     print(f"written to {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

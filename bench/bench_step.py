@@ -5,12 +5,11 @@ returns a number that was made before, so that only the optimizer's own work is 
 in its plainest form: torch.manual_seed and torch.normal per tensor, four passes (perturb by +1, -2, +1, then update).
 Parity is asserted before anything is timed: a step must leave exactly the bits that a dense re-computation gives.
 
-    python bench/bench_step.py [--repeats 5] [--out bench/results]
+    python bench step [--repeats 5] [--out bench/results]
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import platform
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 from gpu.result import described
+from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -138,13 +138,11 @@ def machine(commit: str | None = None) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--repeats", type=int, default=5, help="timed repeats of each method, after one warm-up (default: 5)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the result file (default: bench/results)"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file (default: bench/results)")
     args = parser.parse_args()
     model = demo_model()
     params = list(model.parameters())
@@ -183,7 +181,3 @@ def main() -> int:
     path.write_text(json.dumps({"machine": info, "rows": rows}, indent=2) + "\n")
     print(f"written to {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Steps without a search against the best of five learning rates, on the byte-level language model.
 
-    python bench/bench_step_size.py [--passes N] [--seeds N] [--out FOLDER] [--only WORD ...]
+    python bench step-size [--passes N] [--seeds N] [--out FOLDER] [--only WORD ...]
 
 For weights of normalisation layers, LoRA and all weights, batches of 4, 16 and 64 rows, fp32 and bf16: ZO-SGD along
 eight one-sided directions with lr="auto", tau="auto", and with five lr (tau 1e-3, 1e-2 in bf16) of which the one with
@@ -10,8 +10,6 @@ what stands there is not run again. Nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from typing import Any
 import torch
 from bench_step import machine
 from byte_model import CONSOLE
-from commits import ROOT
 from learning.contenders import CONTENDERS, GRID
 from learning.search import Journal, Point, run
 from learning.works import Bytes
+from registry import RESULTS, parser_of
 from rich.progress import track
 
 # Middle of the grid for batches of 16 rows; the best lr grows with the batch.
@@ -71,12 +69,12 @@ def table(done: dict[str, dict[str, Any]], passes: int, seeds: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--passes", type=int, default=400, help="forward passes of a run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="automatic runs of a case (default: %(default)s)")
     parser.add_argument("--pretraining", type=int, default=1000, help="steps of AdamW (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these: full 4 ...")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/learning", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning", help="folder of the results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -95,7 +93,3 @@ def main() -> int:
     (args.out / "step-size.md").write_text(text, encoding="utf-8")
     CONSOLE.print(text, markup=False, highlight=False)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Theorems 1 and 2 of arXiv 2506.04430, measured: slopes of their left sides over every variable of their terms.
 
-    python bench/bench_theorems.py [--seeds N] [--only TEXT ...] [--out FOLDER]
+    python bench theorems [--seeds N] [--only TEXT ...] [--out FOLDER]
 
 JAGUAR SignSGD and JAGUAR Muon run on functions of which every constant is known (bench/theorems/quadratics.py), in a
 regime for each term (bench/theorems/sweeps.py, with the theorems). The table says which slopes are the terms', and
@@ -9,16 +9,14 @@ why others are not: the theorems are upper bounds.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 from bench_step import machine
 from byte_model import CONSOLE
-from commits import ROOT
+from registry import RESULTS, parser_of
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from theorems import report
 from theorems.quadratics import left_side
@@ -26,10 +24,10 @@ from theorems.sweeps import SWEEPS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each value (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sweeps with this in their names")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     sweeps = [s for s in SWEEPS if not args.only or any(text in s.name for text in args.only)]
     if not sweeps:
@@ -65,7 +63,3 @@ def main() -> int:
     CONSOLE.print(text, markup=False, highlight=False)
     CONSOLE.print(f"written to {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

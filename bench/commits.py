@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from registry import ROOT
 
 
 def git(*words: str) -> str:

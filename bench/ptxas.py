@@ -2,12 +2,11 @@
 
 Needs nvcc and no GPU. Exit status 1 where something spills.
 
-    python bench/ptxas.py [--json FILE]        (make ptxas: the tables in bench/results)
+    python bench ptxas [--json FILE]        (make ptxas: the tables in bench/results)
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -21,11 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from registry import RESULTS, ROOT, parser_of
 from rich.console import Console
 from rich.progress import track
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 NUMBERS = ("registers", "spill_stores", "spill_loads", "stack", "shared")
 # Shared memory that a launch asks for, in the words of the source; ptxas knows nothing of it. By file and by what the
 # kernel's name begins with.
@@ -161,7 +159,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--json", type=Path, help="write the results here as JSON instead of the tables")
     args = parser.parse_args()
     build = build_script()
@@ -203,7 +201,3 @@ def main() -> int:
     verdict = f"{len(spilling)} of them spill" if spilling else "nothing spills"
     console.print(f"{len(result['results'])} kernels and targets, {verdict}; written to {target}", highlight=False)
     return 1 if spilling else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

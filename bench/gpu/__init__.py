@@ -1,1 +1,1 @@
-"""The GPU benchmark: parameter lists, clocks, parity, peers, report. `make gpu` and `bench/bench_gpu.py` run it."""
+"""The GPU benchmark: parameter lists, clocks, parity, peers, report. `make gpu` and `python bench gpu` run it."""

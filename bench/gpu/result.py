@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpu import report
+from registry import ROOT
 
-ROOT = Path(__file__).parents[2]
+from gpu import report
 
 
 def no_gpu() -> str | None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu.result import ROOT
+from registry import ROOT
 
 BUILD = ROOT / "build"
 TARGET = BUILD / "gpu"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from commits import ROOT
+from registry import ROOT
 from torch import Tensor, nn
 
 from jaguar.models.adapters import Adapter

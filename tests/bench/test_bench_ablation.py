@@ -46,7 +46,7 @@ def main(folder: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> int
     (folder / pretrained.name).write_bytes(pretrained.read_bytes())
     words = ["--passes", "40", "--seeds", "2", "--pretraining", "5", "--coordinates", "1.0", "--betas", "0", "0.9"]
     words += ["--only", "SignSGD", "--out", str(folder)]
-    monkeypatch.setattr(sys, "argv", ["bench_ablation.py", *words])
+    monkeypatch.setattr(sys, "argv", ["bench ablation", *words])
     return bench_ablation.main()
 
 

@@ -146,7 +146,7 @@ def test_processes_side_by_side_end_with_the_same_table(
         def __init__(self, command: list[str], **_: Any) -> None:
             assert "--processes" not in command
             shares.append(command[-1])
-            self.code = bench_learning.main(command[2:])
+            self.code = bench_learning.main(command[3:])
 
         def poll(self) -> int:
             return self.code

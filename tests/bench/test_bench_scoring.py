@@ -191,7 +191,7 @@ def test_the_benchmark_runs_where_nothing_was_downloaded(tmp_path, monkeypatch, 
     found = json.loads((tmp_path / "scoring.json").read_text())
     assert [row["within"] for row in found["tokens"]] == [1.0, 1.0]
     assert len(found["memory"]) == 16 and not found["time"]
-    assert "the sixteen of bench_scoring.py" in capsys.readouterr().out
+    assert "the sixteen of `python bench scoring`" in capsys.readouterr().out
     text = (tmp_path / "scoring.md").read_text()
     assert text.count("\n## ") == 2 and all(f"| {method} |" in text for method in (NAIVE, *LEAN))
 

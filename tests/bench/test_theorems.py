@@ -45,7 +45,7 @@ def test_slopes_are_those_of_the_terms(monkeypatch: pytest.MonkeyPatch, tmp_path
         Sweep("smoothing", "kink", "tau", (0.1, 0.2, 0.4), lambda v: replace(kink, method="Muon", tau=v)),
     ]
     monkeypatch.setattr(bench_theorems, "SWEEPS", chosen)
-    monkeypatch.setattr(sys, "argv", ["bench_theorems.py", "--seeds", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["bench theorems", "--seeds", "1", "--out", str(tmp_path)])
     assert bench_theorems.main() == 0
     for row, slope in zip(json.loads((tmp_path / "theorems.json").read_text())["rows"], (-1, 1, 1), strict=True):
         assert row["term_slope"] == pytest.approx(slope)

@@ -1,4 +1,4 @@
-"""bench/ptxas.py: what nvcc says is read, tabulated and judged."""
+"""`make ptxas`: what nvcc says is read, tabulated and judged."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions
 @pytest.fixture
 def ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """With csrc of two files, results in another folder, and no nvcc yet."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     module = load(ROOT / "bench" / "ptxas.py")
     build = module.build_script()
     build.CSRC, build.USUAL = tmp_path / "csrc", tmp_path / "usual"
@@ -36,7 +37,7 @@ def ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (build.CSRC / name).write_text("")
     monkeypatch.setattr(module, "build_script", lambda: build)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sys, "argv", ["ptxas.py"])
+    monkeypatch.setattr(sys, "argv", ["bench ptxas"])
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

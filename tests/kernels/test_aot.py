@@ -37,7 +37,7 @@ def clean() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
     out = tmp_path_factory.mktemp("aot") / "table.json"
-    words = [sys.executable, "bench/aot.py", "--json", out, "--only", *CASES]
+    words = [sys.executable, "bench", "aot", "--json", out, "--only", *CASES]
     done = subprocess.run(words, cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=600)
     assert out.exists(), done.stderr
     return {(r["name"], r["sm"]): r for r in json.loads(out.read_text())}

@@ -1,6 +1,6 @@
 """Every architecture of transformers: what is saved comes back, and scores are the model's own; or it is refused.
 
-A refusal is an error that names the model and says why. `bench/bench_architectures.py` writes the outcomes as a table.
+A refusal is an error that names the model and says why. `python bench architectures` writes the outcomes as a table.
 """
 
 import json
