@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import machine
 from byte_model import CONSOLE
 from learning.momentum import METHODS, UPDATES, Watch, cell, search
 from learning.search import Journal, finals, run
 from learning.works import Bytes
+from machine import machine
 from registry import RESULTS, parser_of
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -33,8 +33,8 @@ from typing import Any
 
 import torch
 import transformers
-from bench_step import machine
 from gpu import tables
+from machine import machine
 from registry import RESULTS, ROOT, parser_of
 from rich.console import Console
 from rich.progress import track

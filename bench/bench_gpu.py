@@ -10,16 +10,16 @@ every row, and the same as Markdown. `make gpu` runs it.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpu import report, result, stages
+from machine import GPU, command, machine
 from registry import BENCH, RESULTS, parser_of
 
 # Seconds from the start after which everything has ended: jobs on shared machines are often cut off at ten minutes.
@@ -44,22 +44,12 @@ _MEASURED = {"kernels": ("kernel", "step"), "newton-schulz": ("ns", "product"), 
 _SANITIZERS = ("memcheck", "racecheck")
 
 
-def _without_out(words: Sequence[str]) -> list[str]:
-    """A command line without the folder of its results, which is a matter of the machine."""
-    kept, before = [], ""
-    for word in words:
-        if before != "--out" and word != "--out" and not word.startswith("--out="):
-            kept.append(word)
-        before = word
-    return kept
-
-
 class Run:
     """One run: the stages in order, their results on disk, and what the time was used for."""
 
     def __init__(self, commit: str | None, folder: Path) -> None:
         self._begin = time.monotonic()
-        info = result.machine(commit, " ".join(["python3", sys.argv[0], shlex.join(_without_out(sys.argv[1:]))]))
+        info = machine(GPU, commit=commit, command=command("--out"))
         self.path = result.path_of(info, folder)
         self.result: dict[str, Any] = {"machine": info, "stages": [], "lists": {}, "rows": []}
         for key, value in info.items():

@@ -30,8 +30,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from commits import machine, trees
+from commits import names, trees
 from gpu.shapes import LISTS, Named, Shape
+from machine import TWO_COMMITS, command, machine
 from registry import BENCH, RESULTS, parser_of
 from rich.console import Console
 from rich.table import Table
@@ -329,5 +330,5 @@ def main() -> int:
         parser.error("--baseline COMMIT says what to compare with")
     with trees(args.baseline) as sides:
         rows = compare(sides, MODELS, args.rounds)
-    report(rows, machine(args.baseline, "python bench host"), args.out)
+    report(rows, machine(TWO_COMMITS, threads="1", command=command("--out"), **names(args.baseline)), args.out)
     return 0

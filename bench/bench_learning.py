@@ -23,7 +23,6 @@ from time import monotonic
 from typing import Any
 
 import torch
-from bench_step import machine
 from byte_model import CONSOLE
 from learning import report
 from learning.contenders import CONTENDERS, Contender
@@ -31,6 +30,7 @@ from learning.peers import PEERS, versions
 from learning.reviews import PROMPTS, Reviews
 from learning.search import Journal, Plan, run
 from learning.works import Bytes, Work
+from machine import command, machine
 from registry import BENCH, RESULTS, parser_of
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -131,10 +131,9 @@ class Search:
     def _about(self) -> dict[str, str]:
         """What numbers depend on."""
         device = torch.cuda.get_device_name() if self.work.device.type == "cuda" else "cpu"
-        kept = [word for word, before in zip(sys.argv, ["", *sys.argv], strict=False) if before not in _FOLDERS]
-        command = " ".join(["python", *(word for word in kept if word not in _FOLDERS)])
-        own = {"device": device, "precision": self.work.precision, "command": command}
-        return machine(self._commit) | own | (versions() if any(c in PEERS for _, c in self.own) else {})
+        said = machine(commit=self._commit, command=command(*_FOLDERS))
+        own = {"device": device, "precision": self.work.precision}
+        return said | own | (versions() if any(c in PEERS for _, c in self.own) else {})
 
     def write(self) -> str:
         """The tables as Markdown; they, what they are made of, and pictures lie in the folder afterwards."""

@@ -16,7 +16,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import result
+from machine import machine
 from registry import parser_of
 
 SHAPES = ((1, 64), (64, 1), (8, 2048), (2048, 8), (768, 768), (1000, 1003), (4, 64, 256))
@@ -140,13 +140,11 @@ def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> 
     for note in notes:
         console.print(note)
     if out is not None:
-        about = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
+        about = machine(
+            ("command", "date", "device", "torch", "python"),
+            date=datetime.date.today().isoformat(),
+            device=torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU",
+        )
         out.mkdir(parents=True, exist_ok=True)
         path = out / "newton-schulz-accuracy.json"
         path.write_text(json.dumps({"about": about, "notes": notes, "rows": found}, indent=1) + "\n")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import machine
 from byte_model import BATCH, CONSOLE, documents, model, pretrained, rows
+from machine import machine
 from registry import RESULTS, parser_of
 from rich.progress import track
 from rich.table import Table

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from bench_step import machine
+from machine import machine
 from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track

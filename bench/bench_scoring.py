@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from allocations import Allocations
-from bench_step import machine, median_seconds
+from bench_step import median_seconds
 from gpu import tables
+from machine import machine
 from registry import parser_of
 from rich.console import Console
 from rich.table import Table

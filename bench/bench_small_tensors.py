@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commits import machine, trees
+from commits import names, trees
+from machine import TWO_COMMITS, command, machine
 from registry import BENCH, RESULTS, parser_of
 from rich.console import Console
 from rich.table import Table
@@ -171,7 +172,7 @@ def main() -> int:
         found["newton-schulz"] = {key: ask(tree, "newton-schulz") for key, tree in sides.items()}
     if found["parity"]["before"] != found["parity"]["after"]:
         raise AssertionError(f"the two differ: {found['parity']}")
-    info = machine(args.baseline, "python bench small-tensors")
+    info = machine(TWO_COMMITS, threads="1", command=command("--out"), **names(args.baseline))
     table = Table(title="the reference backend on a CPU, before and after", title_justify="left")
     for column in ("what", "before", "after"):
         table.add_column(column, justify="left" if column == "what" else "right")

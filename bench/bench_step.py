@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu.result import described
+from machine import machine
 from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
@@ -117,24 +114,6 @@ def median_seconds(steps: dict[str, Callable[[int], object]], repeats: int) -> d
             if repeat:
                 times[name].append(time.perf_counter() - begin)
     return times
-
-
-def machine(commit: str | None = None) -> dict[str, str]:
-    """What the numbers depend on.
-
-    Args:
-        commit: what to record in place of what git says, if there is git.
-    """
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "jaguar": jaguar.__version__,
-        "commit": commit or described() or "unknown",
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def main() -> int:

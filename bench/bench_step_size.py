@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import machine
 from byte_model import CONSOLE
 from learning.contenders import CONTENDERS, GRID
 from learning.search import Journal, Point, run
 from learning.works import Bytes
+from machine import machine
 from registry import RESULTS, parser_of
 from rich.progress import track
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from bench_step import machine
 from byte_model import CONSOLE
+from machine import machine
 from registry import RESULTS, parser_of
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from theorems import report

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from registry import ROOT
 
 
@@ -31,15 +28,6 @@ def trees(baseline: str) -> Iterator[dict[str, Path]]:
             git("worktree", "remove", "--force", str(before))
 
 
-def machine(baseline: str, command: str) -> dict[str, str]:
-    """What the numbers depend on."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": "1",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "before": git("rev-parse", "--short", baseline),
-        "after": git("describe", "--always", "--dirty"),
-        "command": f"{command} --baseline {baseline}",
-    }
+def names(baseline: str) -> dict[str, str]:
+    """The two commits as a result has them."""
+    return {"before": git("rev-parse", "--short", baseline), "after": git("describe", "--always", "--dirty")}

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from registry import ROOT
 
 from gpu import report
 
@@ -28,38 +22,6 @@ def no_gpu() -> str | None:
     if not torch.cuda.is_available() or torch.version.hip:
         return "no NVIDIA GPU: torch finds none on this machine"
     return None
-
-
-def machine(commit: str | None, command: str) -> dict[str, Any]:
-    """What the numbers depend on.
-
-    Args:
-        commit: what to record in place of what git says, if there is git.
-        command: the command line.
-    """
-    import torch
-
-    device = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": device.name,
-        "memory_gib": round(device.total_memory / 2**30, 1),
-        "multiprocessors": device.multi_processor_count,
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "commit": commit or described() or "unknown",
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "command": command,
-    }
-
-
-def described() -> str | None:
-    """The commit of the repository, and whether files differ from it."""
-    where = ("-c", "safe.directory=*", "-C", str(ROOT))
-    return _said("git", *where, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def path_of(info: dict[str, Any], folder: Path) -> Path:
@@ -90,19 +52,3 @@ def check_begun(parser: argparse.ArgumentParser, into: Path | None) -> None:
     """Ends a program whose --into is no file that `make gpu` has begun."""
     if into and not into.is_file():
         parser.error(f"--into {into}: there is no such file; only `make gpu` begins one")
-
-
-def _said(*command: str) -> str | None:
-    """The first line that a command prints, None if it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0] or None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import bench_gpu
 import bench_newton_schulz
 from gpu import clock, ns_cases, ns_report, report, shapes
 
@@ -210,8 +209,3 @@ def test_the_program_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(SystemExit, match="2"):
             bench_newton_schulz.main(words)
         assert f"argument {words[0]}" in (said := capsys.readouterr().err) or f"{words[0]} {words[1]}:" in said
-
-
-def test_the_command_that_is_recorded_names_no_folder_of_a_machine() -> None:
-    words = ["--stages", "build", "--out", "/somewhere", "--commit", "abc", "--out=/else"]
-    assert bench_gpu._without_out(words) == ["--stages", "build", "--commit", "abc"]

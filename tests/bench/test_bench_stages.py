@@ -163,7 +163,7 @@ class Runs:
 def test_make_gpu_runs_all_stages_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs()
     monkeypatch.setattr(result, "no_gpu", lambda: None)
-    monkeypatch.setattr(result, "machine", lambda *_: sample()["machine"])
+    monkeypatch.setattr(bench_gpu, "machine", lambda *_, **given: sample()["machine"])
     monkeypatch.setattr(stages, "run", runs)
     monkeypatch.setattr(stages, "BUILD", tmp_path)
     monkeypatch.setattr(stages.shutil, "which", lambda name: name)
