@@ -23,25 +23,25 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "step": Benchmark("bench_step", "one step outside the forwards, on the CPU: JAGUAR SignSGD and MeZO's loop"),
-    "host": Benchmark("bench_host", "host time of a step whose launches do nothing: a commit and this tree"),
-    "small-tensors": Benchmark("bench_small_tensors", "small tensors on the reference: a commit and this tree"),
-    "kernels": Benchmark("bench_kernels", "kernels, and steps outside the forwards, on an NVIDIA GPU"),
-    "models": Benchmark("bench_models", "whole steps of OPT-1.3B and RoBERTa-large on an NVIDIA GPU: time and memory"),
+    "step": Benchmark("step.step", "one step outside the forwards, on the CPU: JAGUAR SignSGD and MeZO's loop"),
+    "host": Benchmark("step.host", "host time of a step whose launches do nothing: a commit and this tree"),
+    "small-tensors": Benchmark("step.small_tensors", "small tensors on the reference: a commit and this tree"),
+    "kernels": Benchmark("step.kernels", "kernels, and steps outside the forwards, on an NVIDIA GPU"),
+    "models": Benchmark("step.models", "whole steps of OPT-1.3B and RoBERTa-large on an NVIDIA GPU: time and memory"),
     "newton-schulz": Benchmark(
-        "bench_newton_schulz", "accuracy of Newton-Schulz; with --speed its time on an NVIDIA GPU"
+        "polar.newton_schulz", "accuracy of Newton-Schulz; with --speed its time on an NVIDIA GPU"
     ),
-    "period": Benchmark("bench_ns_period", "loss and time of JAGUAR Muon that orthogonalises every r-th step"),
-    "warm-start": Benchmark("bench_ns_warm_start", "inverse roots that follow momentum, in place of Newton-Schulz"),
-    "scoring": Benchmark("bench_scoring", "tokens, memory and time of lean scoring and of the benchmark's"),
-    "architectures": Benchmark("bench_architectures", "every architecture of transformers: checkpoints and scores"),
-    "aot": Benchmark("aot", "Triton kernels compiled for sm_80 and sm_90: registers, spills, access widths"),
-    "ptxas": Benchmark("ptxas", "CUDA kernels compiled with nvcc: registers, spills, shared memory"),
-    "learning": Benchmark("bench_learning", "loss of all methods after as many forward passes, settings searched"),
-    "ablation": Benchmark("bench_ablation", "loss against beta, by coordinates and update"),
-    "step-size": Benchmark("bench_step_size", "automatic steps and the best of five learning rates"),
-    "theorems": Benchmark("bench_theorems", "slopes of both theorems' terms on functions with known constants"),
-    "gpu": Benchmark("bench_gpu", "everything that needs an NVIDIA GPU: build, tests, sanitizers, benchmarks"),
+    "period": Benchmark("polar.period", "loss and time of JAGUAR Muon that orthogonalises every r-th step"),
+    "warm-start": Benchmark("polar.warm_start", "inverse roots that follow momentum, in place of Newton-Schulz"),
+    "scoring": Benchmark("scoring.scoring", "tokens, memory and time of lean scoring and of the benchmark's"),
+    "architectures": Benchmark("scoring.architectures", "every architecture of transformers: checkpoints and scores"),
+    "aot": Benchmark("compile.aot", "Triton kernels compiled for sm_80 and sm_90: registers, spills, access widths"),
+    "ptxas": Benchmark("compile.ptxas", "CUDA kernels compiled with nvcc: registers, spills, shared memory"),
+    "learning": Benchmark("learning.learning", "loss of all methods after as many forward passes, settings searched"),
+    "ablation": Benchmark("learning.ablation", "loss against beta, by coordinates and update"),
+    "step-size": Benchmark("learning.step_size", "automatic steps and the best of five learning rates"),
+    "theorems": Benchmark("theorems.theorems", "slopes of both theorems' terms on functions with known constants"),
+    "gpu": Benchmark("gpu.gpu", "everything that needs an NVIDIA GPU: build, tests, sanitizers, benchmarks"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpu import ns_report
+from gpu import polar_report
 from gpu.tables import Target, table, times
 
 FULL, LORA = "opt-1.3b", "opt-1.3b-lora"
@@ -57,7 +57,7 @@ TARGETS = (
     Target("JAGUAR 'sampled' step / MeZO's loop, OPT-1.3B", 1 / 30, False, _ratio(FULL, SAMPLED)),
     Target("JAGUAR 'all' step / MeZO's loop, OPT-1.3B LoRA", 1 / 20, False, _ratio(LORA, ALL)),
     Target("JAGUAR 'sampled' step / MeZO's loop, OPT-1.3B LoRA", 1 / 20, False, _ratio(LORA, SAMPLED)),
-    *ns_report.TARGETS.values(),
+    *polar_report.TARGETS.values(),
 )
 
 
@@ -102,7 +102,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name in dict.fromkeys(row["list"] for row in rows if row["kind"] in ("kernel", "step")):
         lines += _list_part(name, result.get("lists", {}), [row for row in rows if row["list"] == name])
-    lines += ns_report.section(rows)
+    lines += polar_report.section(rows)
     lines += _models_part([row for row in rows if row["kind"] == "model"])
     if failed := failures(result):
         lines += ["## Failed", "", *(f"- {line}" for line in failed), ""]

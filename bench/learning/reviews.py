@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import ROOT
 from torch import Tensor, nn
 
 from jaguar.models.adapters import Adapter
@@ -21,6 +20,7 @@ from jaguar.tasks.questions import Example
 from jaguar.tasks.rows import Row, read_rows
 from jaguar.tasks.sampling import drawn, train_and_dev
 from learning.works import Work
+from registry import ROOT
 
 sys.path.append(str(ROOT / "demo"))
 import prepare

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import byte_model
 import torch
 from torch import Tensor
 
+from learning import byte_model
 from learning.contenders import GRID
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from gpu import clock, report, result, shapes, traffic
-
+from gpu import clock, report, result
 from helpers.bench_samples import sample
+from step import shapes, traffic
 
 COUNTS = {
     "opt-1.3b": (388, 1_315_758_080),
@@ -198,15 +198,15 @@ def test_a_result_is_named_after_gpu_and_day_and_can_be_read_back(tmp_path: Path
 def test_models_are_measured_beside_inference() -> None:
     """Tiny ones, on the CPU: the same rows, and what an optimizer cannot do is a failure of its own."""
     pytest.importorskip("transformers")
-    from gpu import models
+    from step import whole_steps
 
-    kind, values = models.MODELS[0].config
+    kind, values = whole_steps.MODELS[0].config
     small = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 2, "vocab_size": 300}
-    tiny = models.Model("tiny", (kind, values | small | {"num_hidden_layers": 1}), rows=2, tokens=8)
+    tiny = whole_steps.Model("tiny", (kind, values | small | {"num_hidden_layers": 1}), rows=2, tokens=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of perturbations that bf16 swallows
-        rows = list(models.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 100.0, [tiny]))
-    assert [row["what"] for row in rows] == [models.FORWARD, *(name for name, _ in models.JOBS)]
-    assert all(row["kind"] == "model" and row["ms"]["n"] >= 2 and models.said(row) for row in rows), rows
-    late = list(models.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 1.0, [tiny]))
+        rows = list(whole_steps.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 100.0, [tiny]))
+    assert [row["what"] for row in rows] == [whole_steps.FORWARD, *(name for name, _ in whole_steps.JOBS)]
+    assert all(row["kind"] == "model" and row["ms"]["n"] >= 2 and whole_steps.said(row) for row in rows), rows
+    late = list(whole_steps.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 1.0, [tiny]))
     assert [row["kind"] for row in late] == ["dropped"] and report.failures({"stages": [], "rows": late}) == []

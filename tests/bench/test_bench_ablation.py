@@ -14,13 +14,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import bench_ablation
-from learning import momentum, search
+import jaguar
+from learning import ablation, momentum, search
 from learning.momentum import Watch, cell
 from learning.search import Point, finals, run
 from learning.works import Bytes
-
-import jaguar
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     monkeypatch.setattr(Bytes, "rows", 4)
-    for work in (Bytes, bench_ablation.FourRows):
+    for work in (Bytes, ablation.FourRows):
         monkeypatch.setattr(work, "batch", 1)
     monkeypatch.setattr(momentum, "_MEASURED", 2)
     yield
@@ -47,7 +45,7 @@ def main(folder: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> int
     words = ["--passes", "40", "--seeds", "2", "--pretraining", "5", "--coordinates", "1.0", "--betas", "0", "0.9"]
     words += ["--only", "SignSGD", "--out", str(folder)]
     monkeypatch.setattr(sys, "argv", ["bench ablation", *words])
-    return bench_ablation.main()
+    return ablation.main()
 
 
 class Killed(BaseException):
@@ -60,17 +58,17 @@ def test_every_cell_is_there_after_a_kill_too(
     monkeypatch.setattr(search, "MORE", 1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(whole, pretrained, monkeypatch) == 0
-    real, runs = bench_ablation.run, iter(range(7))
+    real, runs = ablation.run, iter(range(7))
 
     def dies(*args: Any, **more: Any) -> Any:
         if next(runs, None) is None:
             raise Killed
         return real(*args, **more)
 
-    monkeypatch.setattr(bench_ablation, "run", dies)
+    monkeypatch.setattr(ablation, "run", dies)
     with pytest.raises(Killed):
         main(parts, pretrained, monkeypatch)
-    monkeypatch.setattr(bench_ablation, "run", real)
+    monkeypatch.setattr(ablation, "run", real)
     assert main(parts, pretrained, monkeypatch) == 0
     tables = [json.loads((folder / "ablation.json").read_text())["rows"] for folder in (whole, parts)]
     assert tables[0] == tables[1]

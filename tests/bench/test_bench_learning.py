@@ -13,15 +13,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import bench_learning
-from learning import report, search
+from helpers import tiny
+from jaguar.optimizers.names import METHODS
+from learning import learning, report, search
 from learning.contenders import CONTENDERS, Contender
 from learning.peers import PEERS
 from learning.reviews import Reviews
 from learning.search import Journal, Plan, Point, ranked
-
-from helpers import tiny
-from jaguar.optimizers.names import METHODS
 
 BYTES = ["--pretraining", "5", "--only", "FZOO", "--variants", "full"]
 
@@ -29,7 +27,7 @@ BYTES = ["--pretraining", "5", "--only", "FZOO", "--variants", "full"]
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("learning")
-    bench_learning.Bytes(folder, 5)
+    learning.Bytes(folder, 5)
     return folder / "bytes-5.pt"
 
 
@@ -47,9 +45,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     for work, name, value in (
-        (bench_learning.Bytes, "points", 2),
-        (bench_learning.Bytes, "rows", 4),
-        (bench_learning.Bytes, "batch", 4),
+        (learning.Bytes, "points", 2),
+        (learning.Bytes, "rows", 4),
+        (learning.Bytes, "batch", 4),
         (Reviews, "batch", 4),
         (Reviews, "dev_rows", 8),
         (Reviews, "held_rows", 8),
@@ -62,7 +60,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def main(folder: Path, pretrained: Path, *more: str) -> int:
     folder.mkdir(exist_ok=True)
     (folder / pretrained.name).write_bytes(pretrained.read_bytes())
-    return bench_learning.main(["--passes", "40", "--seeds", "2", "--out", str(folder), *more])
+    return learning.main(["--passes", "40", "--seeds", "2", "--out", str(folder), *more])
 
 
 def table(folder: Path, work: str = "bytes") -> list[dict[str, Any]]:
@@ -97,12 +95,12 @@ def test_a_search_that_is_killed_twice_ends_with_the_same_table(
                 raise Killed
             return real(*args)
 
-        monkeypatch.setattr(bench_learning, "run", dies)
+        monkeypatch.setattr(learning, "run", dies)
         with pytest.raises(Killed):
             main(parts, pretrained, *words)
         with (parts / f"{work}.jsonl").open("ab") as file:
             file.write(b'{"point": {"work": "by')  # a line that was being written
-    monkeypatch.setattr(bench_learning, "run", real)
+    monkeypatch.setattr(learning, "run", real)
     assert main(parts, pretrained, *words) == 0
     assert table(parts, work) == table(whole, work) and len(table(whole, work)) == 1
     done = [[line["point"] for line in lines(f, work) if "point" in line] for f in (whole, parts)]
@@ -123,8 +121,8 @@ def test_a_search_stops_where_the_next_run_would_end_too_late_and_goes_on(
         now[0] += 60.0
         return real(*args)
 
-    monkeypatch.setattr(bench_learning, "monotonic", lambda: now[0])
-    monkeypatch.setattr(bench_learning, "run", a_minute)
+    monkeypatch.setattr(learning, "monotonic", lambda: now[0])
+    monkeypatch.setattr(learning, "run", a_minute)
     words = ["--work", "reviews", "--model", str(model), "--only", "ZO-SGD", "--variants", "norms"]
     for minutes, runs in (("0", 0), ("2.5", 2), ("2.5", 4)):
         assert main(tmp_path, pretrained, *words, "--minutes", minutes) == 0
@@ -146,14 +144,14 @@ def test_processes_side_by_side_end_with_the_same_table(
         def __init__(self, command: list[str], **_: Any) -> None:
             assert "--processes" not in command
             shares.append(command[-1])
-            self.code = bench_learning.main(command[3:])
+            self.code = learning.main(command[3:])
 
         def poll(self) -> int:
             return self.code
 
         wait, terminate = poll, poll
 
-    monkeypatch.setattr(bench_learning, "subprocess", SimpleNamespace(Popen=Process, DEVNULL=None))
+    monkeypatch.setattr(learning, "subprocess", SimpleNamespace(Popen=Process, DEVNULL=None))
     assert main(tmp_path / "three", pretrained, *words, "--processes", "3", "--part", "1/1") == 0
     assert shares == ["1/3", "2/3", "3/3"]
     assert table(tmp_path / "one", "reviews") == table(tmp_path / "three", "reviews")
@@ -169,9 +167,9 @@ def test_a_failed_process_is_said(model: Path, tmp_path: Path, pretrained: Path,
 def test_shares_of_the_work_are_all_of_it(model: Path, tmp_path: Path) -> None:
     found = []
     for part in ("1/3", "2/3", "3/3"):
-        args = bench_learning.parsed(["--work", "reviews", "--model", str(model), "--part", part, "--all"])
+        args = learning.parsed(["--work", "reviews", "--model", str(model), "--part", part, "--all"])
         args.out = tmp_path
-        found += bench_learning.Search(Reviews("reviews", model), args, None).own
+        found += learning.Search(Reviews("reviews", model), args, None).own
     names = [(plan.where[1], contender.name) for plan, contender in found]
     assert len(set(names)) == len(names)
     assert {name for variant, name in names if variant == "full"} >= {c.name for c in CONTENDERS}
@@ -241,7 +239,7 @@ def test_a_run_uses_its_forward_passes_whatever_a_step_costs(name: str, model: P
 @pytest.mark.parametrize("variant", Reviews.variants)
 def test_every_contender_runs_where_it_is_not_refused(variant: str, model: Path) -> None:
     work = Reviews("reviews", model)
-    for contender in bench_learning.ALL:
+    for contender in learning.ALL:
         if not contender.refusal(f"reviews {variant}"):
             used(work, variant, contender)
 
@@ -308,7 +306,7 @@ def test_a_method_that_chooses_its_steps_is_not_searched() -> None:
 
 
 def test_rows_have_their_losses(model: Path, pretrained: Path) -> None:
-    for work in (Reviews("reviews", model), bench_learning.Bytes(pretrained.parent, 5)):
+    for work in (Reviews("reviews", model), learning.Bytes(pretrained.parent, 5)):
         net = work.network("full")
         whole, rows = (next(work.losses(net, 0, by_row))().detach() for by_row in (False, True))
         assert rows.shape == (4,) and float(rows.mean()) == pytest.approx(float(whole), rel=1e-4)

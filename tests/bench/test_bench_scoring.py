@@ -19,9 +19,9 @@ from jaguar.scoring import naive
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import bench_scoring
-from allocations import Allocations
-from bench_scoring import LEAN, NAIVE, SENTENCES, allocated, opt_1_3b, prompts, scorer_of, tokens, trained
+from scoring import scoring
+from scoring.allocations import Allocations
+from scoring.scoring import LEAN, NAIVE, SENTENCES, allocated, opt_1_3b, prompts, scorer_of, tokens, trained
 
 N = 1000
 
@@ -185,9 +185,9 @@ def test_lean_scoring_keeps_nothing_of_a_layer_and_no_logits_but_the_last(half, 
 
 
 def test_the_benchmark_runs_where_nothing_was_downloaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_scoring, "CACHE", tmp_path)
-    monkeypatch.setitem(bench_scoring.SHAPE, "num_hidden_layers", 1)
-    assert bench_scoring.main(["--batches", "2", "--repeats", "0", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(scoring, "CACHE", tmp_path)
+    monkeypatch.setitem(scoring.SHAPE, "num_hidden_layers", 1)
+    assert scoring.main(["--batches", "2", "--repeats", "0", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "scoring.json").read_text())
     assert [row["within"] for row in found["tokens"]] == [1.0, 1.0]
     assert len(found["memory"]) == 16 and not found["time"]
@@ -198,25 +198,25 @@ def test_the_benchmark_runs_where_nothing_was_downloaded(tmp_path, monkeypatch, 
 
 def test_equal_scores_are_asserted_before_anything_is_timed(batch, monkeypatch):
     model = tiny.architecture("opt", vocab_size=4000)
-    rows = bench_scoring.timed("tiny", model, batch, 1)
+    rows = scoring.timed("tiny", model, batch, 1)
     assert [(row["method"], row["tokens"]) for row in rows] == [(m, tokens(model, m, batch)) for m in (NAIVE, *LEAN)]
     assert all(row["difference"] < 1e-5 and row["median_s"] > 0 for row in rows) and rows[0]["ratio"] == 1
-    right, calls = bench_scoring.Scorer.scores, []
+    right, calls = scoring.Scorer.scores, []
 
     def wrong(self, inputs):
         calls.append(1)
         return right(self, inputs) + 2e-4
 
-    monkeypatch.setattr(bench_scoring.Scorer, "scores", wrong)
+    monkeypatch.setattr(scoring.Scorer, "scores", wrong)
     with pytest.raises(AssertionError, match=r"lean, padded differs from naive by 0\.0002"):
-        bench_scoring.timed("tiny", model, batch, 1)
+        scoring.timed("tiny", model, batch, 1)
     assert len(calls) == 1
 
 
 def test_unusable_sentences_are_named(tmp_path, capsys):
     short = tmp_path / "short.csv"
     short.write_text("text\none\n")
-    assert bench_scoring.main(["--sentences", str(short)]) == 2
-    assert bench_scoring.main(["--sentences", str(short), "--column", "sentence"]) == 2
+    assert scoring.main(["--sentences", str(short)]) == 2
+    assert scoring.main(["--sentences", str(short), "--column", "sentence"]) == 2
     said = capsys.readouterr().err
     assert "short.csv has less than 16 rows" in said and "no column 'sentence'" in said

@@ -17,11 +17,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-import bench_gpu  # noqa: E402
-import bench_kernels  # noqa: E402
-from gpu import result, stages  # noqa: E402
-
+from gpu import gpu, result, stages  # noqa: E402
 from helpers.bench_samples import ns_sample, sample  # noqa: E402
+from step import kernels  # noqa: E402
 
 
 def test_without_a_gpu_it_says_so_in_one_line() -> None:
@@ -42,7 +40,7 @@ def test_both_programs_exit_with_2_where_there_is_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_gpu.main([]) == bench_kernels.main([]) == 2
+    assert gpu.main([]) == kernels.main([]) == 2
     assert capsys.readouterr().err.count("error: no NVIDIA GPU") == 2
 
 
@@ -52,7 +50,7 @@ def test_wrong_arguments_are_named(
 ) -> None:
     monkeypatch.setattr(result, "no_gpu", lambda: None)
     with pytest.raises(SystemExit, match="2"):
-        bench_kernels.main(words)
+        kernels.main(words)
     assert f"{words[0]} {words[1]}:" in capsys.readouterr().err
 
 
@@ -163,15 +161,15 @@ class Runs:
 def test_make_gpu_runs_all_stages_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs()
     monkeypatch.setattr(result, "no_gpu", lambda: None)
-    monkeypatch.setattr(bench_gpu, "machine", lambda *_, **given: sample()["machine"])
+    monkeypatch.setattr(gpu, "machine", lambda *_, **given: sample()["machine"])
     monkeypatch.setattr(stages, "run", runs)
     monkeypatch.setattr(stages, "BUILD", tmp_path)
     monkeypatch.setattr(stages.shutil, "which", lambda name: name)
     monkeypatch.setattr(stages, "build", lambda seconds, logs: stages.Stage("build", "passed", 1.0, "built"))
-    monkeypatch.setattr(bench_gpu.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: 0.0))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # main takes it out, and it comes back
-    assert bench_gpu.main(["--out", str(tmp_path)]) == 1
+    assert gpu.main(["--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
     found = result.load(path)
     names = ["build", "tests", "memcheck", "racecheck", "kernels", "newton-schulz", "models"]
@@ -181,11 +179,11 @@ def test_make_gpu_runs_all_stages_in_time(tmp_path: Path, monkeypatch: pytest.Mo
     notes = {stage["name"]: stage["note"] for stage in found["stages"]}
     # Each benchmark counts its own rows.
     assert notes["kernels"] == "3 measurements; 1 failures" and notes["newton-schulz"] == "4 measurements; 1 failures"
-    caps = bench_gpu.CAPS
+    caps = gpu.CAPS
     assert runs.seconds["newton-schulz"] == caps["newton-schulz"]
     # Nothing here takes time, so the benchmark gets all but what the last stages need.
-    assert bench_gpu.LIMIT - caps["newton-schulz"] - caps["models"] - 20 < runs.seconds["kernels"] < bench_gpu.LIMIT
-    assert sum(cap or 60.0 for cap in caps.values()) < bench_gpu.LIMIT < 540
+    assert gpu.LIMIT - caps["newton-schulz"] - caps["models"] - 20 < runs.seconds["kernels"] < gpu.LIMIT
+    assert sum(cap or 60.0 for cap in caps.values()) < gpu.LIMIT < 540
 
 
 def test_stages_at_the_same_time_end_with_the_run(tmp_path: Path) -> None:

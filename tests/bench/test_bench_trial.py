@@ -13,16 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
-import bench_kernels  # noqa: E402
 from gpu import report  # noqa: E402
-
 from helpers.bench_samples import sample  # noqa: E402
+from step import kernels  # noqa: E402
 
 TRIAL = """
 import json, sys
 sys.path.insert(0, "bench")
 import torch
-from gpu import compiled, peers, shapes, suite
+from step import compiled, peers, shapes, suite
 from gpu.clock import CpuClock
 from jaguar.method import rules
 
@@ -83,7 +82,7 @@ def test_the_benchmark_measures_every_kernel_step_and_peer(trial: list[list[dict
 
 def test_every_row_can_be_printed_and_reported(trial: list[list[dict[str, Any]]]) -> None:
     for rows in trial:
-        assert all(bench_kernels.said(row) for row in rows)
+        assert all(kernels.said(row) for row in rows)
         assert report.markdown(sample() | {"rows": rows})
 
 
@@ -97,6 +96,6 @@ def test_a_failing_parity_prints_no_speed(trial: list[list[dict[str, Any]]]) -> 
     assert [row["kind"] for row in bad] == ["copy", "failure", "failure"]
     for row in bad[1:]:
         assert row["reason"].startswith("parity: ") and not {"ms", "wall_ms", "host_ms", "gb_s"} & set(row)
-        assert "FAILURE, no speed" in bench_kernels.said(row) and " ms" not in bench_kernels.said(row)
+        assert "FAILURE, no speed" in kernels.said(row) and " ms" not in kernels.said(row)
     assert len(report.failures(sample() | {"stages": [], "rows": bad})) == 2
     assert "GB/s |" not in report.markdown(sample() | {"rows": bad})

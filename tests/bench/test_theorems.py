@@ -13,8 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import bench_theorems
-from theorems import report
+from theorems import report, theorems
 from theorems.quadratics import Setting, left_side
 from theorems.sweeps import SWEEPS, Sweep, bound
 
@@ -44,9 +43,9 @@ def test_slopes_are_those_of_the_terms(monkeypatch: pytest.MonkeyPatch, tmp_path
         Sweep("smoothing", "kink", "tau", (0.1, 0.2, 0.4), lambda v: replace(kink, tau=v)),
         Sweep("smoothing", "kink", "tau", (0.1, 0.2, 0.4), lambda v: replace(kink, method="Muon", tau=v)),
     ]
-    monkeypatch.setattr(bench_theorems, "SWEEPS", chosen)
+    monkeypatch.setattr(theorems, "SWEEPS", chosen)
     monkeypatch.setattr(sys, "argv", ["bench theorems", "--seeds", "1", "--out", str(tmp_path)])
-    assert bench_theorems.main() == 0
+    assert theorems.main() == 0
     for row, slope in zip(json.loads((tmp_path / "theorems.json").read_text())["rows"], (-1, 1, 1), strict=True):
         assert row["term_slope"] == pytest.approx(slope)
         assert row["slope"] == pytest.approx(slope, abs=0.1), row["name"]

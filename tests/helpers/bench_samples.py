@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from gpu import ns_cases, report
+from gpu import polar_cases, report
 
 
 def sample(of_copy: float = 0.9, all_ms: float = 3.0) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def ns_sample(of_torch: float = 2.3) -> list[dict[str, Any]]:
     ms = {"median": 2.0, "q1": 1.5, "q3": 2.5, "n": 7}
     case = {"kind": "ns", "list": "newton-schulz", "case": "8 x 2048 x 8192, cubic 10", "ms": ms, "flops": 1e13,
             "tflops": 5000.0, "of_ceiling": 1.25, "error": 2.5e-3}  # fmt: skip
-    lora = case | {"case": ns_cases.LORA_NAME, "device_ms": ms, "of_torch": 4.0, "of_loop": 0.06, "by": "Triton"}
+    lora = case | {"case": polar_cases.LORA_NAME, "device_ms": ms, "of_torch": 4.0, "of_loop": 0.06, "by": "Triton"}
     return [
         {"kind": "ceiling", "list": "newton-schulz", "method": "8192: cuBLAS, bf16", "by": "cuBLAS, bf16",
          "case": "8192 x 8192 x 8192", "tflops": 780.0},

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from helpers.compilers import NVCC, ROOT, load, tool
+from helpers.compilers import NVCC, ROOT, tool
 
 NAMES = ("_ZN12_GLOBAL__N_14tileILi128ELb1EEEvPKfi", "_Z5helpedi")
 PTXAS = f"""
@@ -29,7 +29,8 @@ ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions
 def ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """With csrc of two files, results in another folder, and no nvcc yet."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    module = load(ROOT / "bench" / "ptxas.py")
+    from compile import ptxas as module
+
     build = module.build_script()
     build.CSRC, build.USUAL = tmp_path / "csrc", tmp_path / "usual"
     build.CSRC.mkdir()

@@ -71,7 +71,7 @@ def test_the_check_notices() -> None:
     code = """
 import sys
 sys.path.insert(0, "bench")
-import aot
+from compile import aot
 case = next(c for c in aot.cases() if c.name == "tiles x=bf16 m=bf16 fraction")
 good = {"stack": 0, "local": 0, "loads16": 4, "stores16": 2}
 right = ["STG.E.U16", "BAR.SYNC", "LDG.E.128", "LDG.E.128", "STG.E.128"]

@@ -21,7 +21,6 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
 
 import triton
-from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
 from triton.backends.compiler import GPUTarget
@@ -29,6 +28,7 @@ from triton.compiler import ASTSource
 
 from jaguar.backends.polar import triton as products
 from jaguar.triton_kernels import coordinate, dense, launch, matrix, mixed, newton_schulz, rules
+from registry import RESULTS, parser_of
 
 TARGETS = (80, 90)
 REGISTERS = 65536  # of an SM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpu import ns_cases
+from gpu import polar_cases
 from gpu.tables import Target, table, times
 
 OWN = ("csrc", "Triton")
@@ -29,14 +29,14 @@ TARGETS = {
             True,
             _of_case(case.name, "of_torch", max),
         )
-        for case in ns_cases.CASES
+        for case in polar_cases.CASES
         if case.least is not None
     },
-    ns_cases.LORA_NAME: Target(
-        f"Newton-Schulz {ns_cases.LORA_NAME}: time / that of torch's loop",
-        ns_cases.LORA_MOST,
+    polar_cases.LORA_NAME: Target(
+        f"Newton-Schulz {polar_cases.LORA_NAME}: time / that of torch's loop",
+        polar_cases.LORA_MOST,
         False,
-        _of_case(ns_cases.LORA_NAME, "of_loop", min),
+        _of_case(polar_cases.LORA_NAME, "of_loop", min),
     ),
 }
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commits import names, trees
-from machine import TWO_COMMITS, command, machine
-from registry import BENCH, RESULTS, parser_of
 from rich.console import Console
 from rich.table import Table
+
+from machine import TWO_COMMITS, command, machine
+from registry import BENCH, RESULTS, parser_of
+from step.commits import names, trees
 
 SHAPES = {"768 numbers in 4 tensors": (192, 4), "300 tensors of 768": (768, 300), "2,000 tensors of 8": (8, 2000)}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.parity import Losses, expect_close
-from gpu.shapes import Named, cut
+from step.parity import Losses, expect_close
+from step.shapes import Named, cut
 
 TAU, LR, BETA = 1e-3, 1e-6, 0.9
 _VISIBLE_LR = 1e-3  # in checks: with rho = 35 a step far above bf16's rounding

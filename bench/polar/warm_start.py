@@ -12,14 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from machine import machine
-from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from jaguar.backends.polar.reference import newton_schulz
 from jaguar.method.schemes import SCHEMES
+from machine import machine
+from registry import RESULTS, parser_of
 
 DAMPING, STEPS, LAST, FRACTION, BETA = 3e-4, 1200, 120, 100, 0.9
 SHAPES, NEWTON, CONSOLE = ((96, 96), (64, 256)), (1, 2, 3), Console(stderr=True)

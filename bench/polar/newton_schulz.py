@@ -118,11 +118,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 def accuracy(shapes: Sequence[Sequence[int]], device: str, out: Path | None) -> int:
     """Prints the table, and writes it."""
     import torch
-    from gpu import tables
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
+    from gpu import tables
     from jaguar.backends import availability
     from jaguar.method.schemes import SCHEMES
 
@@ -163,10 +163,11 @@ def speed(args: argparse.Namespace, begin: float) -> int:
     # Compilation in this process, where a time limit reaches it.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     import torch
-    from gpu import ns_report, ns_suite
-    from gpu.clock import CudaClock
 
+    from gpu import polar_report
+    from gpu.clock import CudaClock
     from jaguar.backends import availability
+    from polar import suite
 
     if availability.interpreted():
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)
@@ -179,8 +180,8 @@ def speed(args: argparse.Namespace, begin: float) -> int:
 
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
-    for row in ns_suite.run(CudaClock(device, 0.15), left):
-        print(f"[{time.monotonic() - begin:5.1f} s] {ns_report.said(row)}", flush=True)
+    for row in suite.run(CudaClock(device, 0.15), left):
+        print(f"[{time.monotonic() - begin:5.1f} s] {polar_report.said(row)}", flush=True)
         failed += row["kind"] == "failure"
         found["rows"].append(row)
         if args.into:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu.shapes import Named
 from jaguar.method.params import Shard
+from step.shapes import Named
 
 # Elements per window: a few programs of 8192, and a tail.
 _LENGTH = 20_000

@@ -26,19 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from allocations import Allocations
-from bench_step import median_seconds
-from gpu import tables
-from machine import machine
-from registry import parser_of
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gpu import tables
 from jaguar.scoring import Scorer, naive
 from jaguar.tasks import SST2
 from jaguar.tasks.questions import Encoder, Example
 from jaguar.tasks.rows import Row, read_rows
+from machine import machine
+from registry import parser_of
+from scoring.allocations import Allocations
+from step.step import median_seconds
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaguar"  # as in demo/prepare.py
 BATCH, PAD = 16, 1

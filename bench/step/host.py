@@ -30,13 +30,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from commits import names, trees
-from gpu.shapes import LISTS, Named, Shape
-from machine import TWO_COMMITS, command, machine
-from registry import BENCH, RESULTS, parser_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+from machine import TWO_COMMITS, command, machine
+from registry import BENCH, RESULTS, parser_of
+from step.commits import names, trees
+from step.shapes import LISTS, Named, Shape
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "JAGUAR SignSGD": ("JaguarSignSGD", {}),

@@ -14,13 +14,16 @@ import time
 from pathlib import Path
 
 import torch
-from byte_model import CONSOLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
 from machine import machine
 from registry import RESULTS, parser_of
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from theorems import report
 from theorems.quadratics import left_side
 from theorems.sweeps import SWEEPS
+
+CONSOLE = Console(stderr=True)
 
 
 def main() -> int:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.compiled import TooSlow, time_limit
 from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES, Coefficients
+from step.compiled import TooSlow, time_limit
 
 EAGER = "torch eager, baddbmm"
 EACH = "torch eager, matrix by matrix"

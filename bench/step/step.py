@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import machine
-from registry import RESULTS, parser_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,6 +28,8 @@ import jaguar
 from jaguar.method.directions import Coordinates
 from jaguar.method.params import build_slots
 from jaguar.method.rng import Draw
+from machine import machine
+from registry import RESULTS, parser_of
 
 LOSSES = (0.71, 0.64)
 TAU, LR, BETA = 1e-3, 1e-4, 0.9

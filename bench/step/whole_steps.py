@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import jaguar
 from gpu.clock import CpuClock
 from gpu.memory import no_room, release
-from gpu.peers import MezoLoop
+from step.peers import MezoLoop
 
 Row = dict[str, Any]
 LIST = "models"

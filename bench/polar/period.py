@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_model import BATCH, CONSOLE, documents, model, pretrained, rows
-from machine import machine
-from registry import RESULTS, parser_of
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 import jaguar
+from learning.byte_model import BATCH, CONSOLE, documents, model, pretrained, rows
+from machine import machine
+from registry import RESULTS, parser_of
 
 PERIODS = (1, 4, 8, 16)
 HELD_OUT = 64  # rows

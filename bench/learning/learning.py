@@ -23,8 +23,10 @@ from time import monotonic
 from typing import Any
 
 import torch
-from byte_model import CONSOLE
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
 from learning import report
+from learning.byte_model import CONSOLE
 from learning.contenders import CONTENDERS, Contender
 from learning.peers import PEERS, versions
 from learning.reviews import PROMPTS, Reviews
@@ -32,7 +34,6 @@ from learning.search import Journal, Plan, run
 from learning.works import Bytes, Work
 from machine import command, machine
 from registry import BENCH, RESULTS, parser_of
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 BASELINE = "ZO-SGD"
 ALL = [*CONTENDERS, *PEERS]

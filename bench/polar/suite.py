@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import ns_cases, ns_peers
+from gpu import polar_cases
 from gpu.clock import CpuClock
 from gpu.memory import no_room, release
-from gpu.ns_cases import Case
-from gpu.ns_peers import NotHere
+from gpu.polar_cases import Case
 from jaguar.backends import availability
 from jaguar.backends.polar import reference
 from jaguar.backends.polar import run as polar_run
 from jaguar.method.schemes import SCHEMES
+from polar import peers
+from polar.peers import NotHere
 
 Row = dict[str, Any]
 LIST = "newton-schulz"
@@ -38,12 +39,12 @@ def run(
     clock: CpuClock,
     left: Callable[[], float],
     *,
-    cases: Sequence[Case] = ns_cases.CASES,
-    more: Sequence[Case] = ns_cases.MORE,
-    lora: Sequence[ns_cases.Shape] = ns_cases.LORA,
-    products: Sequence[tuple[int, int]] = ns_cases.PRODUCTS,
-    ceiling: int = ns_cases.CEILING,
-    compiled: ns_peers.Compiled | None = None,
+    cases: Sequence[Case] = polar_cases.CASES,
+    more: Sequence[Case] = polar_cases.MORE,
+    lora: Sequence[polar_cases.Shape] = polar_cases.LORA,
+    products: Sequence[tuple[int, int]] = polar_cases.PRODUCTS,
+    ceiling: int = polar_cases.CEILING,
+    compiled: peers.Compiled | None = None,
 ) -> Iterator[Row]:
     """All rows as they come; the arguments after `left` are what is measured.
 
@@ -55,16 +56,16 @@ def run(
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     missing = availability.unavailable()
-    for name in ns_peers.OWN:
+    for name in peers.OWN:
         if name in missing:
-            yield _row("dropped", "all", ns_peers.OWN[name], reason=f"not available: {missing[name]}")
-    backends = [name for name in ns_peers.OWN if name not in missing]
-    compiled = compiled or ns_peers.Compiled()
+            yield _row("dropped", "all", peers.OWN[name], reason=f"not available: {missing[name]}")
+    backends = [name for name in peers.OWN if name not in missing]
+    compiled = compiled or peers.Compiled()
     top = math.nan
     jobs: list[tuple[str, float, Callable[[], Iterator[Row]]]] = [
         (case.name, case.seconds, partial(_case_rows, case, backends, compiled, clock, left)) for case in cases
     ]
-    jobs.append((ns_cases.LORA_NAME, _LEAST, partial(_lora_rows, lora, backends, clock)))
+    jobs.append((polar_cases.LORA_NAME, _LEAST, partial(_lora_rows, lora, backends, clock)))
     jobs += [(c.name, c.seconds, partial(_case_rows, c, backends, compiled, clock, left)) for c in more]
     jobs += [(_product_name(b, n), _LEAST, partial(_product_rows, b, n, backends, clock)) for b, n in products]
     with torch.no_grad():
@@ -163,7 +164,7 @@ def _best(ms: dict[str, dict[str, float]], names: Sequence[str]) -> float | None
 
 
 def _case_rows(
-    case: Case, backends: Sequence[str], compiled: ns_peers.Compiled, clock: CpuClock, left: Callable[[], float]
+    case: Case, backends: Sequence[str], compiled: peers.Compiled, clock: CpuClock, left: Callable[[], float]
 ) -> Iterator[Row]:
     if reason := no_room(case.bytes + 2**31, clock.device):
         yield _row("dropped", case.name, "all", reason=reason)
@@ -177,22 +178,22 @@ def _case_rows(
     matrices = list(G.unbind())
     field = _Field(case.name, partial(_worst, exact))
     for backend in backends:
-        call = ns_peers.own(backend, case.scheme, case.steps)
-        field.enter(ns_peers.OWN[backend], partial(_first, partial(call, matrices)), ours=True)
-    for name, function in ((ns_peers.EAGER, ns_peers.eager), (ns_peers.EACH, ns_peers.each)):
-        if name != ns_peers.EACH or case.batch > 1:
+        call = peers.own(backend, case.scheme, case.steps)
+        field.enter(peers.OWN[backend], partial(_first, partial(call, matrices)), ours=True)
+    for name, function in ((peers.EAGER, peers.eager), (peers.EACH, peers.each)):
+        if name != peers.EACH or case.batch > 1:
             field.enter(name, partial(_first, partial(function, G, coefficients)), ours=False)
 
     def first_compiled() -> tuple[Callable[[], Any], Any]:
         return partial(compiled, G, case.scheme), compiled.first(G, case.scheme, left() - case.seconds)
 
-    field.enter(ns_peers.COMPILED, first_compiled, ours=False)
+    field.enter(peers.COMPILED, first_compiled, ours=False)
     if case.scheme == "quintic":  # it has no other
-        field.enter(ns_peers.MUON, lambda: _first(ns_peers.muon(G, case.steps)), ours=False)
-    field.sift(ns_peers.EAGER, [ns_peers.OWN[name] for name in backends])
+        field.enter(peers.MUON, lambda: _first(peers.muon(G, case.steps)), ours=False)
+    field.sift(peers.EAGER, [peers.OWN[name] for name in backends])
     yield from field.rows
     ms = field.timed(clock)
-    best = _best(ms, ns_peers.TORCH)
+    best = _best(ms, peers.TORCH)
     for name, found in ms.items():
         yield _row(
             "ns",
@@ -206,40 +207,40 @@ def _case_rows(
         )
 
 
-def _lora_rows(shapes: Sequence[ns_cases.Shape], backends: Sequence[str], clock: CpuClock) -> Iterator[Row]:
+def _lora_rows(shapes: Sequence[polar_cases.Shape], backends: Sequence[str], clock: CpuClock) -> Iterator[Row]:
     """All factors at once against torch's loop over them, by the host's clock: launching is what the loop costs."""
     matrices = [torch.randn(shape, device=clock.device).to(torch.bfloat16) for shape in shapes]
     scheme = SCHEMES["cubic"]
     coefficients = scheme.coefficients()
     exact = [reference.newton_schulz(G, coefficients, scheme.margin, torch.float32) for G in matrices]
-    alike: dict[ns_cases.Shape, Tensor] = {s: torch.stack([G for G in matrices if G.shape == s]) for s in shapes}
+    alike: dict[polar_cases.Shape, Tensor] = {s: torch.stack([G for G in matrices if G.shape == s]) for s in shapes}
 
     def error(outs: Sequence[Tensor]) -> float:
         return max(_relative(a, b) for a, b in zip(outs, exact, strict=True))
 
     def loop() -> list[Tensor]:
-        return [ns_peers.eager(G, coefficients) for G in matrices]
+        return [peers.eager(G, coefficients) for G in matrices]
 
     def batched() -> list[Tensor]:
-        queues = {s: iter(ns_peers.eager(G, coefficients)) for s, G in alike.items()}
+        queues = {s: iter(peers.eager(G, coefficients)) for s, G in alike.items()}
         return [next(queues[s]) for s in shapes]
 
-    field = _Field(ns_cases.LORA_NAME, error)
+    field = _Field(polar_cases.LORA_NAME, error)
     for backend in backends:
-        call = ns_peers.own(backend, "cubic", scheme.steps)
-        field.enter(ns_peers.OWN[backend], partial(_first, partial(call, matrices)), ours=True)
-    field.enter(ns_peers.EACH, partial(_first, loop), ours=False)
-    field.enter(ns_peers.EAGER, partial(_first, batched), ours=False)
-    field.sift(ns_peers.EACH, [ns_peers.OWN[name] for name in backends])
+        call = peers.own(backend, "cubic", scheme.steps)
+        field.enter(peers.OWN[backend], partial(_first, partial(call, matrices)), ours=True)
+    field.enter(peers.EACH, partial(_first, loop), ours=False)
+    field.enter(peers.EAGER, partial(_first, batched), ours=False)
+    field.sift(peers.EACH, [peers.OWN[name] for name in backends])
     yield from field.rows
     device = field.timed(clock)
     ms = {name: clock.wall_ms(call) for name, call in field.calls.items()}
-    flops = sum(ns_cases.standard_flops(min(s), max(s), "cubic", scheme.steps) for s in shapes)
-    best, of_loop = _best(ms, ns_peers.TORCH), _best(ms, [ns_peers.EACH])
+    flops = sum(polar_cases.standard_flops(min(s), max(s), "cubic", scheme.steps) for s in shapes)
+    best, of_loop = _best(ms, peers.TORCH), _best(ms, [peers.EACH])
     for name, found in ms.items():
         yield _row(
             "ns",
-            ns_cases.LORA_NAME,
+            polar_cases.LORA_NAME,
             name,
             ms=found,
             device_ms=device[name],
@@ -266,7 +267,7 @@ def _product_rows(batch: int, n: int, backends: Sequence[str], clock: CpuClock) 
         product = polar_run._products(backend).product
         for triangle in (False, True):
             out = torch.empty_like(X)
-            own.append(f"{ns_peers.OWN[backend]}, {'triangle' if triangle else 'full'}")
+            own.append(f"{peers.OWN[backend]}, {'triangle' if triangle else 'full'}")
             call = partial(_into, out, partial(product, out, X, X.mT, alpha=1.0, triangle=triangle))
             field.enter(own[-1], partial(_first, call), ours=True)
             if triangle and own[-1] in field.calls and not torch.equal(out, out.mT):

@@ -52,14 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := result.no_gpu():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    from gpu import shapes
+    from step import shapes
 
     for name in args.lists or ():
         if name not in shapes.LISTS:
             parser.error(f"--lists {name}: choose from {', '.join(shapes.LISTS)}")
     result.check_begun(parser, args.into)
     try:
-        from gpu import suite
+        from step import suite
     except ImportError as error:
         print(f"error: {error}; run `make gpu`, which builds the package, or `pip install -e .`", file=sys.stderr)
         return 2
@@ -68,10 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measured(args: argparse.Namespace, begin: float, suite: Any) -> int:
     import torch
-    from gpu import shapes
-    from gpu.clock import CudaClock
 
+    from gpu.clock import CudaClock
     from jaguar.backends import availability
+    from step import shapes
 
     if availability.interpreted():
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_model import CONSOLE
+from rich.progress import track
+
+from learning.byte_model import CONSOLE
 from learning.contenders import CONTENDERS, GRID
 from learning.search import Journal, Point, run
 from learning.works import Bytes
 from machine import machine
 from registry import RESULTS, parser_of
-from rich.progress import track
 
 # Middle of the grid for batches of 16 rows; the best lr grows with the batch.
 LR = {"full": 3e-3, "lora": 6e-2, "norms": 1e-1}

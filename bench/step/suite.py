@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 import torch
 
 import jaguar
-from gpu import parity, peers, shapes, traffic
 from gpu.clock import CpuClock, nothing
-from gpu.compiled import CompiledSign, TooSlow
 from gpu.memory import no_room, release
-from gpu.shapes import Named, ParameterList
 from jaguar.triton_kernels.launch import around
+from step import parity, peers, shapes, traffic
+from step.compiled import CompiledSign, TooSlow
+from step.shapes import Named, ParameterList
 
 Row = dict[str, Any]
 LR = 1e-4

@@ -30,11 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     result.check_begun(parser, args.into)
     try:
         import transformers
-        from gpu import models
+
+        from step import whole_steps
     except ImportError as error:
         print(f"error: {error}; run `make gpu`, which builds the package, or `pip install -e .`", file=sys.stderr)
         return 2
     import torch
+
     from gpu.clock import CudaClock
 
     transformers.logging.set_verbosity_error()
@@ -45,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return float(args.seconds - (time.monotonic() - begin))
 
     device = torch.device("cuda", torch.cuda.current_device())
-    for row in models.run(CudaClock(device, 0.4), left):
-        print(f"[{time.monotonic() - begin:5.1f} s] {models.said(row)}", flush=True)
+    for row in whole_steps.run(CudaClock(device, 0.4), left):
+        print(f"[{time.monotonic() - begin:5.1f} s] {whole_steps.said(row)}", flush=True)
         failed += row["kind"] == "failure"
         found["rows"].append(row)
         if args.into:

@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from registry import RESULTS, ROOT, parser_of
 from rich.console import Console
 from rich.progress import track
+
+from registry import RESULTS, ROOT, parser_of
 
 NUMBERS = ("registers", "spill_stores", "spill_loads", "stack", "shared")
 # Shared memory that a launch asks for, in the words of the source; ptxas knows nothing of it. By file and by what the

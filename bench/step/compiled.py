@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.parity import expect_bits
-from gpu.peers import LR
-from gpu.shapes import Named, cut
 from jaguar.method import rng, rounding, rules
 from jaguar.method.params import stream_of
 from jaguar.method.rng import Draw, Purpose
+from step.parity import expect_bits
+from step.peers import LR
+from step.shapes import Named, cut
 
 
 class TooSlow(BaseException):

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_model import CONSOLE
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from learning.byte_model import CONSOLE
 from learning.momentum import METHODS, UPDATES, Watch, cell, search
 from learning.search import Journal, finals, run
 from learning.works import Bytes
 from machine import machine
 from registry import RESULTS, parser_of
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PANELS = [(method, update) for method in METHODS for update in UPDATES]
 COORDINATES = (1, 0.01, 0.1, 1.0)

@@ -33,11 +33,12 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
+from rich.progress import track
+
 from gpu import tables
 from machine import machine
 from registry import RESULTS, ROOT, parser_of
-from rich.console import Console
-from rich.progress import track
 
 sys.path.insert(0, str(ROOT / "tests"))
 from helpers import architecture_checks as checks
