@@ -16,6 +16,11 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def has(commit: str, path: str) -> bool:
+    """Whether there is a file in a commit; of an unknown commit there is none."""
+    return not subprocess.run(["git", "cat-file", "-e", f"{commit}:{path}"], cwd=ROOT, capture_output=True).returncode
+
+
 @contextmanager
 def trees(baseline: str) -> Iterator[dict[str, Path]]:
     """The files of "before", a commit that is checked out meanwhile, and of "after", this tree."""

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from machine import TWO_COMMITS, command, machine
 from registry import BENCH, RESULTS, parser_of
-from step.commits import names, trees
+from step.commits import has, names, trees
 from step.shapes import LISTS, Named, Shape
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +50,8 @@ MODELS = {str(len(LISTS[name].shapes)): LISTS[name].shapes for name in _LISTS}
 # What kernels compute when both sides are compared: a matrix, a vector, and what Muon moves as a vector too.
 SMALL: tuple[Shape, ...] = (("a.weight", (24, 55)), ("a.bias", (300,)), ("embed.weight", (30, 20)))
 SIDE = 64  # at most; above the 32 up to which Muon would take all matrices at once
+# What `without_newton_schulz` puts itself in the place of, and the first commit that has it.
+SCHEDULE, OLDEST = "jaguar/backends/polar/schedule.py", "2fa1141"
 STEPS, WARM_UP = 10, 20  # in a turn, and before the first
 PARTS = ("before", "between", "after", "closure")
 
@@ -329,6 +331,12 @@ def main() -> int:
         return 0
     if not args.baseline:
         parser.error("--baseline COMMIT says what to compare with")
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles of their ratios need at least 2")
+    if not has(args.baseline, SCHEDULE):
+        reason = f"no commit with {SCHEDULE}; {OLDEST} is the oldest that this tree can be compared with"
+        print(f"error: --baseline {args.baseline}: {reason}", file=sys.stderr)
+        return 2
     with trees(args.baseline) as sides:
         rows = compare(sides, MODELS, args.rounds)
     report(rows, machine(TWO_COMMITS, threads="1", command=command("--out"), **names(args.baseline)), args.out)

@@ -134,3 +134,15 @@ def test_a_worker_measures_its_own_tree_or_nothing(tmp_path: Path, capfd: pytest
     with host.Worker(tmp_path) as worker, pytest.raises(RuntimeError, match="the worker ended"):
         worker.ask("fingerprint", NAME)
     assert f"is not of {tmp_path}" in capfd.readouterr().err
+
+
+def test_a_commit_that_cannot_be_compared_with_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert (ROOT / host.SCHEDULE).is_file()
+    monkeypatch.setattr(sys, "argv", ["bench host", "--baseline", "0" * 40])
+    assert host.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no commit with {host.SCHEDULE}; {host.OLDEST} is the oldest that" in line
+    if (ROOT / ".git").exists():
+        assert host.has("HEAD", host.SCHEDULE) and not host.has("HEAD", "jaguar/iteration.py")
