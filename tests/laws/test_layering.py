@@ -12,6 +12,7 @@ import pytest
 
 import jaguar
 import jaguar.trainer
+from helpers.imports import imports
 
 ROOT = Path(jaguar.__file__).parent
 KERNELS = ROOT.parent / "triton_kernels"
@@ -66,18 +67,6 @@ OUTSIDE_THE_ENGINE = {
 def room_of(path: Path) -> str:
     """The file or the folder right below jaguar that a file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def imports(path: Path) -> list[str]:
-    """Dotted names of everything that a file imports, inside functions and for types only too."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
 
 
 def dynamic(path: Path) -> set[str]:
