@@ -27,6 +27,8 @@ class Estimator:
         rho_clip: bound on |rho|, or None.
         name: name in checkpoints.
         points: places along a direction, in order of evaluation, in units of tau e; the last one is where a walk ends.
+        shared: number of losses that come first and are of no direction; None: directions cannot be measured apart.
+            Where they can, `measure` takes some of a step's probes too: its losses are these, and len(points) for each.
     """
 
     n_directions: int = 1
@@ -34,6 +36,7 @@ class Estimator:
 
     name: ClassVar[str]
     points: ClassVar[tuple[float, ...]]
+    shared: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         if not is_int(self.n_directions) or not 1 <= self.n_directions <= 1000:
@@ -99,6 +102,7 @@ class TwoSided(Estimator):
 
     name: ClassVar[str] = "two-sided"
     points: ClassVar[tuple[float, ...]] = (1.0, -1.0)
+    shared: ClassVar[int | None] = 0
 
     @property
     def n_losses(self) -> int:
@@ -123,6 +127,7 @@ class OneSided(Estimator):
 
     name: ClassVar[str] = "one-sided"
     points: ClassVar[tuple[float, ...]] = (1.0,)
+    shared: ClassVar[int | None] = 1
 
     @property
     def n_losses(self) -> int:
@@ -236,6 +241,7 @@ class TwoPlaces(TwoSided):
     """
 
     name: ClassVar[str] = "two-places"
+    shared: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,6 +281,7 @@ class Conservative(TwoSided):
     """
 
     name: ClassVar[str] = "conservative"
+    shared: ClassVar[int | None] = None
 
     @property
     def n_losses(self) -> int:

@@ -20,6 +20,7 @@ from jaguar.method.rule import Scalars, all_finite
 from jaguar.method.step_size import AUTO, Estimates, StepSize
 from jaguar.optimizers.checkpoint import Saved, check_complete, packed, unpacked
 from jaguar.optimizers.contract import with_step_hooks
+from jaguar.optimizers.direction_group import DirectionGroup
 from jaguar.optimizers.embeddings import slots_of
 from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
 from jaguar.optimizers.guards import LossGuard, warn_of_skipped
@@ -47,6 +48,8 @@ class ZerothOrder(Measuring):
         restore: how dense directions get back: "copy" of the trained tensors, or "module" by module while the model
             runs; None: a copy where it needs under a tenth of the free memory, else "module". No bit depends on it.
         shards: by name (`#position` where names are not known), the tensors that are parts of bigger ones.
+        direction_group: a `torch.distributed.ProcessGroup` of processes that have the same model, batch and optimizer:
+            each evaluates its share of a step's directions, and all take the step of one that evaluates them all.
         group_values: numbers that parameter groups may set for themselves: lr, tau (1e-3), weight_decay (0.0) and
             those that the method's rule declares. lr="auto" and tau="auto" choose them from the losses, as
             `jaguar.StepSize` says; a group's own are factors then.
@@ -70,6 +73,7 @@ class ZerothOrder(Measuring):
         backend: str = "auto",
         restore: str | None = None,
         shards: Mapping[str, Shard] | None = None,
+        direction_group: Any = None,
         **group_values: Any,
     ) -> None:
         if not isinstance(method, Method):
@@ -84,6 +88,7 @@ class ZerothOrder(Measuring):
         self.method = method
         self._record_hooks = OrderedDict()
         self._estimates = Estimates() if method.step_size is not None else None
+        self._direction_group = None if direction_group is None else DirectionGroup(direction_group, method)
         self._seed, self._backend = checked_seed(seed), availability.choose(backend)
         self._step = self._skipped = self._skipped_in_a_row = self._stayed = self._n_frozen = 0
         self._last_finite: int | None = None

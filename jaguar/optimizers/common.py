@@ -29,6 +29,7 @@ class Common(TypedDict, total=False):
         seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
+        direction_group: processes that share a step's directions, a `torch.distributed.ProcessGroup`.
     """
 
     tau: float | str
@@ -42,6 +43,7 @@ class Common(TypedDict, total=False):
     seed: int
     backend: str
     shards: Mapping[str, Shard] | None
+    direction_group: Any
 
 
 _NAMES = tuple(Common.__annotations__)
@@ -79,7 +81,7 @@ def parts(
         "maximize": common.get("maximize", False),
         "walk": restore == "walk",
     }
-    runs = {name: common[name] for name in ("tau", "seed", "backend", "shards") if name in common}  # type: ignore[literal-required]
+    runs = {name: common[name] for name in ("tau", "seed", "backend", "shards", "direction_group") if name in common}  # type: ignore[literal-required]
     return decides, runs | {"restore": None if restore == "walk" else restore}
 
 

@@ -75,6 +75,11 @@ class DiZO(ZerothOrder):
         decides, runs = parts(common)
         if decides["walk"]:
             raise ValueError("restore='walk' leaves x, and a search starts from it: choose 'copy' or 'module'")
+        if common.get("direction_group") is not None:
+            raise ValueError(
+                "direction_group measures the directions of a step apart, and each evaluation of a search follows from "
+                "those before it: leave it out"
+            )
         names = _QUERY_AND_VALUE if project is None else project
         rule = Projected(True, every, search_steps, search_scale, search_lr, bounds, names)  # type: ignore[arg-type]
         method = Method(dense(distribution), rule, **decides)

@@ -32,7 +32,7 @@ class FZOO(ZerothOrder):
             authors' code, whose learning rates are therefore 1 / tau times as large.
         weight_decay: decoupled, multiplied by lr.
         rho_clip: bound on what e_k is multiplied by.
-        tau, restore, rounding, maximize, seed, backend, shards: as `ZOSGD`.
+        tau, restore, rounding, maximize, seed, backend, shards, direction_group: as `ZOSGD`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.
@@ -58,6 +58,7 @@ class FZOO(ZerothOrder):
         seed: int = 0,
         backend: str = "auto",
         shards: Mapping[str, Shard] | None = None,
+        direction_group: Any = None,
     ) -> None:
         common = Common(
             tau=tau,
@@ -69,6 +70,7 @@ class FZOO(ZerothOrder):
             seed=seed,
             backend=backend,
             shards=shards,
+            direction_group=direction_group,
         )
         decides, runs = parts(common, partial(Normalised, scale=scale))
         method = Method(Rademacher(), SGD(momentum=False), **decides)

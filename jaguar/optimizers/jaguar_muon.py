@@ -67,6 +67,7 @@ class JaguarMuon(ZerothOrder):
         backend: "auto", or a name that `jaguar info` lists; "cuda": Newton-Schulz in csrc, other launches as "auto".
         released: see above; excludes the sampling, beta, update, ns and vector_lr arguments.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
+        direction_group: processes that share a step's directions, a `torch.distributed.ProcessGroup`.
 
     Raises:
         ValueError: an argument is out of range, or a group has no `ns`; the message names what would be right.
@@ -105,6 +106,7 @@ class JaguarMuon(ZerothOrder):
         backend: str = "auto",
         released: bool = False,
         shards: Mapping[str, Shard] | None = None,
+        direction_group: Any = None,
     ) -> None:
         refuse_with_released(
             JaguarMuon,
@@ -132,6 +134,7 @@ class JaguarMuon(ZerothOrder):
             seed=seed,
             backend=backend,
             shards=shards,
+            direction_group=direction_group,
         )
         decides, runs = parts(common)
         own: dict[str, Any] = {}

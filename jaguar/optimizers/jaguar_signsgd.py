@@ -51,6 +51,7 @@ class JaguarSignSGD(ZerothOrder):
         released: what the authors' released code computes (one joint block of 10 % of the rows x 10 % of the columns
             per matrix, the same sign, no momentum), for table parity; excludes the sampling, beta and update arguments.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
+        direction_group: processes that share a step's directions, a `torch.distributed.ProcessGroup`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.
@@ -81,6 +82,7 @@ class JaguarSignSGD(ZerothOrder):
         backend: str = "auto",
         released: bool = False,
         shards: Mapping[str, Shard] | None = None,
+        direction_group: Any = None,
     ) -> None:
         refuse_with_released(
             JaguarSignSGD, released, coordinates=coordinates, layout=layout, signs=signs, update=update, beta=beta
@@ -96,6 +98,7 @@ class JaguarSignSGD(ZerothOrder):
             seed=seed,
             backend=backend,
             shards=shards,
+            direction_group=direction_group,
         )
         decides, runs = parts(common)
         direction = ReleasedBlock() if released else Coordinates(coordinates, layout, signs)

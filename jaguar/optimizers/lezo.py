@@ -30,8 +30,8 @@ class LeZO(ZerothOrder):
         layers: prefixes of parameter names, one per layer; None: what comes before the first number in a name, and
             the number ("model.decoder.layers.3").
         distribution: law of z: "gaussian" or "rademacher".
-        common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, maximize and shards, as
-            `ZOSGD`.
+        common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, maximize, shards
+            and direction_group, as `ZOSGD`.
 
     Raises:
         ValueError: an argument is out of range, or no name has a layer; the message names what would be right.

@@ -21,6 +21,7 @@ from jaguar.method.rng import Draw
 from jaguar.method.rule import Scalars, all_finite
 from jaguar.method.step_size import Estimates, standard_errors
 from jaguar.optimizers.contract import Contract
+from jaguar.optimizers.direction_group import DirectionGroup
 from jaguar.optimizers.groups import Watch
 from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost
 from jaguar.optimizers.interrupts import HeldInterrupts
@@ -66,6 +67,7 @@ class Measuring(Contract):
     _guard: LossGuard
     _modules: ModuleState
     _estimates: Estimates | None
+    _direction_group: DirectionGroup | None
 
     @property
     def fraction(self) -> float:
@@ -208,6 +210,8 @@ class Measuring(Contract):
         if method.step_size is not None:
             number, nearby = self._step - self._skipped, self._itemsize >= 4
             more = method.step_size.look(method.estimator, evaluate, probes, number, nearby)
+        if self._direction_group is not None:
+            return self._direction_group.measured(evaluate, probes, places, self._step), None
         losses = method.estimator.measure(evaluate, probes, hold, places)
         return more + losses, probes[-1] if hold else None
 

@@ -32,8 +32,8 @@ class ZOAdaMM(ZerothOrder):
         bias_correction: m / (1 - beta1^t), and v (or h) / (1 - beta2^t), as Adam's; the paper has none. Steps that were
             skipped, and steps that stayed where they were, do not count.
         distribution: law of z: "gaussian" or "rademacher".
-        common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize and
-            shards, as `ZOSGD`.
+        common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize,
+            shards and direction_group, as `ZOSGD`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.

@@ -39,7 +39,8 @@ class ZOMuon(ZerothOrder):
         ns_steps, ns_coefficients, ns_dtype: settings of Newton-Schulz, as `JaguarMuon`.
         vector_lr: learning rate of the sign rule; None: 0.01 lr.
         common: tau (1e-3, in algorithm 4 3e-2: E has entries of about 1 / sqrt(columns)), seed, backend, restore,
-            estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize and shards, as `ZOSGD`.
+            estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize, shards and
+            direction_group, as `ZOSGD`.
 
     Raises:
         ValueError: an argument is out of range, or a group has no `ns`; the message names what would be right.

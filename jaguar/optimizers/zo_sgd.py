@@ -42,6 +42,7 @@ class ZOSGD(ZerothOrder):
         seed: key of all directions and rounding noise, in [0, 2**64).
         backend: "auto", or a name that `jaguar info` lists.
         shards: by name, the tensors that are parts of bigger ones, each a `jaguar.Shard`.
+        direction_group: processes that share a step's directions, a `torch.distributed.ProcessGroup`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.
@@ -69,6 +70,7 @@ class ZOSGD(ZerothOrder):
         seed: int = 0,
         backend: str = "auto",
         shards: Mapping[str, Shard] | None = None,
+        direction_group: Any = None,
     ) -> None:
         common = Common(
             tau=tau,
@@ -82,6 +84,7 @@ class ZOSGD(ZerothOrder):
             seed=seed,
             backend=backend,
             shards=shards,
+            direction_group=direction_group,
         )
         decides, runs = parts(common)
         method = Method(dense(distribution), SGD(), **decides)

@@ -28,8 +28,8 @@ class ZOSignSGD(ZerothOrder):
         weight_decay: decoupled, multiplied by lr.
         scalar_sign: take the sign of rho alone.
         distribution: law of z: "gaussian" or "rademacher".
-        common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize and
-            shards, as `ZOSGD`.
+        common: tau, seed, backend, restore, estimator, n_directions, rho_clip, rounding, momentum_dtype, maximize,
+            shards and direction_group, as `ZOSGD`.
 
     Raises:
         ValueError: an argument is out of range; the message names what would be right.

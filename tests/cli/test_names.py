@@ -95,7 +95,7 @@ def test_the_help_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_help_has_every_argument_that_has_no_flag(
     name: str, row: Named, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = {*OPTIONS, "lr", "weight_decay", "seed", "maximize", "shards", "model"}
+    flags = {*OPTIONS, "lr", "weight_decay", "seed", "maximize", "shards", "direction_group", "model"}
     known = keywords(arguments(optim_zo=name).optimizer_class)
     assert "maximize" in known and row.further == ", ".join(n for n in known if n not in flags)
     with pytest.raises(SystemExit):
