@@ -7,9 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 
 from jaguar.method import rng
 from jaguar.method.described import described
+from jaguar.method.params import canonical_name, identity
 from jaguar.optimizers.fingerprint import fingerprint
 from jaguar.optimizers.measuring import Measuring
 from jaguar.record import header as headers
@@ -49,6 +51,15 @@ def fingerprint_of(optimizer: Measuring) -> str | None:
     if any(slot.count != slot.total for slot in slots):
         return None
     return fingerprint((slot.name, slot.tensor) for slot in slots)
+
+
+def fingerprint_of_rest(model: nn.Module, optimizer: Measuring) -> str | None:
+    """The fingerprint of a model's parameters that an optimizer does not train; None where one is not here."""
+    trained = {identity(slot.tensor) for slot in optimizer.slots}
+    named = {canonical_name(name): p for name, p in model.named_parameters()}
+    if any(p.is_meta or type(p.data) is not torch.Tensor for p in named.values()):
+        return None
+    return fingerprint((name, p) for name, p in named.items() if identity(p) not in trained)
 
 
 def environment(optimizer: Measuring) -> dict[str, Any]:

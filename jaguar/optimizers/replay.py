@@ -141,10 +141,15 @@ def check_weights(optimizer: ZerothOrder, journal: Journal) -> None:
     )
 
 
-def mark_of(optimizer: ZerothOrder, chosen: bool = False) -> Mark | None:
-    """The mark of an optimizer's weights as they are now; None where a part of one is elsewhere."""
+def mark_of(optimizer: ZerothOrder, chosen: bool = False, back: int = 0) -> Mark | None:
+    """The mark of an optimizer's weights as they are now; None where a part of one is elsewhere.
+
+    Args:
+        chosen: the run ends with them.
+        back: number of steps by which they are older than the optimizer's state, where older ones were loaded.
+    """
     found = fingerprint_of(optimizer)
-    return None if found is None else Mark(optimizer.steps_done, found, chosen)
+    return None if found is None else Mark(optimizer.steps_done - back, found, chosen)
 
 
 def _elsewhere(optimizer: ZerothOrder, journal: Journal) -> str:

@@ -78,13 +78,17 @@ def compare(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> Non
     """Raises ValueError, with what differs, unless two headers are of the same run."""
     before, now = dict(_flat(saved)), dict(_flat(own))
     other = [
-        f"{key} is {before.get(key, 'not there')!r} there, {now.get(key, 'not there')!r} here"
+        f"{key} is {_said(before, key)} there, {_said(now, key)} here"
         for key in sorted({*before, *now})
         if (key in before) != (key in now) or before[key] != now[key] or type(before[key]) is not type(now[key])
     ]
     if other:
         more = f" (and {len(other) - 3} more)" if len(other) > 3 else ""
         raise ValueError(f"{str(path)!r} is the journal of another run: {'; '.join(other[:3])}{more}")
+
+
+def _said(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "nothing"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

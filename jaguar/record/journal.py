@@ -367,6 +367,10 @@ class Journal:
             if self._sync_every is not None and not self._file.closed:
                 self.sync()
 
+    def __del__(self) -> None:
+        if getattr(self, "_sync_every", 0) is None:  # a reader has nothing to lose
+            self._file.close()
+
     def __enter__(self) -> Journal:
         return self
 

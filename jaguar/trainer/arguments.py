@@ -58,6 +58,9 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
         optim_zo: the optimizer, "jaguar-signsgd" or another name that `jaguar finetune --help` lists; "fo-sgd":
             torch.optim.SGD with backward passes, the first-order baseline.
         zo_options: further arguments of the optimizer's class: a dict, a JSON object, or "key=value,key=value".
+        journal: keep the record of every step in output_dir/journal.jaguar.
+        journal_sync_steps: steps after which it is forced onto the disk, where a loss of power spares it; a process
+            that is killed loses no step. 0: with checkpoints and at the end only.
 
     Raises:
         ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`,
@@ -68,6 +71,14 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
 
     max_grad_norm: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bound on the norm of the gradients of fo-sgd; None: 1.0"}
+    )
+
+    journal: bool = field(
+        default=True,
+        metadata={"help": "keep every step in output_dir/journal.jaguar, from which a run that was killed goes on"},
+    )
+    journal_sync_steps: int = field(
+        default=100, metadata={"help": "steps after which the journal is forced onto the disk; 0: with checkpoints"}
     )
 
     def __post_init__(self) -> None:
@@ -181,7 +192,7 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
 
 OPTIONS = tuple(
     f.name
-    for f in fields(ZOTrainingArguments)
+    for f in fields(OptimizerOptions)
     if f.name not in TrainingArguments.__dataclass_fields__ and f.name not in ("optim_zo", "zo_options")
 )
 

@@ -57,9 +57,18 @@ class ExactTrainer(Trainer):
             self._began = True
             self.accelerator.wait_for_everyone()
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = str(checkpoints.newest(parent, self.args.world_size))
+                newest = self._newest(parent)
+                resume_from_checkpoint = None if newest is None else str(newest)
             self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
             return super().train(resume_from_checkpoint, *args, **others)
+
+    def _newest(self, parent: Path) -> Path | None:
+        """The checkpoint in a folder that a run goes on from; None: from its beginning.
+
+        Raises:
+            ValueError: there is nothing to go on from.
+        """
+        return checkpoints.newest(parent, self.args.world_size)
 
     @property
     def _run_facts(self) -> dict[str, Any]:

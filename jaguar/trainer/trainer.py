@@ -31,7 +31,7 @@ from jaguar.record import Record
 from jaguar.scoring import Scorer
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.attempts import Attempt
-from jaguar.trainer.exact_trainer import ExactTrainer
+from jaguar.trainer.journaling import JournaledTrainer
 from jaguar.trainer.logs import figures
 from jaguar.trainer.micro_batches import Grain, MicroBatches, each, mean
 from jaguar.trainer.model_card import card_arguments
@@ -39,7 +39,7 @@ from jaguar.trainer.optimizer import decay_groups, unwrap
 from jaguar.trainer.scoring import Scoring, settled
 
 
-class ZOTrainer(ExactTrainer):
+class ZOTrainer(JournaledTrainer):
     """Trains with two (or `n_directions + 1`, ...) forward passes a step and no backward pass; otherwise a Trainer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   f: the loss over all micro-batches of the step
@@ -275,15 +275,13 @@ class ZOTrainer(ExactTrainer):
         if not self._zeroth_order:
             self.forward_passes += 1
             return super().training_step(model, inputs, num_items_in_batch)
-        self._window.append(self._prepare_inputs(inputs))
+        recorded = self._recorded()
+        self._window.append(None if recorded else self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         # What a stream left over at its end is no part of the next window.
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
-        model.eval()  # unequal dropout masks would drown the difference of the losses
-        optimizer = self.zeroth_order
-        measure = optimizer.measure if self._is_watched else optimizer.measure_
-        record = measure(lambda: self._loss_of(window, model, num_items_in_batch))
+        record = self._take() if recorded else self._measure(window, model, num_items_in_batch)
         self._logged.append(record)
         self._measured, self._skipped = self._measured + 1, self._skipped + record.skipped
         self.forward_passes += len(window) * self.zeroth_order.method.estimator.evaluations(record.losses)
@@ -292,6 +290,12 @@ class ZOTrainer(ExactTrainer):
             clear_device_cache()
         # Not torch.tensor, whose copy to a GPU waits for what runs there.
         return torch.full((), self.zeroth_order.loss(record), device=self.args.device)
+
+    def _measure(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Record:
+        model.eval()  # unequal dropout masks would drown the difference of the losses
+        optimizer = self.zeroth_order
+        measure = optimizer.measure if self._is_watched else optimizer.measure_
+        return measure(lambda: self._loss_of(window, model, num_items_in_batch))
 
     def _loss_of(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Tensor:
         """The loss over the micro-batches of a step, and over all processes, as of one large batch.

@@ -61,7 +61,7 @@ def test_a_best_step_between_two_checkpoints_is_kept(tmp_path):
     run.evaluate = evaluate
     run.train()
     assert run.state.best_global_step == 3 and equal(bits(run.model), seen[3]) and not equal(seen[3], seen[4])
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "journal.jaguar"]
 
 
 def test_most_weights_are_stored_once(tmp_path):
@@ -307,7 +307,7 @@ def test_a_killed_run_is_gone_on_with_from_the_newest_whole_checkpoint(tmp_path)
     """)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert {".checkpoint-4.saving", "checkpoint-2"} == set(os.listdir(tmp_path)) - {"runs"}
+    assert {".checkpoint-4.saving", "checkpoint-2", "journal.jaguar"} == set(os.listdir(tmp_path)) - {"runs"}
     whole = trainer(tmp_path / "whole", make("tied"))
     whole.train()
     run = trainer(tmp_path, make("tied", seed=1))
@@ -323,6 +323,7 @@ def test_resume_passes_over_what_is_not_whole(tmp_path):
     with pytest.warns(UserWarning, match=r"going on from checkpoint-2; checkpoint-4: optimizer\.pt is missing"):
         assert checkpoints.newest(tmp_path, 1).name == "checkpoint-2"
     (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
+    (tmp_path / "journal.jaguar").unlink()
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         trainer(tmp_path, make("tied")).train(resume_from_checkpoint=True)
 
@@ -333,6 +334,6 @@ def test_nothing_is_deleted_before_the_new_checkpoint_is_whole(tmp_path):
     run.beside = lambda folder: there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
     run.train()
     assert there == [[], ["checkpoint-2"]]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "journal.jaguar"]
     args = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert args.save_total_limit == 1

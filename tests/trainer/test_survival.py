@@ -49,7 +49,7 @@ def survival_law(faults: Path, folder: Path, cases: list[str]) -> list[dict[str,
     assert len(found) == len(cases)
     for outcome in found:
         assert outcome["after"] == 0 and outcome["resumed"] == usual["digest"], outcome
-        assert outcome["left"] == ["checkpoint-6"], outcome
+        assert set(outcome["left"]) - {"journal-before.jaguar"} == {"checkpoint-6", "journal.jaguar"}, outcome
         if outcome["saved"]:
             assert int(outcome["there"][-1].removeprefix("checkpoint-")) >= max(outcome["saved"]), outcome
         if outcome["what"] == "kill":
@@ -58,14 +58,15 @@ def survival_law(faults: Path, folder: Path, cases: list[str]) -> list[dict[str,
             said = outcome["said"]
             assert said.startswith("OSError: could not save to "), said
             assert "no space left on the disk; " in said or outcome["what"] == "EIO", said
-            assert said.endswith(("is whole", "no checkpoint was written yet")), said
+            ends = ("is whole", "no checkpoint was written yet", "no step was taken", "and a run goes on after them")
+            assert said.endswith(ends), said
     assert {bool(outcome["there"]) for outcome in found} == {True, False}  # before and after the first checkpoint
     return found
 
 
 def test_some_kills_full_disks_and_errors(faults: Path, tmp_path: Path) -> None:
-    kills = [1, 30, 58, 61, 64, 70, 124, 130, 136, 150]
-    cases = [f"kill:{n}" for n in kills] + ["ENOSPC:3", "ENOSPC:20", "ENOSPC:90", "EIO:20", "EIO:55", "EIO:80"]
+    kills = [1, 3, 5, 7, 8, 9, 30, 58, 61, 64, 70, 124, 130, 136, 150]
+    cases = [f"kill:{n}" for n in kills] + ["ENOSPC:3", "ENOSPC:20", "ENOSPC:90", "EIO:20", "EIO:55", "EIO:88"]
     found = survival_law(faults, tmp_path, cases)
     assert all(outcome["said"] for outcome in found[len(kills) :])
     assert any("the checkpoint of step 2 is whole" in outcome.get("said", "") for outcome in found)

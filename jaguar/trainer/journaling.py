@@ -1,0 +1,278 @@
+"""`JournaledTrainer`: a Trainer whose steps are in a journal, so that a run that was stopped at any instant goes on.
+
+A run that goes on begins at its last checkpoint. Its loop runs as ever (rows, schedules, callbacks, evaluations), but
+steps that the journal has are not measured: their records are applied again, without a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.identity import fingerprint_of_rest
+from jaguar.optimizers.replay import check_same, check_weights, mark_of
+from jaguar.record import DamagedJournal, Journal, Record
+from jaguar.record.files import lock
+from jaguar.trainer.arguments import ZOTrainingArguments
+from jaguar.trainer.exact_trainer import ExactTrainer
+from jaguar.trainer.saving import reason, unsaved
+from jaguar.trainer.staging import of as checkpoints_of
+
+JOURNAL = "journal.jaguar"
+_LOG = logging.getLogger(__name__)
+# The journal that was in the folder when another run began there.
+BEFORE = "journal-before.jaguar"
+
+
+class JournaledTrainer(ExactTrainer):
+    """An `ExactTrainer` that appends the record of every zeroth-order step to `output_dir/journal.jaguar`.
+
+    Attributes:
+        journal: the journal, while the run trains; None in other processes than the first, and without one.
+        base: facts of the base model for the header, beside its name and fingerprints.
+    """
+
+    args: ZOTrainingArguments
+    journal: Journal | None = None
+    base: dict[str, Any] | None = None
+    _opened = False
+    _hook: RemovableHandle
+    _attempts = 0  # of this call of `train`
+    _goes_on = False
+    # Records of steps that a run before this one has finished, and the step after them.
+    _records: Iterator[Record] = iter(())
+    _until = 0
+
+    @property
+    def zeroth_order(self) -> ZerothOrder:
+        """The optimizer."""
+        raise NotImplementedError
+
+    @property
+    def _journals(self) -> bool:
+        """True if the run's steps are kept in a journal."""
+        return bool(self.args.journal) and self._zeroth_order
+
+    @property
+    def _zeroth_order(self) -> bool:
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
+        """Trainer's; a run that goes on takes the steps of its journal as they were taken.
+
+        With `resume_from_checkpoint=True` and no checkpoint it begins with the model as it is, and the journal's steps.
+        """
+        self._goes_on, self._attempts = bool(resume_from_checkpoint), 0
+        return super().train(resume_from_checkpoint, *args, **others)
+
+    def _newest(self, parent: Path) -> Path | None:
+        try:
+            return super()._newest(parent)
+        except ValueError as error:
+            if not self._journals or not (parent / JOURNAL).is_file() or not len(_read(parent / JOURNAL)):
+                raise
+            if checkpoints_of(parent):
+                warnings.warn(f"going on with the steps of {JOURNAL} alone: {error}", stacklevel=3)
+            return None
+
+    def _inner_training_loop(self, *args: Any, **others: Any) -> Any:
+        self._attempts += 1
+        try:
+            output = super()._inner_training_loop(*args, **others)  # type: ignore[no-untyped-call]
+            if self._journals:
+                self._end_journal()
+        except BaseException:
+            with suppress(OSError):  # a second error of a full disk would hide what is saved
+                self._close_journal()
+            raise
+        self._close_journal()
+        return output
+
+    def _close_journal(self) -> None:
+        journal, self.journal, self._opened, self._until = self.journal, None, False, 0
+        if journal is not None:
+            self._hook.remove()
+            with _explained(journal):
+                journal.close()
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _recorded(self) -> bool:
+        """Tells whether the journal has the coming step."""
+        if self._journals and not self._opened:
+            self._open_journal()
+        return self.zeroth_order.steps_done < self._until
+
+    def _take(self) -> Record:
+        """The journal's record of the coming step, which the optimizer's next step applies."""
+        record = next(self._records)
+        self.zeroth_order.take(record)
+        return record
+
+    def _keep(self, optimizer: ZerothOrder, record: Record) -> None:
+        """Appends a record that was applied; of one that stood there, compares the weights if they are noted."""
+        journal = self.journal
+        if journal is None:
+            return
+        if record.step < self._until:
+            if any(mark.step == optimizer.steps_done for mark in journal.marks):
+                check_weights(optimizer, journal)
+            return
+        with _explained(journal):
+            journal.append(record)
+
+    # -- the file --------------------------------------------------------------------------------------------------
+
+    def _open_journal(self) -> None:
+        """Opens the journal of the run, or begins one at the step where it is; all processes get its records."""
+        optimizer, leads = self.zeroth_order, self.args.process_index == 0
+        told: list[Any] = [None, None]
+        if leads:
+            try:
+                self.journal = self._found() or self._begun()
+                told[1] = self.journal.next_step
+            except (OSError, ValueError) as error:
+                told[0] = error
+        if self.args.world_size > 1:
+            if leads and self.journal is not None and told[0] is None:
+                told.append([record.pack() for record in self.journal.since(optimizer.steps_done)])
+            shared = [told]
+            dist.broadcast_object_list(shared)
+            told = shared[0]
+        if told[0] is not None:
+            raise told[0]
+        self._until, self._opened = told[1], True
+        if self.args.world_size > 1:
+            self._records = map(Record.unpack, told[2])
+        elif self.journal is not None:
+            self._records = self.journal.since(optimizer.steps_done)
+        if leads:
+            self._hook = optimizer.register_record_hook(self._keep)
+
+    def _found(self) -> Journal | None:
+        """The journal that the run goes on with; None: there is none that fits, which is said."""
+        path = self._journal_path
+        if not path.exists():
+            return None
+        if not self._goes_on or self._attempts > 1 or self.args.ignore_data_skip:
+            _put_aside(path)
+            return None
+        try:
+            journal = Journal.resume(path, sync_every=self.args.journal_sync_steps)
+        except DamagedJournal as error:
+            _put_aside(path, str(error))
+            return None
+        try:
+            why = self._unfit(journal)
+            # The reader of the checkpoint has said that there are other rows.
+            other = bool(why) or (self._resumed is not None and journal.header.get("run") != self._run_facts)
+        except BaseException:
+            journal.close()
+            raise
+        if other:
+            journal.close()
+            if self._resumed is None:
+                raise ValueError(f"cannot go on with {str(path)!r}: {why}")
+            _put_aside(path, why)
+            return None
+        if journal.dropped:
+            warnings.warn(f"{path}: the last {journal.dropped} bytes were no whole step", stacklevel=2)
+        if (there := journal.next_step) > (done := self.zeroth_order.steps_done):
+            _LOG.warning(
+                f"steps {done + 1} to {there} are taken as {path} has them, without forward passes; to measure them "
+                "again, remove that file"
+            )
+        return journal
+
+    def _unfit(self, journal: Journal) -> str:
+        """The reason why a run cannot go on with a journal; empty: it can."""
+        optimizer = self.zeroth_order
+        done = optimizer.steps_done
+        if not journal.first <= done <= journal.next_step:
+            return f"it has the steps {journal.first + 1} to {journal.next_step}, and the run has taken {done}"
+        try:
+            check_same(optimizer, journal)
+            check_weights(optimizer, journal)
+        except ValueError as error:
+            return str(error)
+        frozen = journal.header.get("base", {}).get("frozen")
+        return "the frozen parameters of the model are others" if frozen != self._base["frozen"] else ""
+
+    def _begun(self) -> Journal:
+        header = self.zeroth_order.header(run=self._run_facts, base=self._base)
+        path = self._journal_path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return Journal.create(path, header, sync_every=self.args.journal_sync_steps)
+        except OSError as error:
+            raise unsaved(path, reason(error, path.parent), "no step was taken") from error
+
+    @property
+    def _journal_path(self) -> Path:
+        return Path(self._get_output_dir(None)) / JOURNAL
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        """Facts of the base model."""
+        model: nn.Module = self._bare_model
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        own = {"model": str(name), "frozen": fingerprint_of_rest(model, self.zeroth_order)}
+        return own | (self.base or {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.journal is not None:
+            self._mark()
+        super()._save_checkpoint(model, trial)
+
+    def _end_journal(self) -> None:
+        """Notes the step whose model the run ends with."""
+        if not self._opened:  # there was no step to take
+            self._open_journal()
+        if self.journal is not None:
+            self._mark(chosen=True)
+
+    def _mark(self, chosen: bool = False) -> None:
+        """Notes the fingerprint of the weights as they are."""
+        journal, optimizer, state = self.journal, self.zeroth_order, self.state
+        assert journal is not None
+        loaded = chosen and self.args.load_best_model_at_end and state.best_global_step is not None
+        back = state.global_step - state.best_global_step if loaded and state.best_global_step is not None else 0
+        mark = mark_of(optimizer, chosen, back)
+        if mark is not None and journal.first <= mark.step and mark not in journal.marks[-1:]:
+            with _explained(journal):
+                journal.mark(mark)
+
+
+@contextmanager
+def _explained(journal: Journal) -> Iterator[None]:
+    """Says of a write that fails what was not saved, and what is."""
+    try:
+        yield
+    except OSError as error:
+        still = f"the first {journal.next_step} steps are there, and a run goes on after them"
+        raise unsaved(journal.path, reason(error, journal.path.parent), still) from error
+
+
+def _read(path: Path) -> Journal:
+    with Journal.read(path) as journal:
+        return journal
+
+
+def _put_aside(path: Path, why: str = "") -> None:
+    """Gives the journal of a run before this one another name; one that has it already is lost."""
+    aside = path.with_name(BEFORE)
+    with open(path, "rb", buffering=0) as file:
+        lock(file, path)
+        os.replace(path, aside)
+    if why:
+        warnings.warn(f"the steps of {path}, which is {aside.name} now, are not taken again: {why}", stacklevel=2)
