@@ -1,4 +1,4 @@
-"""The command line: jaguar finetune | eval | info."""
+"""The command line: jaguar finetune | eval | replay | journal | info."""
 
 from __future__ import annotations
 
@@ -34,12 +34,10 @@ class Failed(Exception):
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """Setting up checks every input, so a ValueError is a message to the user; later it would be a bug to be traced."""
-    from jaguar.backends.availability import Unavailable
-
     try:
         yield
-    # Libraries raise the last two for what lacks.
-    except (ValueError, OSError, Unavailable, ImportError, RuntimeError) as error:
+    # Libraries raise the last two for what lacks; a backend that is missing is a RuntimeError too.
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise Refused(str(error)) from error
 
 
@@ -61,7 +59,8 @@ def _main(words: Sequence[str]) -> int:
         from rich.console import Console  # here: parsing and --help do without
 
         name, console = f"jaguar {args.command}", Console()
-        command = {"finetune": _finetune, "eval": _eval, "info": _info}[args.command]
+        commands = {"finetune": _finetune, "eval": _eval, "replay": _replay, "journal": _journal, "info": _info}
+        command = commands[args.command]
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         with handled(interrupt), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # libraries mean their callers, not our users
@@ -184,6 +183,39 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
             trust_remote_code="trust_remote_code" in args,
             batch_size=getattr(args, "per_device_eval_batch_size", EVAL_BATCH),
         )
+    return 0
+
+
+def _replay(args: argparse.Namespace, console: Console) -> int:
+    from jaguar.cli.rebuilding import rebuild
+
+    _quiet_transformers()
+    loading = {"dtype": args.dtype} if "dtype" in args else {}
+    with _refusals():
+        rebuild(
+            args.journal,
+            args.out,
+            console,
+            model=getattr(args, "base", None),
+            steps=getattr(args, "steps", None),
+            backend=getattr(args, "backend", "auto"),
+            use_cpu="use_cpu" in args,
+            trust_remote_code="trust_remote_code" in args,
+            **loading,
+        )
+    return 0
+
+
+def _journal(args: argparse.Namespace, console: Console) -> int:
+    from jaguar.cli import journal
+
+    with _refusals():
+        if args.action == "verify":
+            return journal.verify(args.file, console)
+        if args.action == "plot":
+            journal.plot(args.file, getattr(args, "out", f"{args.file.removesuffix('.jaguar')}.png"), console)
+        else:
+            journal.show(args.file, console, getattr(args, "last", 10))
     return 0
 
 

@@ -115,20 +115,17 @@ _TRUST = _switch(
     "such a model is refused, and nothing of it runs)",
 )
 
+DTYPES: dict[str, Any] = {"choices": ("auto", "float32", "bfloat16", "float16")}
+_PLACES = [_switch("--use_cpu", "stay on the CPU even if there is a GPU"), _TRUST]
 _FOLDER = _flag("--model", type=filled, metavar="DIR", help="folder in Hugging Face form, or a name on the hub")
 _MODEL = (
     "model",
     None,
     [
         (_FOLDER[0], _FOLDER[1] | {"required": True}),
-        _flag(
-            "--dtype",
-            choices=("auto", "float32", "bfloat16", "float16"),
-            help="precision of the weights; auto: as saved (default: auto)",
-        ),
+        _flag("--dtype", **DTYPES, help="precision of the weights; auto: as saved (default: auto)"),
         _switch("--load_in_4bit", "hold the frozen weights in 4 bits (NF4, bitsandbytes); with an adapter"),
-        _switch("--use_cpu", "stay on the CPU even if there is a GPU"),
-        _TRUST,
+        *_PLACES,
     ],
 )
 
@@ -229,14 +226,14 @@ _TRAINING_DATA = (
             type=filled,
             required=True,
             metavar="DIR",
-            help="gets the tuned model or adapter, training_curves.png and metrics.json",
+            help="gets the tuned model or adapter, training_curves.png, metrics.json and journal.jaguar",
         ),
         _switch("--overwrite_output_dir", "allow an output folder that already holds a model"),
         _flag(
             "--resume_from_checkpoint",
             type=filled,
             metavar="DIR",
-            help="go on from a checkpoint that Ctrl-C or --save_steps left",
+            help="go on with a run that was stopped or killed: its output folder, or one of its checkpoints",
         ),
         _flag(
             "--config",
@@ -345,6 +342,42 @@ EVAL = (_MODEL, _DATA)
 INFO = (
     ("model", None, [_FOLDER, _TRUST]),
     ("method", None, [(_METHOD[0], _METHOD[1] | {"help": _ABOUT_METHOD})]),
+)
+
+_JOURNAL = _flag("--journal", type=filled, required=True, metavar="FILE", help="journal.jaguar of a run")
+REPLAY = (
+    (
+        "run",
+        None,
+        [
+            _flag(
+                "--base", type=filled, metavar="DIR", help="base model: a folder or a hub name (default: the journal's)"
+            ),
+            _JOURNAL,
+            _flag("--out", type=filled, required=True, metavar="DIR", help="gets the tuned model or adapter"),
+            _flag(
+                "--steps",
+                type=natural,
+                metavar="N",
+                help="finished steps of the run after which to stop (default: those of the run's model, its best one)",
+            ),
+            _of_field("backend"),
+            _flag("--dtype", **DTYPES, help="precision of the weights (default: the run's; else other bits)"),
+            *_PLACES,
+        ],
+    ),
+)
+JOURNAL = (
+    (
+        "journal",
+        None,
+        [
+            _flag("action", choices=("show", "verify", "plot"), help="what to do with it"),
+            _flag("file", type=filled, metavar="FILE", help="journal.jaguar of a run"),
+            _flag("--last", type=natural, metavar="N", help="steps that show prints (default: 10)"),
+            _flag("--out", type=filled, metavar="PNG", help="picture of plot (default: FILE with .png)"),
+        ],
+    ),
 )
 
 

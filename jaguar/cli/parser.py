@@ -23,7 +23,7 @@ from jaguar.optimizers.names import METHOD
 if TYPE_CHECKING:
     from jaguar.cli import settings_file
 
-COMMANDS = ("finetune", "eval", "info")
+COMMANDS = ("finetune", "eval", "replay", "journal", "info")
 
 FINETUNE = """\
 Fine-tunes a language model with forward passes only: SST-2, COPA, WinoGrande, or labelled text of your own.
@@ -49,6 +49,24 @@ A model that jaguar fine-tuned remembers its task and prompt; for any other give
 
   jaguar eval --model tuned --test_file test.csv
   jaguar eval --model facebook/opt-1.3b --task copa
+"""
+
+REPLAY = """\
+Rebuilds a tuned model from its base model and the journal of the run, without data and without forward passes.
+
+Every step of `jaguar finetune` is a record of some 60 bytes in journal.jaguar. Applied one after the other to the base
+model they give the weights of any step, bit for bit; the fingerprints that the run noted are compared on the way.
+
+  jaguar replay --journal tuned/journal.jaguar --out rebuilt
+  jaguar replay --base ./opt-1.3b --journal journal.jaguar --out rebuilt --steps 500
+"""
+
+JOURNAL = """\
+Shows, verifies or draws the journal of a run; needs neither the model nor torch.
+
+  jaguar journal show tuned/journal.jaguar
+  jaguar journal verify tuned/journal.jaguar
+  jaguar journal plot tuned/journal.jaguar --out steps.png
 """
 
 INFO = """\
@@ -124,6 +142,8 @@ def make_parser() -> Parser:
             "--model DIR --output_dir DIR [--task NAME] [options]",
         ),
         ("eval", "score a model", EVAL, groups.EVAL, "--model DIR [--task NAME | --test_file FILE] [options]"),
+        ("replay", "rebuild a tuned model", REPLAY, groups.REPLAY, "--journal FILE --out DIR [--base DIR] [options]"),
+        ("journal", "show, verify or draw a run", JOURNAL, groups.JOURNAL, "show|verify|plot FILE [options]"),
         ("info", "versions, devices and backends; a method", INFO, groups.INFO, "[--model DIR | --method NAME]"),
     ):
         sub = commands.add_parser(
@@ -176,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
         args.trainer = trainer_flags.parsed(rest, functools.partial(_refuse, args.command))
     elif rest:
-        known = groups.EVAL if args.command == "eval" else groups.INFO
+        known = {"eval": groups.EVAL, "replay": groups.REPLAY, "journal": groups.JOURNAL}.get(args.command, groups.INFO)
         _refuse(args.command, groups.unrecognized(rest, groups.named(known)))
     return args
 

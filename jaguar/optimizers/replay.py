@@ -12,7 +12,7 @@ from jaguar.method.described import KINDS, rebuilt
 from jaguar.method.method import Method
 from jaguar.method.params import canonical_name
 from jaguar.optimizers.base import ZerothOrder
-from jaguar.optimizers.identity import deciding, environment, fingerprint_of
+from jaguar.optimizers.identity import deciding, environment, fingerprint_of, fingerprint_of_rest
 from jaguar.optimizers.names import METHODS
 from jaguar.optimizers.search import Projected
 from jaguar.record import DamagedJournal, Journal, Mark
@@ -98,6 +98,8 @@ def replay(
     try:
         optimizer = model if isinstance(model, ZerothOrder) else optimizer_of(model, opened, backend)
         check_same(optimizer, opened)
+        if isinstance(model, nn.Module):
+            check_frozen(optimizer, model, opened)
         last = opened.chosen if steps is None else steps
         first = optimizer.steps_done
         if not opened.first <= first <= last <= opened.next_step:
@@ -123,6 +125,16 @@ def replay(
 def check_same(optimizer: ZerothOrder, journal: Journal) -> None:
     """Raises ValueError, with what differs, unless an optimizer is the one that a journal is of."""
     headers.compare(journal.path, journal.header, deciding(optimizer))
+
+
+def check_frozen(optimizer: ZerothOrder, model: nn.Module, journal: Journal) -> None:
+    """Raises ValueError where the parameters that do not train are others than in the run of a journal."""
+    wanted = journal.header.get("base", {}).get("frozen")
+    if wanted is not None and (found := fingerprint_of_rest(model, optimizer)) not in (None, wanted):
+        raise ValueError(
+            f"the model's frozen parameters are not those that the run of {str(journal.path)!r} had: fingerprint "
+            f"{found}, not {wanted}; load the same base model, in the same precision"
+        )
 
 
 def check_weights(optimizer: ZerothOrder, journal: Journal) -> None:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.identity import fingerprint_of_rest
-from jaguar.optimizers.replay import check_same, check_weights, mark_of
+from jaguar.optimizers.replay import check_frozen, check_same, check_weights, mark_of
 from jaguar.record import DamagedJournal, Journal, Record
 from jaguar.record.files import lock
 from jaguar.trainer.arguments import ZOTrainingArguments
@@ -202,11 +202,11 @@ class JournaledTrainer(ExactTrainer):
             return f"it has the steps {journal.first + 1} to {journal.next_step}, and the run has taken {done}"
         try:
             check_same(optimizer, journal)
+            check_frozen(optimizer, self._bare_model, journal)
             check_weights(optimizer, journal)
         except ValueError as error:
             return str(error)
-        frozen = journal.header.get("base", {}).get("frozen")
-        return "the frozen parameters of the model are others" if frozen != self._base["frozen"] else ""
+        return ""
 
     def _begun(self) -> Journal:
         header = self.zeroth_order.header(run=self._run_facts, base=self._base)

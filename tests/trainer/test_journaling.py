@@ -171,7 +171,7 @@ def test_another_base_model_is_refused(tmp_path):
     other = run(tmp_path / "frozen")
     other.model.bert.requires_grad_(False)
     other.model.bert.embeddings.LayerNorm.bias.data += 1
-    with pytest.raises(ValueError, match="the frozen parameters of the model are others"):
+    with pytest.raises(ValueError, match="the model's frozen parameters are not those"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
-import shlex
-import shutil
-import sys
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback
 
 from jaguar.cli.finetune import outcome
 from jaguar.cli.finetune.evaluation import make_scorer
+from jaguar.cli.finetune.going_on import facts_of_journal, found, go_on, steps_of
+from jaguar.cli.finetune.prepared import made_trainable, name_labels
 from jaguar.cli.finetune.progress import Bar, Losses, Stop
 from jaguar.cli.finetune.report import row_bar
 from jaguar.cli.finetune.run import STATE, Run, compare, digest, model_settings, optimizer_settings
-from jaguar.cli.flags import underscored
 from jaguar.cli.output import say
 from jaguar.method.directions import Sparse
-from jaguar.models.load import adapted, configuration, is_adapter, load, select_trainable
+from jaguar.models.load import configuration, is_adapter, load
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.interrupts import HeldInterrupts, interrupt, number_of
 from jaguar.scoring import Scores, evaluate
@@ -34,6 +31,7 @@ from jaguar.tasks.rows import Row
 from jaguar.tasks.saved import save_task
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.checkpoints import check_weights
+from jaguar.trainer.journaling import JOURNAL
 from jaguar.trainer.optimizer import unwrap
 from jaguar.trainer.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.trainer.staging import of as checkpoints_of
@@ -81,7 +79,11 @@ class Finetuning:
             dist.broadcast_object_list(refusal)
         if refusal[0]:
             raise ValueError(refusal[0] if self.leads else "")
-        state = run.state(args) if run.resume_from_checkpoint else None
+        self.goes_on: str | bool | None = None
+        if run.resume_from_checkpoint:
+            run, self.goes_on = found(run, self.folder, args.world_size)
+            self.run = run
+        state = run.state(args) if isinstance(self.goes_on, str) else None
         self.settings = run.settings_of(args)
         if run.adapter.kind == "prefix" and not is_adapter(run.model):
             run.adapter.check(configuration(run.model, run.trust_remote_code))
@@ -98,8 +100,7 @@ class Finetuning:
         self.task = run.data.make_task(run.model, self.loaded, rows.train)
         self._set_trainable(rows.train[0])
         if self.loaded.kind == "classifier":
-            self.loaded.model.config.id2label = dict(enumerate(self.task.classes))
-            self.loaded.model.config.label2id = {label: i for i, label in enumerate(self.task.classes)}
+            name_labels(self.loaded.model, self.task)
         self.train_set, self.dev_set, self.test_set = (
             run.data.examples(self.task, part, self.loaded) for part in (rows.train, rows.dev, rows.test)
         )
@@ -116,8 +117,13 @@ class Finetuning:
         if self.leads:
             check_space(self.folder, self.model)
         self.facts = self._decisive()
+        self.trainer.base = self.base | {"max_length": self.cut, "settings": self.settings, "facts": self.facts}
         if state is not None:
             self._restore(state)
+        elif self.goes_on:
+            started = facts_of_journal(self.folder)
+            run.check_settings(started["settings"], args)
+            self._check_facts(started["facts"], started["settings"])
 
     def _take_folder(self) -> None:
         """Makes the output folder this run's, and puts right what a killed one has left there."""
@@ -126,7 +132,8 @@ class Finetuning:
         self.alone.enter_context(only_run(folder))
         for text in [*remove_leftovers(folder), *recover_all(folder)]:
             self._say(text, "yellow")
-        own = run.resume_from_checkpoint and Path(run.resume_from_checkpoint).resolve().parent == folder.resolve()
+        given = Path(run.resume_from_checkpoint or "/").resolve()
+        own = run.resume_from_checkpoint is not None and folder.resolve() in (given, given.parent)
         if own and not (folder / _FIGURES).exists():
             return  # what it holds is of this run, which was killed while it ended
         if run.overwrite_output_dir:
@@ -136,10 +143,10 @@ class Finetuning:
                 f"the output folder {run.output_dir!r} already holds a model; choose another or pass "
                 "--overwrite_output_dir"
             )
-        if not own and (there := checkpoints_of(folder)):
+        if not own and (checkpoints_of(folder) or steps_of(folder)):
             raise ValueError(
-                f"the output folder {run.output_dir!r} holds checkpoints of a run: go on with "
-                f"--resume_from_checkpoint {there[-1]}, choose another folder, or pass --overwrite_output_dir"
+                f"the output folder {run.output_dir!r} holds a run that has not come to its end: go on with "
+                f"--resume_from_checkpoint {run.output_dir}, choose another folder, or pass --overwrite_output_dir"
             )
 
     @property
@@ -158,15 +165,25 @@ class Finetuning:
         if run.adapter.kind == "none" and not has_adapter:
             if run.in_4bit:
                 raise ValueError("--load_in_4bit freezes the weights: train an adapter beside them, with --lora")
-            select_trainable(model, run.train)
-            return
-        if run.train != "all":
+        elif run.train != "all":
             raise ValueError(f"--train {run.train} is of the model's own parameters; leave it out with an adapter")
         if has_adapter and run.adapter.kind != "none":
             raise ValueError(f"{run.model!r} is an adapter already: it is trained on; leave --lora and the like out")
-        set_seed(int(self.args.seed))  # draws LoRA's factors
-        prompt = self.loaded.tokenizer(self.task.question(row, self.loaded.kind == "masked").prompt).input_ids
-        self.loaded = adapted(self.loaded, run.adapter.applied(model, self.loaded.kind, prompt))
+        # Virtual tokens begin with those of a real prompt.
+        with_prompt = run.adapter.kind in ("prefix", "prompt")
+        asked = self.task.question(row, self.loaded.kind == "masked").prompt if with_prompt else ""
+        prompt = self.loaded.tokenizer(asked).input_ids if with_prompt else []
+        self.loaded = made_trainable(self.loaded, run.adapter, run.train, int(self.args.seed), prompt)
+        self.base = {
+            "model": str(Path(run.model).resolve()) if Path(run.model).is_dir() else run.model,
+            "dtype": run.dtype,
+            "in_4bit": run.in_4bit,
+            "adapter": asdict(run.adapter),
+            "train": run.train,
+            "seed": int(self.args.seed),
+            "prompt": list(prompt),
+            "task": self.task.description(),
+        }
 
     def _make_trainer(self, args: ZOTrainingArguments) -> ScoringTrainer:
         eval_set = self.dev_set or self.test_set
@@ -231,7 +248,7 @@ class Finetuning:
         try:
             self.began = time.monotonic()
             with self.stop:
-                self.result = trainer.train(resume_from_checkpoint=self.run.resume_from_checkpoint)
+                self.result = trainer.train(resume_from_checkpoint=self.goes_on)
         except OSError as error:  # a checkpoint could not be written
             raise OSError(f"{error}; {self._last_saved()}") from error
         except KeyboardInterrupt as stop:
@@ -241,7 +258,7 @@ class Finetuning:
             self.bar.close()
         if self.stop.asked and trainer.state.global_step < trainer.state.max_steps:
             step, folder = trainer.state.global_step, self._checkpoint()
-            text = f"stopped after step {step} of {trainer.state.max_steps}; saved in {folder}\n{self._go_on(folder)}"
+            text = f"stopped after step {step} of {trainer.state.max_steps}; saved in {folder}\n{go_on(folder)}"
             raise Interrupted(text, self.stop.asked)
         if self.stop.asked and not self.leads:
             raise Interrupted("stopped after the last step", self.stop.asked)
@@ -253,22 +270,16 @@ class Finetuning:
         step = self.trainer.state.global_step  # those of later ones are of a run before this one
         found = [path for path in checkpoints_of(self.folder) if (path / STATE).is_file() and step_of(path) <= step]
         if not found:
-            return "nothing was saved"
+            steps = steps_of(self.folder) if self.args.journal else 0
+            return f"{self.folder / JOURNAL} has {steps} steps\n{go_on(self.folder)}" if steps else "nothing was saved"
         last = found[-1]
-        return f"the last checkpoint is {last}\n{self._go_on(last)}"
+        return f"the last checkpoint is {last}\n{go_on(last)}"
 
     def _end_with(self) -> str:
         """Advice for a run whose last step is done and whose end is missing."""
         if (self._checkpoint() / STATE).is_file():
-            return f"\n{self._go_on(self._checkpoint())}"
+            return f"\n{go_on(self._checkpoint())}"
         return f"; score it with jaguar eval (--model {self.folder}, and the held-out rows)"
-
-    def _go_on(self, folder: Path) -> str:
-        words, flag = [], "--resume_from_checkpoint"
-        for before, word in itertools.pairwise(sys.argv):
-            if underscored(word).partition("=")[0] != flag and underscored(before) != flag:
-                words.append(word)
-        return f"go on with: {_program()} {shlex.join([*words, flag, str(folder)])}"
 
     def test(self, what: str) -> Scores:
         """Scores the held-out rows."""
@@ -344,23 +355,19 @@ class Finetuning:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        saved, own = state["facts"], self.facts
-        for name, rows in own["rows"].items():
-            if saved["rows"][name] != rows:
-                raise ValueError(
-                    f"the {name} rows are not those that the checkpoint was made with: "
-                    f"{self.run.explained(state['settings']['data'])}"
-                )
-        compare(saved["optimizer"], own["optimizer"])
-        compare(saved["model"], own["model"])
+        self._check_facts(state["facts"], state["settings"])
         check_weights(self.model, Path(str(self.run.resume_from_checkpoint)))
         self.before = Scores(**state["before"])
         self.losses.values, self.trainer.forward_passes = list(state["losses"]), state["passes"]
         self.seconds = state["seconds"]
 
-
-def _program() -> str:
-    """Command by which a shell here calls this program."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} -m jaguar"
-    return "jaguar" if shutil.which("jaguar") else f"{shlex.quote(sys.executable)} -m jaguar"
+    def _check_facts(self, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+        own = self.facts
+        for name, rows in own["rows"].items():
+            if saved["rows"][name] != rows:
+                raise ValueError(
+                    f"the {name} rows are not those that the run was started with: "
+                    f"{self.run.explained(settings['data'])}"
+                )
+        compare(saved["optimizer"], own["optimizer"])
+        compare(saved["model"], own["model"])

@@ -146,11 +146,15 @@ class Run:
             state = {"seconds": 0.0} | state  # which those of 0.4.0 do not have
             checkpoints.check_kind(path, state, _KEPT)
         checkpoints.check_whole(folder, args.world_size)
-        saved, own = state["settings"], self.settings_of(args)
+        self.check_settings(state["settings"], args)
+        return state
+
+    def check_settings(self, saved: Mapping[str, Any], args: ZOTrainingArguments) -> None:
+        """Raises ValueError at the first setting that this run has otherwise than the one it goes on with."""
+        own = self.settings_of(args)
         always = own["values"].keys() - {f.name for f in fields(args)}
         compared = always | {name for name in {*saved["given"], *own["given"]} if name in own["values"]}
         compare({key: saved["values"].get(key) for key in compared}, {key: own["values"][key] for key in compared})
-        return state
 
     def explained(self, saved: dict[str, Any]) -> str:
         """Settings of the data that differ from the saved ones, in words."""
@@ -164,7 +168,7 @@ def compare(saved: dict[str, Any], own: dict[str, Any]) -> None:
     for key in sorted({**saved, **own}):
         if saved.get(key) != own.get(key):
             raise ValueError(
-                f"the checkpoint was made with {key} = {saved.get(key)!r}, this run has {own.get(key)!r}; give the "
+                f"the run was started with {key} = {saved.get(key)!r}, this run has {own.get(key)!r}; give the "
                 "same options to continue it"
             )
 

@@ -1,0 +1,117 @@
+"""`jaguar replay`: a tuned model from its base model and the journal of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaguar import tasks
+from jaguar.cli.finetune.prepared import made_trainable, name_labels
+from jaguar.cli.output import say
+from jaguar.models.adapters import Adapter
+from jaguar.models.load import Loaded, load
+from jaguar.optimizers.base import ZerothOrder
+from jaguar.optimizers.identity import fingerprint_of
+from jaguar.optimizers.replay import replay
+from jaguar.record import Journal
+from jaguar.tasks.saved import save_task
+from jaguar.trainer.saving import check_space, prepare_folder, save_files, write_model
+
+
+def base_of(journal: Journal) -> dict[str, Any]:
+    """Facts of the base model that `jaguar finetune` wrote down.
+
+    Raises:
+        ValueError: the journal is of another program.
+    """
+    base = journal.header.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("adapter"), dict):
+        raise ValueError(
+            f"{str(journal.path)!r} was not written by jaguar finetune, and does not say how the model was made: make "
+            "it as that program did, and call jaguar.replay(model, journal)"
+        )
+    return base
+
+
+def load_base(journal: Journal, name: str | None = None, **loading: Any) -> Loaded:
+    """The base model of a journal as the run began with it.
+
+    Args:
+        name: folder or hub name in place of the journal's.
+        loading: options of `models.load`; what is left out is the run's.
+
+    Raises:
+        ValueError: the model cannot be loaded, or made trainable as it was.
+    """
+    base = base_of(journal)
+    try:
+        options = {"dtype": base["dtype"], "in_4bit": base["in_4bit"]} | loading
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in base["adapter"].items()}
+        adapter = Adapter(**values)
+        loaded = load(name or base["model"], **options)
+        loaded = made_trainable(loaded, adapter, base["train"], base["seed"], base["prompt"])
+        if loaded.kind == "classifier":
+            name_labels(loaded.model, tasks.described(base["task"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{str(journal.path)!r} is of another version of jaguar finetune: {error}") from None
+    return loaded
+
+
+def rebuild(
+    path: str, out: str, console: Console, *, model: str | None, steps: int | None, backend: str, **loading: Any
+) -> None:
+    """Rebuilds the model of a run, compares it with the fingerprint that the run noted, and saves it.
+
+    Raises:
+        ValueError: the journal, the base model or their fingerprints do not fit.
+        OSError: the model cannot be saved.
+    """
+    folder = Path(out)
+    with Journal.read(path) as journal:
+        base_of(journal)
+        prepare_folder(folder)
+        if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"the folder {out!r} already holds a model; choose another")
+        with console.status("loading the base model"):
+            loaded = load_base(journal, model, **loading)
+        check_space(folder, loaded.model)
+        if journal.dropped:
+            say(console, f"the last {journal.dropped} bytes of {path} are no whole step and are left out", "yellow")
+        begin = time.monotonic()
+        optimizer = _replayed(loaded.model, journal, console, steps, backend)
+        seconds = time.monotonic() - begin
+        done, size = optimizer.steps_done - journal.first, Path(path).stat().st_size
+        say(
+            console,
+            f"{done} steps in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} steps/s), journal {size:,} bytes",
+        )
+        say(console, *_verdict(optimizer, journal))
+
+        def write(to: Path) -> None:
+            write_model(to, loaded.model, loaded.tokenizer)
+            base: Mapping[str, Any] = journal.header["base"]
+            save_task(tasks.described(base["task"]), to, base["max_length"])
+
+        save_files(folder, write)
+    say(console, f"the model of step {optimizer.steps_done} is in {out}")
+
+
+def _replayed(model: Any, journal: Journal, console: Console, steps: int | None, backend: str) -> ZerothOrder:
+    last = journal.chosen if steps is None else steps
+    columns = TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("replaying", total=last, completed=journal.first)
+        return replay(model, journal, steps, backend=backend, progress=lambda done: bar.update(task, completed=done))
+
+
+def _verdict(optimizer: ZerothOrder, journal: Journal) -> tuple[str, str]:
+    """A line on the fingerprint, and its style."""
+    found = fingerprint_of(optimizer)
+    if any(mark.step == optimizer.steps_done for mark in journal.marks):  # replay has compared them
+        return f"verified: fingerprint {found}, as the run had it after {optimizer.steps_done} steps", "green"
+    return f"fingerprint {found}; the run noted none after {optimizer.steps_done} steps to compare it with", "yellow"

@@ -1,0 +1,154 @@
+"""`jaguar replay`, `jaguar journal`, and runs of `jaguar finetune` that go on from a journal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from helpers.runs import place as place
+from helpers.runs import words
+from jaguar import Journal
+from jaguar.cli import commands as cli
+from jaguar.cli.finetune.progress import Losses
+from jaguar.trainer.journaling import JOURNAL
+
+WEIGHTS = "model.safetensors"
+
+
+class Dies(BaseException):
+    """A process that is killed."""
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, step: int, argv: list[str]) -> None:
+    """Runs the command line until the end of a step."""
+    usual = Losses.on_step_end
+
+    def on_step_end(self: Losses, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == step:
+            raise Dies
+        usual(self, args, state, control, **others)
+
+    monkeypatch.setattr(Losses, "on_step_end", on_step_end)
+    with pytest.raises(Dies):
+        cli.main(argv)
+    monkeypatch.setattr(Losses, "on_step_end", usual)
+
+
+def same_model(one: Path, other: Path, file: str = WEIGHTS) -> bool:
+    return (one / file).read_bytes() == (other / file).read_bytes()
+
+
+@pytest.mark.parametrize(("step", "more"), [(1, []), (3, []), (3, ["--save_steps", "0"]), (4, ["--save_steps", "0"])])
+def test_a_killed_run_goes_on_with_its_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, more: list[str]
+) -> None:
+    argv = words(place, tmp_path / "out")
+    argv = argv[: argv.index("--save_steps")] + argv[argv.index("--save_steps") + 2 :] + (more or ["--save_steps", "2"])
+    killed(monkeypatch, step, argv)
+    assert cli.main([*argv, "--resume_from_checkpoint", str(tmp_path / "out")]) == 0
+    assert same_model(place / "whole", tmp_path / "out")
+    found, whole = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out", place / "whole"))
+    for key in ("after", "before", "training_forward_passes", "steps"):
+        assert found[key] == whole[key]
+    with Journal.read(tmp_path / "out" / JOURNAL) as journal:
+        assert journal.ended and len(journal) == 4
+
+
+def test_an_unfinished_run_is_not_overwritten_and_other_settings_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = [*words(place, out), "--max_steps", "4"]
+    argv[argv.index("--save_steps") + 1] = "0"
+    killed(monkeypatch, 2, argv)
+    before = (out / JOURNAL).read_bytes()
+    assert cli.main(argv) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"holds a run that has not come to its end: go on with --resume_from_checkpoint {out}" in error
+    assert cli.main([*argv, "--resume_from_checkpoint", str(out), "--train_file", str(place / "train.csv")]) == 0
+    (out / JOURNAL).write_bytes(before)
+    for path in (WEIGHTS, "config.json", "metrics.json"):
+        (out / path).unlink()
+    assert cli.main([*argv, "--resume_from_checkpoint", str(out), "--seed", "3"]) == 2
+    assert "the run was started with seed = 0, this run has 3" in " ".join(capsys.readouterr().err.split())
+    assert (out / JOURNAL).read_bytes() == before
+    (out / JOURNAL).unlink()
+    assert cli.main([*argv, "--resume_from_checkpoint", str(out)]) == 2
+    assert "has neither a checkpoint nor a journal.jaguar" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--lora"], ["--prefix_tuning"], ["--train", "norm", "--eval_steps", "1"]], ids=str
+)
+def test_replay_rebuilds_the_tuned_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    extra = ["--num_dev", "8"] if "--eval_steps" in more else []
+    assert cli.main([*words(place, tmp_path / "out"), *more, *extra]) == 0
+    moved = tmp_path / "journal"
+    shutil.copy(tmp_path / "out" / JOURNAL, moved)
+    capsys.readouterr()
+    base = ["--base", str(place / "lm")] if more else []
+    assert cli.main(["replay", "--journal", str(moved), "--out", str(tmp_path / "again"), "--use_cpu", *base]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "verified: fingerprint" in said and "steps/s" in said
+    file = "adapter_model.safetensors" if "--lora" in more or "--prefix_tuning" in more else WEIGHTS
+    assert same_model(tmp_path / "out", tmp_path / "again", file)
+    task = "jaguar_task.json"
+    assert (tmp_path / "out" / task).read_text() == (tmp_path / "again" / task).read_text()
+    assert cli.main(["eval", "--model", str(tmp_path / "again"), "--test_file", str(place / "test.csv")]) == 0
+
+
+def test_replay_refuses_what_does_not_fit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = str(place / "whole" / JOURNAL)
+
+    def refused(*more: str) -> str:
+        assert cli.main(["replay", "--journal", journal, "--out", str(tmp_path / "out"), "--use_cpu", *more]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    other = shutil.copytree(place / "lm", tmp_path / "other")
+    weights = load_file(other / WEIGHTS)
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, other / WEIGHTS, {"format": "pt"})
+    assert "the trained tensors are not those that the run" in refused("--base", str(tmp_path / "other"))
+    assert "there is no way to 9" in refused("--steps", "9")
+    assert "dtype is 'float32' there, 'bfloat16' here" in refused("--dtype", "bfloat16")
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert "already holds a model" in refused()
+    assert cli.main(["replay", "--journal", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_journal_is_shown_verified_and_drawn(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(place / "whole" / JOURNAL)
+    assert cli.main(["journal", "show", path, "--last", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "JaguarSignSGD" in said and "the last 2 of 4 steps" in said and "the end of a run" in said
+    assert cli.main(["journal", "verify", path]) == 0
+    assert "steps 1 to 4, 0 skipped" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["journal", "plot", path, "--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    data = Path(path).read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-1])
+    assert cli.main(["journal", "verify", str(tmp_path / "cut")]) == 1
+    assert "are no whole entry" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "bad").write_bytes(b"no journal")
+    assert cli.main(["journal", "verify", str(tmp_path / "bad")]) == 1
+    assert cli.main(["journal", "show", str(tmp_path / "bad")]) == 2
+    assert "is no journal of jaguar" in " ".join(capsys.readouterr().err.split())
+
+
+def test_showing_needs_no_torch(place: Path) -> None:
+    code = (
+        f"import sys; from jaguar.cli import main; main(['journal', 'show', {str(place / 'whole' / JOURNAL)!r}]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
