@@ -78,6 +78,7 @@ def _switch(name: str, text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
 _TYPES: dict[str, dict[str, Any]] = {
     "str": {},
     "str | None": {"type": values.dtype},
+    "int": {"type": values.natural, "metavar": "N"},
     "int | None": {"type": positive, "metavar": "N"},
     "float": {"type": finite, "metavar": "X"},
     "float | None": {"type": finite, "metavar": "X"},

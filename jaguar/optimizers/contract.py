@@ -73,7 +73,8 @@ class Contract(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._record_hooks = OrderedDict()  # hooks are of the optimizer that they were given to
+        # Hooks are of the optimizer that they were given to: a copy has none. A state that is loaded comes here, too.
+        self.__dict__.setdefault("_record_hooks", OrderedDict())
 
     def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
         """Torch's state_dict and the subclass's part."""

@@ -47,7 +47,7 @@ class DirectionGroup:
             raise ValueError(
                 f"direction_group measures the directions of a step apart, not possible with {what}: leave it out"
             )
-        self._group, self._estimator = group, method.estimator
+        self.group, self._estimator = group, method.estimator
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self._on_gpu = "nccl" in str(dist.get_backend(group))
 
@@ -91,7 +91,7 @@ class DirectionGroup:
         device = torch.device("cuda", torch.cuda.current_device()) if self._on_gpu else torch.device("cpu")
         sent = torch.tensor(row, dtype=torch.float64, device=device)
         rows = [torch.empty_like(sent) for _ in range(self._world)]
-        dist.all_gather(rows, sent, group=self._group)
+        dist.all_gather(rows, sent, group=self.group)
         found = [row.tolist() for row in rows]
         for rank, (bad, at, *_) in enumerate(found):
             if bad and not failed:

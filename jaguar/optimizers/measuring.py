@@ -91,6 +91,11 @@ class Measuring(Contract):
         return self._seed
 
     @property
+    def direction_group(self) -> Any:
+        """The processes that share the directions of a step; None: this one evaluates all."""
+        return None if self._direction_group is None else self._direction_group.group
+
+    @property
     def steps_done(self) -> int:
         """Number of finished steps; the next record has this number as its `step`."""
         return self._step

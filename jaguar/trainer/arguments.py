@@ -61,6 +61,10 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
         journal: keep the record of every step in output_dir/journal.jaguar.
         journal_sync_steps: steps after which it is forced onto the disk, where a loss of power spares it; a process
             that is killed loses no step. 0: with checkpoints and at the end only.
+        direction_parallel: on several processes: all have the same rows, and each evaluates its share of the
+            `n_directions` of a step; else each has rows of its own, and evaluates all directions.
+        check_replicas_steps: steps between comparisons of the trained tensors of all processes, which stop a run whose
+            processes differ; 0: never.
 
     Raises:
         ValueError: an option that forward-only training cannot have (`fp16`, `deepspeed`, `fsdp`,
@@ -94,15 +98,39 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
         self._say_what_does_nothing()
         if self.max_grad_norm is None:  # unlike a default of 1.0, it tells whether the user gave one
             self.max_grad_norm = TrainingArguments.max_grad_norm
+        self._check_processes()
         started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
         if started > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else each process is a run of its own
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.direction_parallel and self.world_size == 1:
+            warnings.warn("direction_parallel has no effect: there is one process", stacklevel=3)
         if started > 1 and self.world_size == 1:
             raise ValueError(
                 f"{started} processes were started, and on {self.device} each would be a run of its own, in one "
                 "folder: start one, or give use_cpu=True"
             )
+
+    def _check_processes(self) -> None:
+        if self.check_replicas_steps < 0:
+            raise ValueError(
+                f"check_replicas_steps={self.check_replicas_steps}: give a number of steps, or 0 for never"
+            )
+        if not self.direction_parallel:
+            return
+        if self.first_order:
+            raise ValueError("direction_parallel: the first-order baseline has no directions; leave it out")
+        if str(self.train_sampling_strategy) == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' spreads rows over the processes, and with "
+                "direction_parallel all have the same rows: choose another one"
+            )
+        self.average_tokens_across_devices = False  # their labels would count several times
+
+    @property
+    def row_processes(self) -> int:
+        """Number of processes over which the rows of a step are spread."""
+        return 1 if self.direction_parallel else self.world_size
 
     def _number_or_auto(self, name: str) -> float | str | None:
         value = getattr(self, name)
@@ -190,10 +218,12 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
                 )
 
 
+# Fields of the trainer, and not arguments of an optimizer.
+_NO_OPTIONS = ("optim_zo", "zo_options", "direction_parallel", "check_replicas_steps")
 OPTIONS = tuple(
     f.name
     for f in fields(OptimizerOptions)
-    if f.name not in TrainingArguments.__dataclass_fields__ and f.name not in ("optim_zo", "zo_options")
+    if f.name not in TrainingArguments.__dataclass_fields__ and f.name not in _NO_OPTIONS
 )
 
 

@@ -50,6 +50,7 @@ class MicroBatches:
         self._kind = None if share is None else _SHARE if share else _LABELS
         self._may_shift = share is not True  # it is open whether the first label of a row counts
         self._looked, self._sure, self._told = False, share is True, False
+        self._settled = False  # before the step
 
     @classmethod
     def of(cls, model: nn.Module, share: bool | None, autocast: bool, compiled: bool) -> MicroBatches:
@@ -71,7 +72,7 @@ class MicroBatches:
             spanned: number of those whose labels `n_items` counts.
         """
         several = len(window) * processes > 1
-        if several:
+        if several and not self._settled:
             self._find_out(window, n_items, loss_of)
         kind = self._kind or (_LABELS if n_items is None else _SHARE)
         if kind == _MIXED:
@@ -86,6 +87,13 @@ class MicroBatches:
             loss = loss if kind == _SHARE else loss.double() * part
             parts.append((loss.double(), part.double()))
         return parts
+
+    def settle(self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss) -> None:
+        """Finds out the model's ways before a step whose evaluations processes share, in which they cannot agree."""
+        self._settled = True
+        if len(window) > 1:
+            with torch.no_grad():
+                self._find_out(window, n_items, loss_of)
 
     def _find_out(self, window: Sequence[dict[str, Any]], n_items: Any, loss_of: Loss) -> None:
         """Settles the open questions about the loss, as far as these micro-batches can tell."""
@@ -136,15 +144,19 @@ class MicroBatches:
         )
 
 
-def mean(parts: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
-    """The loss, from the numbers that the micro-batches of each process add to a sum and to its divisor."""
+def mean(parts: Sequence[tuple[Tensor, Tensor]], accelerator: Accelerator, processes: int) -> Tensor:
+    """The loss, from the numbers that the micro-batches of each process add to a sum and to its divisor.
+
+    Args:
+        processes: number of those over which the rows are spread.
+    """
     nothing, device = torch.zeros((), dtype=torch.float64), accelerator.device
     total, weight = (functools.reduce(_added, [part[i] for part in parts] or [nothing]) for i in (0, 1))
     total = total.to(device)
     # What was counted on the host goes there by a launch, which waits for nothing.
     on_host = weight.device.type == "cpu" != device.type
     weight = torch.full((), float(weight), dtype=weight.dtype, device=device) if on_host else weight.to(device)
-    if accelerator.num_processes > 1:
+    if processes > 1:
         total, weight = summed(torch.stack([total.reshape(()), weight]))
     return total / weight
 

@@ -86,6 +86,16 @@ class OptimizerOptions:
         "momentum_dtype", "dtype that momentum is stored in", "as the weights; bfloat16 for float16"
     )
     rounding: str | None = _word("rounding", "rounding of weights and momentum stored in less than float32")
+    direction_parallel: bool = field(
+        default=False,
+        metadata={"help": "processes share the directions of a step, on the same rows, instead of the rows"},
+    )
+    check_replicas_steps: int = field(
+        default=100,
+        metadata={
+            "help": "steps between comparisons of the processes' weights, which stop a run that differs; 0: none"
+        },
+    )
     backend: str | None = _word("backend", "where kernels come from; `jaguar info` says which can run here")
     zo_options: dict | str | None = field(  # type: ignore[type-arg]
         default=None,

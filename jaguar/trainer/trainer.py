@@ -31,21 +31,22 @@ from jaguar.record import Record
 from jaguar.scoring import Scorer
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.attempts import Attempt
-from jaguar.trainer.journaling import JournaledTrainer
 from jaguar.trainer.logs import figures
 from jaguar.trainer.micro_batches import Grain, MicroBatches, each, mean
 from jaguar.trainer.model_card import card_arguments
 from jaguar.trainer.optimizer import decay_groups, unwrap
+from jaguar.trainer.replicas import ReplicatedTrainer, begin_alike
 from jaguar.trainer.scoring import Scoring, settled
 
 
-class ZOTrainer(JournaledTrainer):
+class ZOTrainer(ReplicatedTrainer):
     """Trains with two (or `n_directions + 1`, ...) forward passes a step and no backward pass; otherwise a Trainer.
 
         rho = (f(x + tau e) - f(x - tau e)) / (2 tau),   f: the loss over all micro-batches of the step
 
     The model is in evaluation mode (no dropout) while it is measured. Non-finite losses skip their step. On several
-    processes the losses are averaged, and every process takes the same step; the model is not wrapped in DDP.
+    processes the losses are averaged (or directions shared: `direction_parallel`), and every process takes the same
+    step, which is compared every `check_replicas_steps` steps; the model is not wrapped in DDP.
     `args.optim_zo="fo-sgd"` trains with backward passes instead, as Trainer does.
 
     Args:
@@ -173,6 +174,8 @@ class ZOTrainer(JournaledTrainer):
                 groups = decay_groups(model, decay, set(self.get_decay_parameter_names(model)))
             if "model" in keywords(kind):  # one that watches the modules
                 options["model"] = model
+            if self._shares_directions:
+                options["direction_group"] = dist.group.WORLD
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
@@ -212,10 +215,8 @@ class ZOTrainer(JournaledTrainer):
                 "the model is measured in evaluation mode, where they are constants",
                 stacklevel=2,
             )
-        if self._zeroth_order and self.args.world_size > 1:  # what DDP would have done
-            for group in self.zeroth_order.param_groups:
-                for parameter in group["params"]:
-                    dist.broadcast(parameter.detach(), 0)
+        if self._zeroth_order and self.args.world_size > 1:
+            begin_alike(self.zeroth_order, self.args)
         return prepared
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -294,6 +295,9 @@ class ZOTrainer(JournaledTrainer):
     def _measure(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> Record:
         model.eval()  # unequal dropout masks would drown the difference of the losses
         optimizer = self.zeroth_order
+        self._check_replicas(window)
+        if self._shares_directions:
+            self._micro_batches.settle(window, num_items_in_batch, functools.partial(self._raw_loss, model))
         measure = optimizer.measure if self._is_watched else optimizer.measure_
         return measure(lambda: self._loss_of(window, model, num_items_in_batch))
 
@@ -305,7 +309,7 @@ class ZOTrainer(JournaledTrainer):
         parts = self._parts(window, model, num_items_in_batch)
         if self.zeroth_order.estimates is not None:
             return each(parts, self.accelerator)
-        return mean(parts, self.accelerator)
+        return mean(parts, self.accelerator, self.args.row_processes)
 
     def _parts(self, window: Sequence[Any], model: nn.Module, num_items_in_batch: Any) -> list[tuple[Tensor, Tensor]]:
         """Numbers, or one for each row, that each micro-batch adds to the loss and to its divisor."""
@@ -313,7 +317,7 @@ class ZOTrainer(JournaledTrainer):
             window,
             num_items_in_batch,
             functools.partial(self._raw_loss, model),
-            processes=self.args.world_size,
+            processes=self.args.row_processes,
             spanned=self.args.world_size if self.args.average_tokens_across_devices else 1,
         )
 

@@ -346,3 +346,15 @@ def test_a_tensor_that_was_frozen_in_all_steps_has_no_state() -> None:
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     frozen.requires_grad_(True)
     refuse(opt, copy.deepcopy(opt.state_dict()), "freeze it .* while loading")
+
+
+def test_record_hooks_outlive_loading() -> None:
+    """torch's load ends in __setstate__, as copying does."""
+    weight, found = torch.zeros(3, requires_grad=True), []
+    opt = ZOSGD([("w", weight)])
+    opt.register_record_hook(lambda _, record: found.append(record))
+    opt.load_state_dict(opt.state_dict())
+    opt.step(lambda: weight.sum())
+    assert found == [opt.last_record]
+    copy.deepcopy(opt).step(lambda: weight.sum())
+    assert len(found) == 1

@@ -28,7 +28,8 @@ def _work(rank: int, function: Callable[..., Any], world: int, folder: str, give
     gc.freeze()  # what was imported; an optimizer looks among all objects for the modules of its tensors
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     # A file and not a port: another process may take a port that is free now.
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     found = function(rank, *given)

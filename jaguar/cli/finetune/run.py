@@ -30,6 +30,7 @@ STATE = "jaguar_run.pt"
 _FREE = {"output_dir", "run_name", "use_cpu", "report_to", "disable_tqdm", "backend", "save_steps", "save_strategy"}
 _FREE |= {"save_total_limit", "save_only_model", "dataloader_num_workers", "dataloader_pin_memory", "log_level"}
 _FREE |= {"dataloader_prefetch_factor", "dataloader_persistent_workers", "torch_empty_cache_steps", "debug"}
+_FREE |= {"check_replicas_steps"}
 # Kinds of what a checkpoint holds beside Trainer's files.
 _KEPT = {
     "settings": {"given": [], "values": {}, "data": {}},
