@@ -174,7 +174,10 @@ def named_entries(params: Any) -> Iterator[tuple[str | None, Tensor]]:
 def check_tensor(label: str, tensor: Tensor) -> None:
     """Raises ValueError for a tensor that cannot be perturbed in place element by element."""
     if tensor.is_meta:
-        raise ValueError(f"{label} is on the meta device and has no values; materialise the model first")
+        raise ValueError(
+            f"{label} is on the meta device and has no values; materialise the model first. What accelerate has "
+            "offloaded (a device_map with more than the GPUs hold) cannot be trained, only frozen: train an adapter"
+        )
     if tensor.layout != torch.strided:
         raise ValueError(f"{label} is sparse ({tensor.layout}); only dense tensors can be trained")
     if distributed.is_spread(tensor):
