@@ -5,6 +5,7 @@ Reading a record needs no torch and executes nothing: the bytes are fixed-size f
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 import zlib
@@ -20,7 +21,12 @@ _SKIPPED, _HAS_FROZEN, _HAS_FOUND = 1, 2, 4
 
 def mean(losses: Sequence[float]) -> float:
     """Mean of losses; NaN if there is none, or one is not finite."""
-    return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else math.nan
+    if not losses or not all(map(math.isfinite, losses)):
+        return math.nan
+    try:
+        return math.fsum(losses) / len(losses)
+    except OverflowError:
+        return math.fsum(loss / len(losses) for loss in losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,16 @@ class Record:
                     else "without an automatic step, has none"
                 )
             )
-        if not all(0.0 < tau < math.inf for tau in self.taus):
-            raise ValueError(f"the record's lengths tau must be finite and positive, got {self.taus}")
+        if not all(tau < math.inf and ctypes.c_float(tau).value > 0.0 for tau in self.taus):
+            raise ValueError(f"the record's lengths tau must be finite and positive in fp32, got {self.taus}")
         if self.frozen != frozen:
             then, now = ("some" if marked else "none" for marked in (self.frozen, frozen))
             raise ValueError(
                 f"the record was measured with other tensors frozen (then {then}, now {now}): requires_grad must be "
                 "what it was in that step"
             )
-        if not self.skipped and not all(map(math.isfinite, self.errors)):
-            raise ValueError(f"the record has a standard error that is not finite, {self.errors}")
+        if not self.skipped and not all(0.0 <= error < math.inf for error in self.errors):
+            raise ValueError(f"the record's squared standard errors must be finite and at least 0, got {self.errors}")
         if not self.skipped and not all(map(math.isfinite, self.losses)):
             raise ValueError(f"the record has a non-finite loss {self.losses} but is not marked as skipped")
 
