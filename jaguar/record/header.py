@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 
 FORMAT = 1
 MAGIC = b"\x89JAGUAR\n"
-LONGEST_ENTRY = 1 << 20
+LONGEST_ENTRY = 3 + 0xFFFF + 4  # kind and length, which is of 16 bits; payload; checksum
 _LENGTH, _CHECKSUM = struct.Struct("<I"), struct.Struct("<I")
-_LONGEST = 1 << 26  # names and shapes of some hundred thousand tensors
+_LONGEST = 1 << 24  # names and shapes of a hundred thousand tensors; as Python objects, 30 times as much
+_DEEPEST = 32
 # Keys whose values may differ between two headers of the same optimizer.
 INFORMATIVE = ("first", "initial_lr", "base", "run", "environment")
 
@@ -54,9 +55,9 @@ def unpacked(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     if len(checksum) < _CHECKSUM.size or _CHECKSUM.unpack(checksum)[0] != found:
         raise DamagedJournal(f"{str(path)!r} is damaged: its header is cut short or does not meet its checksum")
     try:
-        header = json.loads(encoded)
-    except (ValueError, RecursionError):
-        raise DamagedJournal(f"{str(path)!r} is damaged: its header is no JSON") from None
+        header = json.loads(encoded, parse_int=_integer, parse_constant=_not_finite)
+    except (ValueError, RecursionError) as error:
+        raise DamagedJournal(f"{str(path)!r} is damaged: its header is no JSON: {error}") from None
     check(path, header)
     return header, len(begin) + len(rest), found
 
@@ -65,26 +66,36 @@ def check(path: Path, header: Any) -> None:
     """Raises DamagedJournal unless a header is one of this format."""
     if not isinstance(header, dict):
         raise DamagedJournal(f"{str(path)!r} is damaged: its header is no JSON object")
-    if header.get("format") != FORMAT:
+    if not _is_count(header.get("format"), FORMAT, FORMAT):
         raise DamagedJournal(
             f"{str(path)!r} has format {header.get('format')!r}, and this version of jaguar reads {FORMAT}"
         )
     first, entry = header.get("first"), header.get("entry")
-    if not (_is_count(first, 0, (1 << 64) - 1) and _is_count(entry, 32, LONGEST_ENTRY)):
-        raise DamagedJournal(f"{str(path)!r} is damaged: its header has first={first!r} and entry={entry!r}")
+    # Of so many steps that none can be reached whose number has more than 64 bits.
+    if not (_is_count(first, 0, (1 << 63) - 1) and _is_count(entry, 32, LONGEST_ENTRY)):
+        raise DamagedJournal(
+            f"{str(path)!r} has a header with first={first!r} and entry={entry!r}: first is an int in [0, 2**63), "
+            f"entry one from 32 to {LONGEST_ENTRY}"
+        )
+    if _deep(header, _DEEPEST):
+        raise DamagedJournal(f"{str(path)!r} is damaged: its header is nested deeper than {_DEEPEST} levels")
 
 
 def compare(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raises ValueError, with what differs, unless two headers are of the same run."""
     before, now = dict(_flat(saved)), dict(_flat(own))
     other = [
-        f"{key} is {_said(before, key)} there, {_said(now, key)} here"
+        key
         for key in sorted({*before, *now})
-        if (key in before) != (key in now) or before[key] != now[key] or type(before[key]) is not type(now[key])
+        # 0 and 0.0 give the same bits; True is another option than 1.
+        if (key in before) != (key in now)
+        or before[key] != now[key]
+        or isinstance(before[key], bool) != isinstance(now[key], bool)
     ]
     if other:
+        said = [f"{k} is {_said(before, k)} there, {_said(now, k)} here" for k in other[:3]]
         more = f" (and {len(other) - 3} more)" if len(other) > 3 else ""
-        raise ValueError(f"{str(path)!r} is the journal of another run: {'; '.join(other[:3])}{more}")
+        raise ValueError(f"{str(path)!r} is the journal of another run: {'; '.join(said)}{more}")
 
 
 def _said(flat: Mapping[str, Any], key: str) -> str:
@@ -102,6 +113,23 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{name}[{number}]")
     else:
         yield name, [] if value == () else value
+
+
+def _integer(digits: str) -> int:
+    """A JSON integer; a longer one than any that is written would not fit a float."""
+    if len(digits) > 20:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _not_finite(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _deep(value: Any, levels: int) -> bool:
+    """Tells whether values are nested deeper than so many levels."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return not levels or any(_deep(item, levels - 1) for item in inner)
 
 
 def _exactly(file: BinaryIO, n: int) -> bytes:
