@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,17 @@ def write(file: BinaryIO, data: bytes) -> None:
         left = left[file.write(left) :]
 
 
+def opened(path: Path, mode: str) -> BinaryIO:
+    """A file that is there, unbuffered.
+
+    Raises:
+        ValueError: it is no regular file; opening a pipe would wait for somebody at its other end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{str(path)!r} is no file, but a folder, a pipe or a device: give the path of a file")
+    return open(path, mode, buffering=0)  # type: ignore[return-value]
+
+
 def placed(path: Path, parts: Iterable[bytes]) -> BinaryIO:
     """A new file that gets its name when all of it is on the disk: a killed process leaves no half of one.
 
@@ -39,12 +51,13 @@ def placed(path: Path, parts: Iterable[bytes]) -> BinaryIO:
         file.close()
         raise
     try:
+        # Before anything is written: another process may have given this very file its name, and closed it.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         file.truncate()
         for part in parts:
             write(file, part)
         os.fsync(file.fileno())
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         os.rename(made, path)
         _sync_folder(path)
     except BaseException:
