@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
@@ -36,33 +37,49 @@ def optimizer_of(model: nn.Module, journal: Journal, backend: str = "auto") -> Z
     header, path = journal.header, str(journal.path)
     named = {canonical_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     try:
-        entries = header["parameters"]
+        entries, groups = header["parameters"], [dict(values) for values in header["groups"]]
         lacking = [entry["name"] for entry in entries if entry["name"] not in named]
         if lacking:
             raise ValueError(
                 f"{path!r} trains {lacking[0]!r}{' and others' * (len(lacking) > 1)}, which the model does not have: "
                 "give the same base model, with the same adapter"
             )
+        members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in groups]
         for entry in entries:
             named[entry["name"]].requires_grad_()
-        groups = [
-            dict(values) | {"lr": 1.0, "params": [(e["name"], named[e["name"]]) for e in entries if e["group"] == i]}
-            for i, values in enumerate(header["groups"])
-        ]
-        method, seed, kind = rebuilt(header["method"], _OWN_KINDS), header["seed"], header["optimizer"]
+            members[entry["group"]].append((entry["name"], named[entry["name"]]))
+        # With lr = 1 a rate that is kept as its ratio to lr stays what it was.
+        groups = [values | {"lr": 1.0, "params": own} for values, own in zip(groups, members, strict=True)]
+        method, kind = rebuilt(header["method"], _OWN_KINDS), str(header["optimizer"])
         rates = [float(lr) for lr in header["initial_lr"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedJournal(f"{path!r} lacks what a replay needs: {type(error).__name__}: {error}") from None
-    if not isinstance(method, Method) or kind not in _NAMES:
-        raise ValueError(
-            f"{path!r} was written by {kind!r}, which is no class of jaguar: make it, and replay(optimizer, journal)"
+        if not isinstance(method, Method) or kind not in _NAMES:
+            raise ValueError(
+                f"{path!r} was written by {kind!r}, which is no class of jaguar: make it, and "
+                "replay(optimizer, journal)"
+            )
+        if len(rates) != len(groups):
+            raise ValueError(f"{path!r} has {len(groups)} parameter groups, and {len(rates)} learning rates")
+        optimizer: ZerothOrder = getattr(optimizers, kind).of(
+            groups, method, seed=header["seed"], backend=backend, lr=1.0
         )
-    cls = getattr(optimizers, kind)
-    # With lr = 1 a rate that is kept as its ratio to lr stays what it was.
-    optimizer: ZerothOrder = cls.of(groups, method, seed=seed, backend=backend, lr=1.0)
+    # Values of wrong kinds, which no journal of jaguar has, fail somewhere.
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise DamagedJournal(f"{path!r} does not say what a replay needs: {type(error).__name__}: {error}") from error
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
     return optimizer
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Sets requires_grad of all parameters back where something fails."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for p, required in before:
+            p.requires_grad_(required)
+        raise
 
 
 def replay(
@@ -95,8 +112,14 @@ def replay(
     Equivalent to: `for record in journal: optimizer.apply_(record)`.
     """
     opened = journal if isinstance(journal, Journal) else Journal.read(journal)
-    try:
-        optimizer = model if isinstance(model, ZerothOrder) else optimizer_of(model, opened, backend)
+    with ExitStack() as stack:
+        if opened is not journal:
+            stack.enter_context(opened)
+        if isinstance(model, ZerothOrder):
+            optimizer = model
+        else:
+            stack.enter_context(_flags_kept(model))
+            optimizer = optimizer_of(model, opened, backend)
         check_same(optimizer, opened)
         if isinstance(model, nn.Module):
             check_frozen(optimizer, model, opened)
@@ -111,15 +134,17 @@ def replay(
         marked = {mark.step for mark in opened.marks}
         records = opened.since(first)
         while optimizer.steps_done < last:
-            optimizer.apply_(next(records))
+            try:
+                optimizer.apply_(next(records))
+            except ArithmeticError as error:  # of numbers that no run measured
+                raise DamagedJournal(
+                    f"{str(opened.path)!r} is damaged: the record of step {optimizer.steps_done}: {error}"
+                ) from error
             if optimizer.steps_done in marked:
                 check_weights(optimizer, opened)
             if progress is not None:
                 progress(optimizer.steps_done)
         return optimizer
-    finally:
-        if opened is not journal:
-            opened.close()
 
 
 def check_same(optimizer: ZerothOrder, journal: Journal) -> None:
@@ -140,10 +165,7 @@ def check_frozen(optimizer: ZerothOrder, model: nn.Module, journal: Journal) -> 
 def check_weights(optimizer: ZerothOrder, journal: Journal) -> None:
     """Raises ValueError where the weights are not those that a journal notes of this step; without a note it passes."""
     step = optimizer.steps_done
-    noted = [mark.fingerprint for mark in journal.marks if mark.step == step]
-    if not noted and step == journal.first:
-        noted = [journal.header.get("base", {}).get("fingerprint")]
-    wanted = noted[-1] if noted else None
+    wanted = journal.noted(step)
     if wanted is None or (found := fingerprint_of(optimizer)) is None or found == wanted:
         return
     when = "when it began" if step == journal.first else f"after {step} steps"

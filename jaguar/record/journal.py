@@ -20,11 +20,12 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from jaguar.record import header as headers
-from jaguar.record.files import lock, placed, write
+from jaguar.record.files import lock, opened, placed, write
 from jaguar.record.header import DamagedJournal
 from jaguar.record.record import Record
 
-_ENTRY, _MARK, _CHECKSUM = struct.Struct("<BH"), struct.Struct("<QB16s"), struct.Struct("<I")
+_DIGEST = 16  # bytes of a fingerprint
+_ENTRY, _MARK, _CHECKSUM = struct.Struct("<BH"), struct.Struct(f"<QB{_DIGEST}s"), struct.Struct("<I")
 _RECORD, _MARKED, _CHOSEN = 1, 2, 1
 
 
@@ -126,7 +127,7 @@ class Journal:
             sync_every: as in `create`.
         """
         _check_sync(sync_every)
-        file = open(path, "r+b", buffering=0)  # noqa: SIM115
+        file = opened(Path(path), "r+b")
         try:
             lock(file, Path(path))
             journal = cls._scanned(Path(path), file, sync_every)
@@ -150,23 +151,37 @@ class Journal:
         Raises:
             ValueError: the file is of another optimizer, or of other steps.
         """
+        header = optimizer.header()
         if Path(path).exists():
-            journal = cls.resume(path, optimizer.header(), sync_every=sync_every)
-            if journal.next_step != optimizer.steps_done:
+            journal = cls.resume(path, header, sync_every=sync_every)
+            try:
+                journal._check_goes_on(optimizer.steps_done, header["base"]["fingerprint"])
+            except BaseException:
                 journal.close()
-                raise ValueError(
-                    f"the optimizer has finished {optimizer.steps_done} steps, and {str(path)!r} ends with "
-                    f"{journal.next_step}: jaguar.replay(optimizer, path) first, or choose another file"
-                )
+                raise
         else:
-            journal = cls.create(path, optimizer.header(), sync_every=sync_every)
+            journal = cls.create(path, header, sync_every=sync_every)
         journal._following = optimizer.register_record_hook(lambda _, record: journal.append(record))
         return journal
+
+    def _check_goes_on(self, step: int, fingerprint: str | None) -> None:
+        """Raises ValueError unless a run after so many steps, with these weights, is the one that ends here."""
+        if self.next_step != step:
+            raise ValueError(
+                f"the optimizer has finished {step} steps, and {str(self.path)!r} ends with {self.next_step}: "
+                "jaguar.replay(optimizer, path) first, or choose another file"
+            )
+        wanted = self.noted(step)
+        if None not in (wanted, fingerprint) and wanted != fingerprint:
+            raise ValueError(
+                f"the optimizer's tensors are not those that the run of {str(self.path)!r} had after {step} steps: "
+                f"fingerprint {fingerprint}, not {wanted}; load that run's weights, or choose another file"
+            )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Journal:
         """Opens a journal to look at it, also while a run writes to it."""
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
+        file = opened(Path(path), "rb")
         try:
             return cls._scanned(Path(path), file, None)
         except BaseException:
@@ -216,6 +231,14 @@ class Journal:
     def ended(self) -> bool:
         """True if the run came to its end, and no later run went on."""
         return self._ended
+
+    def noted(self, step: int) -> Any:
+        """The fingerprint of the trained tensors after so many steps; None: the run noted none."""
+        for mark in reversed(self.marks):
+            if mark.step == step:
+                return mark.fingerprint
+        base = self.header.get("base")
+        return base.get("fingerprint") if step == self.first and isinstance(base, Mapping) else None
 
     def __iter__(self) -> Iterator[Record]:
         return self.since(self.first)
@@ -276,6 +299,8 @@ class Journal:
         """
         if kind == _MARKED and len(payload) == _MARK.size:
             step, flags, digest = _MARK.unpack(payload)
+            if not self.first <= step <= self.next_step:
+                raise DamagedJournal(f"{str(self.path)!r} is damaged: a mark after {step} steps. {self._whole()}")
             self.marks.append(Mark(step, digest.hex(), bool(flags & _CHOSEN)))
             self._marked.append(self._n_entries)
             self._ended = self.marks[-1].chosen
@@ -306,7 +331,8 @@ class Journal:
 
         Raises:
             ValueError: it is not of the step that is due, or too long, or the journal is open for reading.
-            OSError: it could not be written; the file ends with the entry before.
+            OSError: it could not be written, and the file ends with the entry before; or it could not be forced onto
+                the disk.
         """
         if record.step != self.next_step:
             raise ValueError(f"the record is of step {record.step}, and step {self.next_step} is due")
@@ -319,12 +345,15 @@ class Journal:
         """Notes a fingerprint, and forces everything onto the disk.
 
         Raises:
-            ValueError: the journal has no such step, or is open for reading.
+            ValueError: the journal has no such step, the fingerprint is none, or the journal is open for reading.
             OSError: it could not be written.
         """
         if not self.first <= mark.step <= self.next_step:
             raise ValueError(f"a mark after {mark.step} steps: {self._whole()}")
-        self._append(_MARKED, _MARK.pack(mark.step, _CHOSEN * mark.chosen, bytes.fromhex(mark.fingerprint)))
+        digest = bytes.fromhex(mark.fingerprint)
+        if len(digest) != _DIGEST:
+            raise ValueError(f"fingerprint={mark.fingerprint!r}: give {2 * _DIGEST} hexadecimal digits")
+        self._append(_MARKED, _MARK.pack(mark.step, _CHOSEN * mark.chosen, digest))
         self.sync()
 
     def _append(self, kind: int, payload: bytes) -> None:
