@@ -210,6 +210,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "deeper than Python": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "no JSON"),
     "deeper than any header": (HEADER | {"a": json.loads("[" * 500 + "]" * 500)}, "deeper than"),
     "huge int": (b'{"format":1,"first":0,"entry":64,"a":' + b"9" * 100_000 + b"}", "100000 digits"),
+    "longer than 64 bits": (HEADER | {"seed": 10**40}, "an integer of 41 digits"),
     "NaN": (b'{"format":1,"first":0,"entry":64,"a":NaN}', "NaN is no number"),
     "infinity": (b'{"format":1,"first":0,"entry":64,"a":-Infinity}', "-Infinity is no number"),
 }
@@ -310,7 +311,7 @@ def test_what_is_no_file(open_: Callable[[Path], Journal], path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_(path)
     os.mkfifo(path)
-    for other in (path, path.parent, Path("/dev/null"), Path("/dev/zero")):
+    for other in (path.parent, Path("/dev/null"), Path("/dev/zero"), path):
         with pytest.raises(ValueError, match="no file, but a folder, a pipe or a device"):
             open_(other)
 

@@ -256,6 +256,13 @@ def test_no_file_is_begun_with_a_header_that_cannot_be_read(path: Path, change: 
     assert not path.exists()
 
 
+def test_true_is_another_value_than_1(path: Path) -> None:
+    Journal.create(path, HEADER | {"a": 1}).close()
+    Journal.resume(path, HEADER | {"a": 1.0}).close()
+    with pytest.raises(ValueError, match="a is 1 there, True here"):
+        Journal.resume(path, HEADER | {"a": True})
+
+
 def test_a_header_with_other_values_is_refused_and_the_file_stays(path: Path) -> None:
     torn = journals.file()[:-7]
     path.write_bytes(torn)
