@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
@@ -188,8 +188,6 @@ def mark_of(optimizer: ZerothOrder, chosen: bool = False, back: int = 0) -> Mark
 
 def _elsewhere(optimizer: ZerothOrder, journal: Journal) -> str:
     """The differences between where a journal was written and here, which may be the reason for other bits."""
-    then, now = journal.header.get("environment"), environment(optimizer)
-    if not isinstance(then, Mapping):
-        return ""
-    other = [f"{key} {then.get(key)}, here {now[key]}" for key in now if then.get(key) != now[key]]
+    then, now = journal.header.get("environment", {}), environment(optimizer)
+    other = [f"{key} {then[key]}, here {now[key]}" for key in now if then.get(key, now[key]) != now[key]]
     return f"; it ran with {'; '.join(other)}" if other else ""

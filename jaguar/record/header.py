@@ -77,6 +77,9 @@ def check(path: Path, header: Any) -> None:
             f"{str(path)!r} has a header with first={first!r} and entry={entry!r}: first is an int in [0, 2**63), "
             f"entry one from 32 to {LONGEST_ENTRY}"
         )
+    for key in ("base", "run", "environment"):
+        if not isinstance(header.get(key, {}), dict):
+            raise DamagedJournal(f"{str(path)!r} is damaged: {key!r} of its header is no JSON object")
     if _deep(header, _DEEPEST):
         raise DamagedJournal(f"{str(path)!r} is damaged: its header is nested deeper than {_DEEPEST} levels")
 

@@ -237,8 +237,7 @@ class Journal:
         for mark in reversed(self.marks):
             if mark.step == step:
                 return mark.fingerprint
-        base = self.header.get("base")
-        return base.get("fingerprint") if step == self.first and isinstance(base, Mapping) else None
+        return self.header.get("base", {}).get("fingerprint") if step == self.first else None
 
     def __iter__(self) -> Iterator[Record]:
         return self.since(self.first)

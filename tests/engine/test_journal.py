@@ -217,11 +217,14 @@ WRONG: dict[str, tuple[Any, str]] = {
 for key, values, said in (
     ("format", [None, 0, 2, True, 1.0, "1", [1], {}], "has format"),
     ("first", [None, -1, True, 0.0, "0", [0], {}, 2**63, 2**64, 1e300], "first="),
+    ("base", [None, [], "x", 3], "'base' of its header"),
+    ("environment", [None, [], "x", 3], "'environment' of its header"),
     ("entry", [None, 0, 31, -80, True, 80.0, "80", LONGEST_ENTRY + 1, 2**31, 2**40, 2**64], "entry="),
 ):
     for value in values:
         WRONG[f"{key} {value!r}"] = (HEADER | {key: value}, said)
-    WRONG[f"no {key}"] = ({k: v for k, v in HEADER.items() if k != key}, said)
+    if key in ("format", "first", "entry"):
+        WRONG[f"no {key}"] = ({k: v for k, v in HEADER.items() if k != key}, said)
 
 
 @pytest.mark.parametrize("case", WRONG)
