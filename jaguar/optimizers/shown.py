@@ -30,11 +30,12 @@ def shown(
         backend: what was asked for.
         now: where it stands.
     """
-    count = sum(slot.count for slot in slots)
+    count, total = (sum(getattr(slot, what) for slot in slots) for what in ("count", "total"))
+    here = f"{count:,}" if count == total else f"{count:,} of {total:,}, the part that is here,"
     frozen = f", {n_frozen} frozen tensors left out" if n_frozen else ""
     later = sum(not slot.parameter.requires_grad for slot in slots)
     frozen += f", {later} of them frozen now" if later else ""
-    lines = [f"parameters: {len(slots)} tensors, {count:,} elements{frozen}"]
+    lines = [f"parameters: {len(slots)} tensors, {here} elements{frozen}"]
     lines += _method(optimizer, method, slots)
     lines += _matrices(optimizer, method, slots, backend)
     launches = "auto" if backend == "cuda" else backend

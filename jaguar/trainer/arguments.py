@@ -162,7 +162,10 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
                 "it out"
             )
         if self.fsdp:
-            raise ValueError("fsdp is not supported by ZOTrainer: a sharded model would be scored with stale weights")
+            raise ValueError(
+                "fsdp is not supported by ZOTrainer, whose processes have whole models. The optimizers take models of "
+                "FSDP2: fully_shard(model), and optimizer.step(closure) in a loop of your own (docs/processes.md)"
+            )
         if self.parallelism_config is not None:
             raise ValueError(
                 "parallelism_config is not supported by ZOTrainer: it shards the model or its rows; for several "

@@ -17,11 +17,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return processes.run(fully_sharded.cases, 2, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize(
-    "config", [*fully_sharded.SHARDED, "padding row", "mesh (1, 2)", "mesh (2, 1)", "one row", "by hand"]
-)
+MESHES = [f"mesh {shape}{more}" for shape in ((1, 2), (2, 1)) for more in ("", ", directions")]
+
+
+@pytest.mark.parametrize("config", [*fully_sharded.SHARDED, *MESHES, "padding row", "one row", "by hand"])
 def test_parts_take_the_steps_of_the_whole(two: list[dict[str, Any]], config: str) -> None:
-    """Records, parameters and lost shares; meshes have copies and parts; "by hand" has uneven columns."""
+    """Records, parameters and lost shares; meshes have copies, which may share directions, and parts.
+
+    "By hand" has uneven columns.
+    """
     assert [found[config] for found in two] == [[], []]
 
 
@@ -45,6 +49,12 @@ def test_state_of_the_part_here_is_saved_and_loaded(two: list[dict[str, Any]], c
         same, said = found[f"continued {config}"]
         assert same
         assert f"saved with parts='(S(0)) at ({1 - rank},) of (2,) processes', this optimizer has" in said
+
+
+@pytest.mark.parametrize("config", ["fraction", "muon", "dizo"])
+def test_a_journal_of_parts_leads_to_the_same_weights(two: list[dict[str, Any]], config: str) -> None:
+    """In a whole model, and in parts."""
+    assert all(found[f"replayed {config}"] for found in two)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.laws import CONFIGS, built
 from helpers.tensors import bits
-from jaguar import ZOSGD, ForwardGrad, JaguarMuon, JaguarSignSGD, ZerothOrder
+from jaguar import ZOSGD, ForwardGrad, JaguarMuon, JaguarSignSGD, Journal, ZerothOrder
 from jaguar.method import params
 from jaguar.optimizers import fully_sharded
+from jaguar.optimizers.replay import replay
 
 ROWS = torch.arange(10).view(2, 5)
 # Of those rows that move one tensor while its module runs, or are dual numbers in it, and are refused.
@@ -83,10 +86,19 @@ def full(net: nn.Module) -> dict[str, bytes]:
     return {name: bits(p.full_tensor() if isinstance(p, DTensor) else p) for name, p in named}
 
 
-def differences(config: str, dtype: torch.dtype, steps: int = 3, padding: bool = False, **how: Any) -> list[Any]:
+def differences(
+    config: str,
+    dtype: torch.dtype,
+    steps: int = 3,
+    padding: bool = False,
+    group: Any = None,
+    n_directions: int | None = None,
+    **how: Any,
+) -> list[Any]:
     """Where the run of the shards is not that of the whole, record by record and parameter by parameter."""
     whole, parts = Net(dtype, padding), sharded(Net(dtype, padding), **how)
-    one, other = made(config, whole), made(config, parts)
+    more = {} if n_directions is None else {"n_directions": n_directions}
+    one, other = made(config, whole, **more), made(config, parts, direction_group=group, **more)
     start = full(whole)
     for _ in range(steps):
         one.step(lambda: whole(ROWS))
@@ -196,6 +208,19 @@ def continued(config: str) -> tuple[bool, str]:
     )
 
 
+def replayed(config: str) -> bool:
+    """Whether the journal of the shards leads to the same weights, in a whole model and in other shards."""
+    nets = [sharded(Net(torch.bfloat16, False)), Net(torch.bfloat16, False), sharded(Net(torch.bfloat16, False))]
+    optimizers = [made(config, net) for net in nets]
+    path = Path(tempfile.mkdtemp(), "journal.jaguar")
+    with Journal.follow(optimizers[0], path):
+        for _ in range(3):
+            optimizers[0].step(lambda: nets[0](ROWS))
+    for optimizer in optimizers[1:]:
+        replay(optimizer, path)
+    return full(nets[0]) == full(nets[1]) == full(nets[2])
+
+
 def said(function: Callable[[], Any]) -> str:
     """What the error of a call says."""
     try:
@@ -279,6 +304,8 @@ def cases(rank: int) -> dict[str, Any]:
     for shape in ((1, 2), (2, 1)):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts"))
         found[f"mesh {shape}"] = differences("muon", torch.float32, mesh=mesh)
+        shared = {"mesh": mesh, "group": mesh.get_group("copies"), "n_directions": 3}
+        found[f"mesh {shape}, directions"] = differences("fraction", torch.float32, **shared)
     found["one row"] = alone()
     found["by hand"] = by_hand(torch.bfloat16)
     found["start ignored"] = mutated()
@@ -286,6 +313,7 @@ def cases(rank: int) -> dict[str, Any]:
         found[f"stale {reshard} guarded"] = stale(reshard, True)
         found[f"stale {reshard} unguarded"] = stale(reshard, False)
     found |= {f"continued {config}": continued(config) for config in ("all", "muon", "dizo")}
+    found |= {f"replayed {config}": replayed(config) for config in ("fraction", "muon", "dizo")}
     found["refused"] = refused()
     for config in ("fraction", "adamm", "muon", "zo-muon"):
         found[f"sent {config}"] = sent_in_a_step(config, torch.float32)
@@ -296,9 +324,13 @@ def every_case(rank: int) -> dict[str, Any]:
     """Every method in every dtype, cut either way, on a mesh of copies and parts where there are four processes."""
     warnings.filterwarnings("ignore", "tau is too small")
     meshes: dict[str, Any] = {"one dimension": None}
+    found: dict[str, Any] = {}
     if dist.get_world_size() == 4:
-        meshes["two dimensions"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
-    return {
+        mesh = meshes["two dimensions"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+        for config in ("fraction", "gaussian-copy", "muon"):
+            shared = {"mesh": mesh, "group": mesh.get_group("copies"), "n_directions": 3}
+            found[f"{config} directions"] = differences(config, torch.float32, **shared)
+    return found | {
         f"{config} {dtype} {name} {by_column}": differences(config, dtype, mesh=mesh, by_column=by_column, reshard=True)
         for config in SHARDED
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
