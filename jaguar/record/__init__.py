@@ -2,6 +2,6 @@
 
 from jaguar.record.header import DamagedJournal as DamagedJournal
 from jaguar.record.journal import Journal as Journal
-from jaguar.record.journal import Mark as Mark
+from jaguar.record.mark import Mark as Mark
 from jaguar.record.record import Record as Record
 from jaguar.record.record import mean as mean

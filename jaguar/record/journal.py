@@ -2,7 +2,7 @@
 
     file    = magic (8 bytes), length of the header (u32), header (JSON), CRC-32, entries
     entry   = kind (u8), length (u16), payload, zeros, CRC-32 over the file's header and the entry; all equally long
-    payload = a packed `Record`, or a mark: number of finished steps (u64), flags (u8), fingerprint (16 bytes)
+    payload = a packed `Record` or `Mark`
 
 Little-endian. Reading needs no torch, executes nothing, and holds one entry in memory at a time.
 """
@@ -14,39 +14,25 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from jaguar.record import header as headers
 from jaguar.record.files import lock, opened, placed, write
 from jaguar.record.header import DamagedJournal
+from jaguar.record.mark import Mark
 from jaguar.record.record import Record
 
-_DIGEST = 16  # bytes of a fingerprint
-_ENTRY, _MARK, _CHECKSUM = struct.Struct("<BH"), struct.Struct(f"<QB{_DIGEST}s"), struct.Struct("<I")
-_RECORD, _MARKED, _CHOSEN = 1, 2, 1
+Packed = TypeVar("Packed", Record, Mark)
 
-
-@dataclass(frozen=True)
-class Mark:
-    """The fingerprint of the trained tensors after some step, which a replay must meet.
-
-    Attributes:
-        step: number of finished steps.
-        fingerprint: 32 hexadecimal digits, by `jaguar.optimizers.fingerprint`.
-        chosen: the run ended, and its model is the one of this step.
-    """
-
-    step: int
-    fingerprint: str
-    chosen: bool = False
+_ENTRY, _CHECKSUM = struct.Struct("<BH"), struct.Struct("<I")
+_RECORD, _MARK = 1, 2  # kinds of entries
 
 
 def entry_size(record_size: int) -> int:
     """Bytes of an entry that has room for records of so many bytes, and for marks."""
-    return _ENTRY.size + max(record_size, _MARK.size) + _CHECKSUM.size
+    return _ENTRY.size + max(record_size, Mark.SIZE) + _CHECKSUM.size
 
 
 class Journal:
@@ -272,11 +258,11 @@ class Journal:
         found = self._checked(number)
         if found is None:  # somebody wrote into the file since it was opened
             raise DamagedJournal(f"{str(self.path)!r} is damaged: entry {number} does not meet its checksum")
-        return self._unpacked(found[1])
+        return self._unpacked(Record, found[1])
 
-    def _unpacked(self, payload: bytes) -> Record:
+    def _unpacked(self, of: type[Packed], payload: bytes) -> Packed:
         try:
-            return Record.unpack(payload)
+            return of.unpack(payload)
         except ValueError as error:
             raise DamagedJournal(f"{str(self.path)!r} is damaged: {error}") from None
 
@@ -296,15 +282,15 @@ class Journal:
         Raises:
             DamagedJournal: it is not what can follow.
         """
-        if kind == _MARKED and len(payload) == _MARK.size:
-            step, flags, digest = _MARK.unpack(payload)
-            if not self.first <= step <= self.next_step:
-                raise DamagedJournal(f"{str(self.path)!r} is damaged: a mark after {step} steps. {self._whole()}")
-            self.marks.append(Mark(step, digest.hex(), bool(flags & _CHOSEN)))
+        if kind == _MARK:
+            mark = self._unpacked(Mark, payload)
+            if not self.first <= mark.step <= self.next_step:
+                raise DamagedJournal(f"{str(self.path)!r} is damaged: a mark after {mark.step} steps. {self._whole()}")
+            self.marks.append(mark)
             self._marked.append(self._n_entries)
-            self._ended = self.marks[-1].chosen
+            self._ended = mark.chosen
         elif kind == _RECORD:
-            if (found := self._unpacked(payload).step) != self.next_step:
+            if (found := self._unpacked(Record, payload).step) != self.next_step:
                 raise DamagedJournal(
                     f"{str(self.path)!r} is damaged: a record of step {found} stands where step {self.next_step} is due"
                 )
@@ -349,10 +335,7 @@ class Journal:
         """
         if not self.first <= mark.step <= self.next_step:
             raise ValueError(f"a mark after {mark.step} steps: {self._whole()}")
-        digest = bytes.fromhex(mark.fingerprint)
-        if len(digest) != _DIGEST:
-            raise ValueError(f"fingerprint={mark.fingerprint!r}: give {2 * _DIGEST} hexadecimal digits")
-        self._append(_MARKED, _MARK.pack(mark.step, _CHOSEN * mark.chosen, digest))
+        self._append(_MARK, mark.pack())
         self.sync()
 
     def _append(self, kind: int, payload: bytes) -> None:

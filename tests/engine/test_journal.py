@@ -255,7 +255,7 @@ def test_wrong_entries_with_right_checksums(path: Path) -> None:
         "no length": (journals.entry(head, 1, record, length=0), "bytes"),
         "damaged record": (journals.entry(head, 1, record[:-1] + b"?"), "checksum"),
         "many losses": (journals.entry(head, 1, struct.pack("<QBHH", 0, 7, 2**16 - 1, 2**16 - 1) + record), "bytes"),
-        "short mark": (journals.entry(head, 2, mark[:-1]), "kind 2"),
+        "short mark": (journals.entry(head, 2, mark[:-1]), "a mark has 25 bytes, got 24"),
         "mark before": (journals.entry(head, 2, struct.pack("<QB16s", FIRST - 1, 0, b"")), "a mark after 4 steps"),
         "mark behind": (journals.entry(head, 2, struct.pack("<QB16s", FIRST + 1, 1, b"")), "a mark after 6 steps"),
         "late": (journals.entry(head, 1, Record(2**64 - 1, (), ()).pack()), "step 18446744073709551615 stands"),
