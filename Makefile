@@ -1,10 +1,10 @@
-# make demo | compare | test | test-full | check | bench | learning | ablation | theorems | aot | ptxas | gpu | gpu-learning
+# make demo | compare | test | test-full | fuzz | check | bench | learning | ablation | theorems | aot | ptxas | gpu | gpu-learning
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: help demo compare test test-full check bench learning ablation theorems aot ptxas gpu gpu-learning clean
+.PHONY: help demo compare test test-full fuzz check bench learning ablation theorems aot ptxas gpu gpu-learning clean
 
 help:
 	@echo "make demo [SEED=n]     fine-tune a real language model on real text, from nothing; under five minutes on 2 cores"
@@ -12,6 +12,7 @@ help:
 	@echo "make compare [SEED=n]  the same, and ZO-SGD with as many forward passes"
 	@echo "make test              the default test suite, without a GPU and without a network"
 	@echo "make test-full         all tests that need no GPU"
+	@echo "make fuzz              random damage to journals for ten minutes, other damage each time; SECONDS=n"
 	@echo "make check             ruff, mypy on jaguar/, import layering"
 	@echo "make bench             one optimizer step on the CPU against MeZO's loop"
 	@echo "make learning          every method with as many forward passes, settings searched: a small model, then SmolLM2 (3 hours; goes on)"
@@ -57,6 +58,11 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+SECONDS ?= 600
+
+fuzz: $(VENV)/.dev
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/engine/test_journal_fuzz.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
