@@ -115,7 +115,7 @@ def test_replay_refuses_what_does_not_fit(place: Path, tmp_path: Path, capsys: p
 
     other = shutil.copytree(place / "lm", tmp_path / "other")
     weights = load_file(other / WEIGHTS)
-    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, other / WEIGHTS, {"format": "pt"})
+    save_file({key: value + 1 for key, value in weights.items()}, other / WEIGHTS, {"format": "pt"})
     assert "the trained tensors are not those that the run" in refused("--base", str(tmp_path / "other"))
     assert "there is no way to 9" in refused("--steps", "9")
     assert "dtype is 'float32' there, 'bfloat16' here" in refused("--dtype", "bfloat16")

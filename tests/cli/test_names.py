@@ -309,7 +309,7 @@ def test_going_on_compares_them() -> None:
     for given in ({"n_directions": 3}, {"maximize": True}, {"momentum": 0.25}, {"restore": "walk"}):
         options = {"n_directions": 2, "momentum": 0.5} | given
         with (
-            pytest.raises(ValueError, match=f"made with {next(iter(given))} = "),
+            pytest.raises(ValueError, match=f"was started with {next(iter(given))} = "),
             warnings.catch_warnings(action="ignore"),
         ):
             compare(settings, optimizer_settings(made(arguments(optim_zo="zo-sgd", zo_options=options))))

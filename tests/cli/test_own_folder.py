@@ -25,7 +25,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": Tru
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != "runs")
+    return sorted(path.name for path in folder.iterdir() if path.name != "runs" and path.suffix != ".jaguar")
 
 
 def test_a_run_into_another_folder_leaves_the_one_it_goes_on_from(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_run_that_was_not_asked_to_go_on_is_not_begun_over_a_checkpoint(
     out = tmp_path / "out"
     shutil.copytree(place / "whole" / "checkpoint-4", out / "checkpoint-4")
     said = refused(capsys, *words(place, out))
-    assert f"go on with --resume_from_checkpoint {out / 'checkpoint-4'}" in said and names(out) == ["checkpoint-4"]
+    assert f"go on with --resume_from_checkpoint {out}, " in said and names(out) == ["checkpoint-4"]
     assert cli.main(words(place, out, "--overwrite_output_dir")) == 0
 
 

@@ -157,7 +157,7 @@ def test_another_model_is_one_line(place, tmp_path, capsys):
     line = words(place, tmp_path / "again")
     line[line.index(str(place / "lm"))] = str(place / "neox")
     error = refused(capsys, *line, *resume(place))
-    assert "the checkpoint was made with" in error
+    assert "the run was started with" in error
 
 
 def test_save_only_model_is_one_line(place, tmp_path, capsys):
