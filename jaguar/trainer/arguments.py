@@ -21,6 +21,12 @@ _NO_BACKWARD = "there is no backward pass whose memory it could save"
 _NO_DDP = "the model is not wrapped in DistributedDataParallel"
 _NAMED = "the optimizer is the one that optim_zo names, or one that is handed over with optimizers="
 
+# Why a sharded model is refused, and what takes it.
+WHOLE_MODELS = (
+    "every process of a ZOTrainer has a whole model. The optimizers take models of FSDP2: fully_shard(model), and "
+    "optimizer.step(closure) in a loop of your own (docs/processes.md)"
+)
+
 # Fields of transformers.TrainingArguments that the baseline with backward passes does not use either -> why.
 _WITHOUT_EFFECT_ANYWHERE = {
     "optim": _NAMED,
@@ -162,10 +168,7 @@ class ZOTrainingArguments(OptimizerOptions, TrainingArguments):  # type: ignore[
                 "it out"
             )
         if self.fsdp:
-            raise ValueError(
-                "fsdp is not supported by ZOTrainer, whose processes have whole models. The optimizers take models of "
-                "FSDP2: fully_shard(model), and optimizer.step(closure) in a loop of your own (docs/processes.md)"
-            )
+            raise ValueError(f"fsdp is not supported: {WHOLE_MODELS}")
         if self.parallelism_config is not None:
             raise ValueError(
                 "parallelism_config is not supported by ZOTrainer: it shards the model or its rows; for several "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.fingerprint import fingerprint
-from jaguar.trainer.arguments import ZOTrainingArguments
+from jaguar.trainer.arguments import WHOLE_MODELS, ZOTrainingArguments
 from jaguar.trainer.journaling import JournaledTrainer
 
 
@@ -79,10 +79,9 @@ def begin_alike(optimizer: ZerothOrder, args: ZOTrainingArguments) -> None:
         ValueError: the optimizer shares directions and the trainer rows, or the reverse; or the model is sharded.
     """
     if sharded := [slot.name for slot in optimizer.slots if slot.spread is not None]:
-        raise ValueError(
-            f"{sharded[0]} is sharded, and every process of a ZOTrainer has a whole model: train it with "
-            "optimizer.step(closure) in a loop of your own"
-        )
+        raise ValueError(f"{sharded[0]} is sharded: {WHOLE_MODELS}")
+    if args.world_size == 1:
+        return
     if args.direction_parallel != (optimizer.direction_group is not None):
         raise ValueError(
             "the optimizer that was handed over has no direction_group, and direction_parallel needs one: give it "

@@ -29,7 +29,7 @@ from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.optimizers.matrices import param_groups
 from jaguar.record import Record
 from jaguar.scoring import Scorer
-from jaguar.trainer.arguments import ZOTrainingArguments
+from jaguar.trainer.arguments import WHOLE_MODELS, ZOTrainingArguments
 from jaguar.trainer.attempts import Attempt
 from jaguar.trainer.logs import figures
 from jaguar.trainer.micro_batches import Grain, MicroBatches, each, mean
@@ -194,9 +194,10 @@ class ZOTrainer(ReplicatedTrainer):
         super().create_accelerator_and_postprocess()
         if not self._zeroth_order:
             return
-        for name in ("deepspeed", "fsdp"):
-            if getattr(self, f"is_{name}_enabled"):
-                raise ValueError(f"the launcher's configuration enables {name}, which forward-only training cannot use")
+        if self.is_deepspeed_enabled:
+            raise ValueError("the launcher's configuration enables deepspeed, which forward-only training cannot use")
+        if self.is_fsdp_enabled:
+            raise ValueError(f"the launcher's configuration enables fsdp: {WHOLE_MODELS}")
         if self.accelerator.scaler is not None:
             raise ValueError(
                 "the launcher's configuration has fp16 mixed precision, whose scaler needs gradients; use bf16"
@@ -215,7 +216,7 @@ class ZOTrainer(ReplicatedTrainer):
                 "the model is measured in evaluation mode, where they are constants",
                 stacklevel=2,
             )
-        if self._zeroth_order and self.args.world_size > 1:
+        if self._zeroth_order:
             begin_alike(self.zeroth_order, self.args)
         return prepared
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers.trainer_callback import TrainerCallback
 
 from helpers.fully_sharded import said
@@ -72,9 +73,9 @@ class Damage(TrainerCallback):
             weight[0, 0] += 1
 
 
-def handed(**more: Any) -> Any:
+def handed(shard: bool = False, **more: Any) -> Any:
     """An optimizer that was made before its trainer, and its model."""
-    model = Line()
+    model: Any = fully_shard(Line()) if shard else Line()
     optimizer: Any = ZOSGD(model.named_parameters(), lr=1e-3, **more)
     optimizer.model = model
     return optimizer
@@ -101,6 +102,7 @@ def cases(rank: int, all_: bool) -> dict[str, Any]:
         "noticed at the end": said(lambda: trained(out, steps=5, **damaged)),
         "not looked": trained(out, steps=9, check_replicas_steps=0, **damaged)[1],
         "other rows": said(lambda: trained(out, rows(seed=rank), direction_parallel=True, steps=3)),
+        "sharded": said(lambda: trained(out, optimizer=handed(shard=True))),
         "rows and a group": said(lambda: trained(out, optimizer=handed(direction_group=dist.group.WORLD))),
         "directions and no group": said(lambda: trained(out, optimizer=handed(), direction_parallel=True)),
     }

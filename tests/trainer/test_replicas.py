@@ -55,6 +55,11 @@ def test_directions_of_different_rows_stop_all(two: list[dict[str, Any]]) -> Non
     assert all("after 0 steps process 1 of 2 had other rows" in found["other rows"] for found in two)
 
 
+def test_a_sharded_model_is_refused(two: list[dict[str, Any]]) -> None:
+    words = "down.bias is sharded: every process of a ZOTrainer has a whole model"
+    assert all(words in found["sharded"] for found in two)
+
+
 def test_an_optimizer_and_its_trainer_share_the_same(two: list[dict[str, Any]]) -> None:
     for found in two:
         assert "has no direction_group, and direction_parallel needs one" in found["directions and no group"]
