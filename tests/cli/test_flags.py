@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from transformers import TrainingArguments
 
@@ -247,6 +249,13 @@ def test_what_does_nothing_says_so(name):
 def test_the_baseline_with_gradients_clips_them():
     run = Run("lm", "out", arguments={"optim_zo": "fo-sgd", "max_grad_norm": 0.5, "use_cpu": True})
     assert run.trainer_arguments().max_grad_norm == 0.5
+
+
+def test_a_step_of_shared_directions_is_not_from_the_losses_of_rows():
+    for shared, wanted in ((False, "auto"), (True, None)):
+        run = Run("lm", "out", arguments={"use_cpu": True, "direction_parallel": shared})
+        with pytest.warns(UserWarning, match="no effect: there is one process") if shared else nullcontext():
+            assert run.trainer_arguments().learning_rate == wanted
 
 
 # -- eval and info -----------------------------------------------------------------------------------------------------

@@ -54,6 +54,18 @@ def test_two_processes_are_one_run(place: Path, tmp_path: Path) -> None:
     checkpoints.check_whole(tmp_path / "two" / "checkpoint-4", 2)
 
 
+@pytest.mark.slow
+def test_processes_that_share_directions_are_one_run(place: Path, tmp_path: Path) -> None:
+    """`tests/trainer/test_replicas.py` has the same of a trainer."""
+    more = ["--n_directions", "3"]
+    process = started(line(place, tmp_path / "two", *more, "--direction_parallel"))
+    said, _ = process.communicate(timeout=SECONDS * 3)
+    assert process.returncode == 0, said
+    assert cli.main(line(place, tmp_path / "one", *more, "--use_cpu")) == 0
+    pair = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
+
+
 def test_processes_that_would_each_be_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An accelerator on which accelerate starts no group."""
     monkeypatch.setenv("RANK", "0")

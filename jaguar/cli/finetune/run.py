@@ -126,6 +126,7 @@ class Run:
         rows = given.get("per_device_train_batch_size", OF_THE_RUN["per_device_train_batch_size"])
         rows *= given.get("gradient_accumulation_steps", 1)
         fits = METHODS[given.get("optim_zo", METHOD)].automatic and given.get("restore") != "walk" and rows > 1
+        fits = fits and not given.get("direction_parallel")  # which compares no rows
         if given["learning_rate"] is not None or "lr" in given or given.get("scalar_sign") or not fits:
             return {}
         return {name: "auto" for name in ("learning_rate", "tau") if given.get(name) is None}
