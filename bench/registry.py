@@ -28,6 +28,7 @@ BENCHMARKS = {
     "small-tensors": Benchmark("step.small_tensors", "small tensors on the reference: a commit and this tree"),
     "kernels": Benchmark("step.kernels", "kernels, and steps outside the forwards, on an NVIDIA GPU"),
     "models": Benchmark("step.models", "whole steps of OPT-1.3B and RoBERTa-large on an NVIDIA GPU: time and memory"),
+    "journal": Benchmark("step.journal", "time and memory of a run with and without its journal; replay and training"),
     "newton-schulz": Benchmark(
         "polar.newton_schulz", "accuracy of Newton-Schulz; with --speed its time on an NVIDIA GPU"
     ),
