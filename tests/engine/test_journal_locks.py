@@ -55,6 +55,7 @@ if sys.argv[2] == "forks":
     if not (child := os.fork()):
         try:
             journal.append(Record(6, (0.5,), (1.0, 2.0)))
+            os.write(1, b"appended\\n")
         except ValueError as error:
             os.write(1, f"{error}\\n".encode())
         sys.stdin.read()
