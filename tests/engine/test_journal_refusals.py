@@ -242,6 +242,12 @@ def test_names_are_those_of_the_table_only(written: tuple[dict[str, Any], list[R
         assert refused(changed(header, ("method", "rule", "kind"), kind), records, tmp_path / "j")
 
 
+def test_every_group_has_a_learning_rate(written: tuple[dict[str, Any], list[Record]], tmp_path: Path) -> None:
+    header, records = written
+    message = refused(header | {"initial_lr": [0.1, 0.1]}, records, tmp_path / "j")
+    assert "has 1 parameter groups, and 2 learning rates" in message
+
+
 def test_a_run_with_other_tensors_than_it_noted_is_refused(
     written: tuple[dict[str, Any], list[Record]], tmp_path: Path
 ) -> None:
