@@ -124,6 +124,23 @@ def test_a_record_that_does_not_fit_changes_nothing(case: str) -> None:
     assert opt.steps_done == 6 and not torch.equal(x, before[0])
 
 
+@pytest.mark.parametrize(
+    ("taus", "errors", "message"),
+    [
+        *(((tau,), (0.1,), "positive in fp32") for tau in (5e-324, 1e-46, 0.0, -1.0, math.inf, math.nan)),
+        *(((1e-3,), (error,), "squared standard errors") for error in (-0.1, math.inf, math.nan)),
+    ],
+)
+def test_numbers_of_automatic_steps_that_no_step_has(
+    taus: tuple[float, ...], errors: tuple[float, ...], message: str
+) -> None:
+    good = Record(0, (0.1,), (1.0, 2.0), taus=(1e-45,), errors=(0.0,), rows=2)
+    numbers = {"step": 0, "n_lrs": 1, "n_losses": 2, "n_errors": 1}
+    good.check(**numbers)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(good, taus=taus, errors=errors).check(**numbers)
+
+
 @pytest.mark.parametrize("thing", [None, 3, (5, (1.0,), (1.0, 2.0)), b"bytes"], ids=["none", "int", "tuple", "bytes"])
 def test_only_records_are_applied(thing: object) -> None:
     _, opt, _ = run(1)
