@@ -68,6 +68,7 @@ def test_mean_loss() -> None:
     assert Record(0, (), (1.0, 2.0, 4.0, 5.0)).loss == 3.0
     assert Record(0, (), (1e16, 1.0, -1e16, 1.0)).loss == 0.5, "summed exactly"
     assert math.isnan(Record(0, (), (1.0, math.inf), skipped=True).loss)
+    assert Record(0, (), (1.5e308, 1.5e308)).loss == 1.5e308, "whose sum is more than a double holds"
 
 
 def test_frozen() -> None:
