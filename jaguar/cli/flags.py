@@ -345,7 +345,7 @@ INFO = (
     ("method", None, [(_METHOD[0], _METHOD[1] | {"help": _ABOUT_METHOD})]),
 )
 
-_JOURNAL = _flag("--journal", type=filled, required=True, metavar="FILE", help="journal.jaguar of a run")
+_JOURNAL = _flag("--journal", type=filled, required=True, metavar="FILE", help="journal.jaguar of a run, or its folder")
 REPLAY = (
     (
         "run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaguar.optimizers.identity import fingerprint_of
 from jaguar.optimizers.replay import replay
 from jaguar.record import Journal
 from jaguar.tasks.saved import save_task
+from jaguar.trainer.journaling import JOURNAL
 from jaguar.trainer.saving import check_space, prepare_folder, save_files, write_model
 
 
@@ -62,6 +64,33 @@ def load_base(journal: Journal, name: str | None = None, **loading: Any) -> Load
     return loaded
 
 
+def journal_in(name: str) -> Path | None:
+    """The journal of a folder that has no weights beside it, so that it stands for the model; None: of no such one."""
+    folder = Path(name)
+    weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return folder / JOURNAL if (folder / JOURNAL).is_file() and not weights else None
+
+
+def load_tuned(name: str, console: Console, **loading: Any) -> Loaded:
+    """A model of a folder or the hub; of a folder that has a journal and no weights, the one that it rebuilds.
+
+    Args:
+        loading: options of `models.load`.
+
+    Raises:
+        ValueError: it cannot be loaded, or rebuilt.
+    """
+    path = journal_in(name)
+    if path is None:
+        return load(name, **loading)
+    own = {key: value for key, value in loading.items() if (key, value) not in (("dtype", "auto"), ("in_4bit", False))}
+    with Journal.read(path) as journal:
+        loaded = load_base(journal, **own)
+        optimizer = _replayed(loaded.model, journal, console, None, "auto")
+        say(console, *_verdict(optimizer, journal))
+        return replace(loaded, cut=base_of(journal)["max_length"])
+
+
 def rebuild(
     path: str, out: str, console: Console, *, model: str | None, steps: int | None, backend: str, **loading: Any
 ) -> None:
@@ -72,6 +101,7 @@ def rebuild(
         OSError: the model cannot be saved.
     """
     folder = Path(out)
+    path = str(Path(path) / JOURNAL) if Path(path).is_dir() else path
     with Journal.read(path) as journal:
         base_of(journal)
         prepare_folder(folder)

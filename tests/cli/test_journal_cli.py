@@ -106,6 +106,20 @@ def test_replay_rebuilds_the_tuned_model(
     assert cli.main(["eval", "--model", str(tmp_path / "again"), "--test_file", str(place / "test.csv")]) == 0
 
 
+def test_a_folder_of_records_is_a_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (JOURNAL, "jaguar_task.json"):
+        shutil.copy(place / "whole" / name, tmp_path)
+    said = []
+    for folder in (place / "whole", tmp_path):
+        assert cli.main(["eval", "--model", str(folder), "--test_file", str(place / "test.csv"), "--use_cpu"]) == 0
+        said.append(capsys.readouterr().out)
+    assert "verified: fingerprint" in said[1] and "verified" not in said[0]
+    figures = [[line for line in text.splitlines() if "accuracy" in line or "loss" in line] for text in said]
+    assert figures[0] == figures[1] and len(figures[0]) >= 2
+    assert cli.main(["replay", "--journal", str(tmp_path), "--out", str(tmp_path / "again"), "--use_cpu"]) == 0
+    assert same_model(place / "whole", tmp_path / "again")
+
+
 def test_replay_refuses_what_does_not_fit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = str(place / "whole" / JOURNAL)
 

@@ -179,7 +179,7 @@ def test_the_commands_of_the_first_page_run(tmp_path, monkeypatch, capsys):
         words = shlex.split(command, comments=True)
         assert cli.main(words + SMALL * (words[0] == "finetune")) == 0
         printed[words[0]] = capsys.readouterr().out
-    assert list(printed) == ["finetune", "eval", "info"]
+    assert list(printed) == ["finetune", "eval", "replay", "info"]
     metrics = json.loads(Path("tuned/metrics.json").read_text())
     assert metrics["steps"] == 2 and metrics["test_rows"] == 23
     before, after = (load_file(f"{name}/model.safetensors") for name in ("SmolLM2-135M", "tuned"))
@@ -187,6 +187,8 @@ def test_the_commands_of_the_first_page_run(tmp_path, monkeypatch, capsys):
     figures = f"{metrics['after']['accuracy']:.2%}", f"{metrics['after']['auc']:.4f}"
     assert all(figure in printed["eval"] for figure in figures)  # with the prompt that was saved beside the model
     assert "jaguar.JaguarMuon" in printed["info"]
+    assert "verified: fingerprint" in printed["replay"]
+    assert Path("rebuilt/model.safetensors").read_bytes() == Path("tuned/model.safetensors").read_bytes()
 
 
 def test_there_are_commands():

@@ -82,4 +82,4 @@ def test_every_operation(faults: Path, tmp_path: Path, what: str) -> None:
 @pytest.mark.slow
 def test_a_kill_at_any_time(faults: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
-    survival_law(faults, tmp_path, [f"time:{draw.randrange(5, 400)}" for _ in range(50)])
+    survival_law(faults, tmp_path, [f"time:{draw.randrange(5, 400)}" for _ in range(100)])

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import jaguar
 from jaguar.cli.finetune.data import Data
 from jaguar.cli.finetune.report import row_bar, score_table
 from jaguar.cli.output import say
-from jaguar.models.load import Loaded, load
+from jaguar.cli.rebuilding import journal_in, load_tuned
+from jaguar.models.load import Loaded
 from jaguar.scoring import Scorer, evaluate
 from jaguar.tasks import Example, Task
 
@@ -32,8 +34,8 @@ def make_scorer(loaded: Loaded, task: Task, examples: Sequence[Example]) -> Scor
 def evaluate_model(model: str, data: Data, console: Console, *, batch_size: int, **loading: Any) -> dict[str, float]:
     """Scores a model on a task, prints the figures and returns them; `loading` are options of `models.load`."""
     rows = data.test_rows(model)
-    with console.status(f"loading {model}"):
-        loaded = load(model, **loading)
+    with nullcontext() if journal_in(model) else console.status(f"loading {model}"):
+        loaded = load_tuned(model, console, **loading)
     task = data.make_task(model, loaded, rows)
     examples = data.examples(task, rows, loaded)
     scorer = make_scorer(loaded, task, examples)
