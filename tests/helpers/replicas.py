@@ -106,3 +106,44 @@ def cases(rank: int, all_: bool) -> dict[str, Any]:
         "rows and a group": said(lambda: trained(out, optimizer=handed(direction_group=dist.group.WORLD))),
         "directions and no group": said(lambda: trained(out, optimizer=handed(), direction_parallel=True)),
     }
+
+
+class Died(Exception):
+    """A run that is ended in its middle."""
+
+
+class Dies(TrainerCallback):
+    """Ends the run at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == self._step:
+            raise Died
+
+
+def going_on(rank: int, folder: str) -> dict[str, Any]:
+    """Weights and evaluations of a run that never stopped, and of runs that died and went on, in one folder for all."""
+    found = {}
+    for name, options in (
+        ("no checkpoint", {"save_strategy": "no"}),
+        ("checkpoint", {"save_strategy": "steps", "save_steps": 5}),
+        ("directions", {"save_strategy": "no", "direction_parallel": True}),
+    ):
+        weights, calls = [], []
+        for kind in ("whole", "died", "died"):
+            args = arguments(Path(folder, name, kind), 12, per_device_train_batch_size=4, n_directions=3, **options)
+            model = Line()
+            model.register_forward_hook(lambda *_: calls.append(kind))  # noqa: B023
+            again = kind == "died" and "died" in calls
+            callbacks: Any = [Dies(8)] if kind == "died" and not again else []
+            trainer = ZOTrainer(model, args, train_dataset=rows(), callbacks=callbacks)
+            before = len(calls)
+            try:
+                trainer.train(resume_from_checkpoint=again)
+            except Died:
+                continue
+            weights.append(hashlib.sha256(b"".join(map(bits, model.parameters()))).hexdigest())
+        found[name] = (weights, len(calls) - before)
+    return found

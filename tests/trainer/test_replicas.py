@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from helpers import processes, replicas
 from helpers.trainers import arguments
+from jaguar import Journal
 from jaguar.trainer.replicas import all_rows, disagreeing
 
 
@@ -100,3 +101,18 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], match: str, tmp_path: 
 def test_one_process_shares_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="direction_parallel has no effect: there is one process"):
         assert arguments(tmp_path, direction_parallel=True).row_processes == 1
+
+
+def test_processes_that_died_go_on_from_one_journal(tmp_path: Path) -> None:
+    """Replayed steps are evaluated in none; the first process's journal is that of all."""
+    (tmp_path / "two").mkdir()
+    found = processes.run(replicas.going_on, 2, tmp_path / "two", str(tmp_path))
+    assert found[0].keys() == {"no checkpoint", "checkpoint", "directions"}
+    for name, (weights, passes) in found[0].items():
+        assert len(weights) == 2 and weights[0] == weights[1] and found[1][name][0] == weights
+        # Four steps are left, of three directions with two evaluations each, which two processes may share; a few more
+        # evaluations tell how the model divides its loss.
+        a_step = 4 if name == "directions" else 6
+        assert 4 * a_step <= passes < 5 * a_step
+    with Journal.read(tmp_path / "no checkpoint" / "died" / "journal.jaguar") as journal:
+        assert journal.ended and len(journal) == 12
