@@ -40,10 +40,10 @@ def cut_of(tensor: Any) -> Cut | None:
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    where = tensor.device_mesh.get_coordinate()
+    mesh, where = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if where is None:
         raise ValueError("it lies on a mesh that this process is no part of")
-    cuts = [i for i, placement in enumerate(tensor.placements) if type(placement) is not Replicate]
+    cuts = [i for i, placed in enumerate(tensor.placements) if type(placed) is not Replicate and mesh.size(i) > 1]
     if not cuts:
         return None
     if len(cuts) > 1 or type(tensor.placements[cuts[0]]) is not Shard:
@@ -52,13 +52,13 @@ def cut_of(tensor: Any) -> Cut | None:
             f"it is placed as ({placements}), where Replicate() and, for one dimension of the mesh, Shard(dim) can be"
         )
     dim = tensor.placements[cuts[0]].dim % tensor.dim()
-    n, n_parts = tensor.shape[dim], tensor.device_mesh.size(cuts[0])
-    size = -(-n // n_parts)
+    n = tensor.shape[dim]
+    size = -(-n // mesh.size(cuts[0]))
     begin = min(where[cuts[0]] * size, n)
     cut = Cut(dim, begin, min(begin + size, n))
     held, wanted = local(tensor), list(tensor.shape)
     wanted[dim] = cut.end - cut.begin
-    if list(held.shape) != wanted and held.numel() + cut.end - cut.begin:
+    if list(held.shape) != wanted and (held.numel() or cut.end > cut.begin):
         raise ValueError(f"its part here has the shape {tuple(held.shape)}, and torch.chunk's is {tuple(wanted)}")
     if type(held) not in (Tensor, nn.Parameter):
         raise ValueError(f"its part here is a {type(held).__name__}, and not a plain tensor")
