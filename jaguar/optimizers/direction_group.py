@@ -79,8 +79,8 @@ class DirectionGroup:
         )
 
     def _share(self, rank: int, n: int) -> tuple[int, int]:
-        """The directions of a process: first, and one past the last."""
-        return rank * n // self._world, (rank + 1) * n // self._world
+        """The directions of a process: first, and one past the last; the first process has the larger share."""
+        return -(-rank * n // self._world), -(-(rank + 1) * n // self._world)
 
     def _gathered(self, losses: Sequence[float], step: int, failed: bool = False) -> list[list[float]]:
         """The losses of every process, padded."""

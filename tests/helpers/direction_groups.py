@@ -82,7 +82,7 @@ def differences(config: str, k: int, group: Any, dtype: torch.dtype) -> list[Any
             return [one.last_record, other.last_record]
     estimator, world, rank = one.method.estimator, dist.get_world_size(group), dist.get_rank(group)
     n = estimator.n_directions
-    mine = (rank + 1) * n // world - rank * n // world
+    mine = len(range(n)[-(-rank * n // world) : -(-(rank + 1) * n // world)])
     wanted = 3 * (estimator.shared + mine * len(estimator.points))
     return [] if together.log.calls == wanted else [together.log.calls, wanted]
 
