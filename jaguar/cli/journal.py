@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaguar.cli.output import say
+from jaguar.models.errors import printable
 from jaguar.record import DamagedJournal, Journal, Record
 
 ACTIONS = ("show", "verify", "plot")
@@ -20,9 +22,9 @@ ACTIONS = ("show", "verify", "plot")
 def show(path: str, console: Console, last: int) -> None:
     """Prints the header, the last records and the marks."""
     with Journal.read(path) as journal:
-        table = Table(show_header=False, title=path, title_justify="left")
+        table = Table(show_header=False, title=escape(path), title_justify="left")
         for name, text in _summary(journal).items():
-            table.add_row(name, text)
+            table.add_row(name, escape(printable(text)))
         console.print(table)
         rows: deque[Record] = deque(maxlen=last)
         rows.extend(journal.since(journal.next_step - last))
@@ -98,8 +100,10 @@ def _summary(journal: Journal) -> dict[str, str]:
     header = journal.header
     base, environment = (_mapping(header.get(key)) for key in ("base", "environment"))
     parameters = header.get("parameters")
-    shapes = [e["shape"] for e in parameters if isinstance(e, dict)] if isinstance(parameters, list) else []
-    elements = sum(math.prod(shape) for shape in shapes)
+    shapes = [_mapping(entry).get("shape") for entry in parameters] if isinstance(parameters, list) else []
+    # What a file says of itself is shown as it is, and never believed.
+    known = [shape for shape in shapes if isinstance(shape, list) and all(isinstance(n, int) for n in shape)]
+    elements = sum(math.prod(shape) for shape in known)
     parts = _mapping(header.get("method"))
     words = [_words(parts.get(part)) for part in ("direction", "rule", "estimator")]
     adapter = _mapping(base.get("adapter")).get("kind", "none")

@@ -17,6 +17,7 @@ from helpers.runs import words
 from jaguar import Journal
 from jaguar.cli import commands as cli
 from jaguar.cli.finetune.progress import Losses
+from jaguar.method.described import rebuilt
 from jaguar.trainer.journaling import JOURNAL
 
 WEIGHTS = "model.safetensors"
@@ -157,6 +158,38 @@ def test_a_journal_is_shown_verified_and_drawn(place: Path, tmp_path: Path, caps
     assert cli.main(["journal", "verify", str(tmp_path / "bad")]) == 1
     assert cli.main(["journal", "show", str(tmp_path / "bad")]) == 2
     assert "is no journal of jaguar" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"parameters": [1, {}, {"shape": "x"}, {"shape": [1, "2"]}, {"shape": [[2]]}], "method": []},
+        {"parameters": {"a": 1}, "method": {"rule": {"kind": ["x"]}}, "base": {"adapter": 3}},
+        {"optimizer": "[red]\x1b[31m[/", "seed": None, "environment": {"[bold": "\x07"}, "base": {"model": "[/x]"}},
+    ],
+    ids=["shapes", "kinds", "markup"],
+)
+def test_a_hostile_header_is_shown_and_not_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: dict[str, Any]
+) -> None:
+    Journal.create(tmp_path / "j", {"first": 0, "entry": 64} | said).close()
+    assert cli.main(["journal", "show", str(tmp_path / "j")]) == 0
+    assert "\x1b" not in (printed := capsys.readouterr().out) and "optimizer" in printed
+    assert cli.main(["journal", "verify", str(tmp_path / "j")]) == 0
+    assert cli.main(["journal", "plot", str(tmp_path / "j"), "--out", str(tmp_path / "a.png")]) == 2
+    assert cli.main(["replay", "--journal", str(tmp_path / "j"), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_the_journal_of_an_earlier_version_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that a GPU wrote with 0.7.0; the model is too large to be rebuilt here."""
+    path = Path(__file__).parents[2] / "bench/results/demo-h200.jaguar"
+    with Journal.read(path) as journal:
+        assert [record.step for record in journal] == list(range(80)) and journal.chosen == 80 and journal.ended
+        method = rebuilt(journal.header["method"])
+        assert method.estimator.n_directions == 4 and method.direction.coordinates == 1.0
+        assert journal.marks[-1].fingerprint == "d2ccbcb6e391d32545a935a6d0a4b6f2"
+    assert cli.main(["journal", "verify", str(path)]) == 0
+    assert "steps 1 to 80, 0 skipped, 4 fingerprints" in " ".join(capsys.readouterr().out.split())
 
 
 def test_showing_needs_no_torch(place: Path) -> None:
