@@ -28,6 +28,9 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     Equivalent to: `torch.equal` of all tensors, within one chance in 2**64.
     """
     entries = sorted(named, key=lambda entry: entry[0])
+    for device in {tensor.device for _, tensor in entries if tensor.is_cuda}:
+        # Threads of the pool have streams of their own, which would not wait for what was begun on this one.
+        torch.cuda.current_stream(device).synchronize()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
         digests = list(pool.map(_of_bits, [tensor for _, tensor in entries]))
     hashed = hashlib.blake2b(digest_size=16)
