@@ -125,3 +125,19 @@ def test_automatic_steps_replay_and_go_on(tmp_path: Path) -> None:
         for _ in range(20):
             o.step(lambda m=m: rows(m))
     assert_same(states(replayed), states(optimizer))
+
+
+def test_a_late_worker_joins_from_the_journal(tmp_path: Path) -> None:
+    """It replays what is there while the run goes on, and then takes the same records as everybody."""
+    first, second = Small(torch.bfloat16), Small(torch.bfloat16)
+    optimizer = laws.make("all", first.named_parameters())
+    with Journal.follow(optimizer, tmp_path / "j") as journal:
+        for _ in range(5):
+            optimizer.step(first.loss)
+        late = replay(second, tmp_path / "j")
+        for _ in range(5):
+            record = optimizer.measure(first.loss)
+            optimizer.apply_(record)
+            late.apply_(record)
+        assert_same(states(late), states(optimizer))
+        assert [record.step for record in journal.since(late.steps_done - 2)] == [8, 9]
