@@ -103,10 +103,10 @@ class ZerothOrder(Measuring):
         defaults = method.rule.completed({"tau": 1e-3, "weight_decay": 0.0} | group_values)
         check_group(method.keys, defaults, "the optimizer", method.rule.flags)
         super().__init__(split_groups(params), defaults)
-        check_any(len(self._slots), self._n_frozen)
-        check_shards(self._shards, self._slots)
-        method.direction.check(self._slots)
-        ops.require(self._backend, method, self._slots, self.param_groups)
+        check_any(len(self.slots), self._n_frozen)
+        check_shards(self._shards, self.slots)
+        method.direction.check(self.slots)
+        ops.require(self._backend, method, self.slots, self.param_groups)
 
     # -- the step protocol -----------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class ZerothOrder(Measuring):
             )
         dtype = torch.float64 if self._roster.double else torch.float32
         # Not torch.tensor: its copy to a GPU would wait for the update to end.
-        return torch.full((), self.loss(record), dtype=dtype, device=self._slots[0].tensor.device)
+        return torch.full((), self.loss(record), dtype=dtype, device=self.slots[0].tensor.device)
 
     def take(self, record: Record) -> None:
         """Takes a record as if it had just been measured, so that `step()` without a closure applies it.
@@ -378,7 +378,7 @@ class ZerothOrder(Measuring):
         super().add_param_group(group)
         try:
             method.rule.check_numbers(self.param_groups[number])
-            slots = slots_of(self.param_groups, self._slots, self._shards)
+            slots = slots_of(self.param_groups, self.slots, self._shards)
             self._trained.take(method.in_roles(slots, self.param_groups))
         except BaseException:
             self.param_groups[:] = groups
@@ -393,9 +393,9 @@ class ZerothOrder(Measuring):
 
     def _saved(self) -> Saved:
         options = self.method.options()
-        if rows := [f"{slot.name}[{slot.kept}]" for slot in self._slots if slot.kept is not None]:
+        if rows := [f"{slot.name}[{slot.kept}]" for slot in self.slots if slot.kept is not None]:
             options["padding_rows"] = ", ".join(rows)
-        if parts := sorted({part_of(slot.spread) for slot in self._slots if slot.spread is not None}):
+        if parts := sorted({part_of(slot.spread) for slot in self.slots if slot.spread is not None}):
             options["parts"] = "; ".join(parts)
         counts = self._step, self._seed, self._skipped, self._skipped_in_a_row, self._last_finite
         found = None if self._estimates is None else asdict(self._estimates)
@@ -404,7 +404,7 @@ class ZerothOrder(Measuring):
     def _unpack(self, state: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         fitting, exact, saved = unpacked(state, self.param_groups, self._saved())
         if saved.moved:
-            check_complete(exact, self.method, self._slots, fitting["param_groups"])
+            check_complete(exact, self.method, self.slots, fitting["param_groups"])
         load(fitting)
         self.state.update(exact)
         self._step, self._seed, self._last_finite = saved.step, saved.seed, saved.last_finite
@@ -412,7 +412,7 @@ class ZerothOrder(Measuring):
         self._estimates = None if saved.estimates is None else Estimates(**saved.estimates)
         self._broken, self._measured, self._last_record = False, None, None
         self._watch.restart(self.param_groups if self._step else None)
-        self._trained.take(slots_of(self.param_groups, self._slots, self._shards))
+        self._trained.take(slots_of(self.param_groups, self.slots, self._shards))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a wrapper of this very object's step into the instance; a copy must not carry it.
@@ -420,4 +420,4 @@ class ZerothOrder(Measuring):
 
     def __repr__(self) -> str:
         now = f"seed: {self._seed}, steps done: {self._step}, skipped: {self._skipped}"
-        return shown(self, self.method, self._slots, self._n_frozen, self._backend, now)
+        return shown(self, self.method, self.slots, self._n_frozen, self._backend, now)

@@ -84,8 +84,8 @@ class DiZO(ZerothOrder):
         rule = Projected(True, every, search_steps, search_scale, search_lr, bounds, names)  # type: ignore[arg-type]
         method = Method(dense(distribution), rule, **decides)
         super().__init__(params, method, lr=lr, momentum=momentum, weight_decay=weight_decay, **runs)
-        if not any(self._rule.projects(slot) for slot in self._slots):
-            first = ", ".join(repr(slot.name) for slot in self._slots[:3])
+        if not any(self._rule.projects(slot) for slot in self.slots):
+            first = ", ".join(repr(slot.name) for slot in self.slots[:3])
             raise ValueError(
                 f"project={project!r}: none of {', '.join(self._rule.project)} is a part of the names {first}, ...: "
                 "pass model.named_parameters(), and with project= the names of the tensors to project"

@@ -78,14 +78,14 @@ class ForwardGrad(ZerothOrder):
         method = Method(Gaussian(), SGD(momentum=False), **decides)
         # No copies of parameters are needed: nothing moves them before the step.
         super().__init__(params, method, lr=lr, weight_decay=weight_decay, **runs | {"restore": "module"})
-        if spread := [slot.name for slot in self._slots if slot.spread is not None]:
+        if spread := [slot.name for slot in self.slots if slot.spread is not None]:
             raise ValueError(
                 f"{spread[0]} is sharded, and Forward-Grad needs whole parameters, as dual numbers in their modules: "
                 "use a method with finite differences (jaguar.ZOSGD)"
             )
         own = set() if model is None else {identity(p) for p in model.parameters()}
         if (
-            strange := [slot.name for slot in self._slots if identity(slot.tensor) not in own]
+            strange := [slot.name for slot in self.slots if identity(slot.tensor) not in own]
             if model is not None
             else []
         ):

@@ -72,7 +72,7 @@ class Measuring(Contract):
     @property
     def fraction(self) -> float:
         """p: the probability that a coordinate is perturbed in a step (of a matrix, with a block layout)."""
-        total = sum(slot.total for slot in self._slots if slot.parameter.requires_grad)
+        total = sum(slot.total for slot in self.slots if slot.parameter.requires_grad)
         return self.method.direction.fraction(total)
 
     def loss(self, record: Record) -> float:
@@ -81,7 +81,7 @@ class Measuring(Contract):
 
     def rho(self, record: Record) -> list[float]:
         """The directional derivatives of a record, at the first group's tau."""
-        double = any(slot.kind.double for slot in self._slots if slot.parameter.requires_grad)
+        double = any(slot.kind.double for slot in self.slots if slot.parameter.requires_grad)
         tau = record.taus[0] if record.taus else self.param_groups[0]["tau"]
         return self.method.estimator.rho(self._own(record.losses), tau, double)
 
@@ -287,10 +287,6 @@ class Measuring(Contract):
     @property
     def slots(self) -> list[Slot]:
         """The trained tensors in canonical order: names, shapes, and which part of each is held here."""
-        return self._trained.slots
-
-    @property
-    def _slots(self) -> list[Slot]:
         return self._trained.slots
 
     @property

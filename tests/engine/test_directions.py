@@ -242,7 +242,7 @@ def test_order_of_named_parameters_is_irrelevant(coordinates: float) -> None:
         opt = JaguarSignSGD([(name, tensors[name]) for name in order], coordinates=coordinates, seed=4)
         draw = Draw(4, 0)
         seen.append(
-            {s.name: as_dict(x) for s, x in zip(opt._slots, opt.method.direction.sample(draw, opt._slots), strict=True)}
+            {s.name: as_dict(x) for s, x in zip(opt.slots, opt.method.direction.sample(draw, opt.slots), strict=True)}
         )
     assert all(s == seen[0] for s in seen)
     if coordinates == 0.2:

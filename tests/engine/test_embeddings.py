@@ -144,7 +144,7 @@ def test_the_row_stays_where_a_closure_moves_the_table(config: str, backend: str
 
 def rows(model: nn.Module) -> dict[str, int | None]:
     opt = jaguar.ZOSGD(model.named_parameters())
-    return {slot.name: slot.kept for slot in opt._slots if slot.kept is not None}
+    return {slot.name: slot.kept for slot in opt.slots if slot.kept is not None}
 
 
 def test_which_rows_stay() -> None:
@@ -155,7 +155,7 @@ def test_which_rows_stay() -> None:
     assert rows(copy.deepcopy(Bag(PAD))) == {"table.weight": PAD}
     assert rows(nn.Embedding(4, 2, padding_idx=0)) == {"weight": 0}
     unnamed = Bag(PAD)
-    assert [slot.kept for slot in jaguar.ZOSGD(unnamed.parameters())._slots] == [PAD, None, None]
+    assert [slot.kept for slot in jaguar.ZOSGD(unnamed.parameters()).slots] == [PAD, None, None]
     tied = Bag(PAD)  # the head has a gradient for every row
     tied.out = nn.Linear(8, 9, bias=False)
     tied.out.weight = tied.table.weight
@@ -244,7 +244,7 @@ def test_modules_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Bag(PAD)
     opt = jaguar.ZOSGD([{"params": [("table.weight", model.table.weight)]}])
     monkeypatch.setattr("jaguar.optimizers.embeddings._modules", lambda: 1 / 0)
-    assert [slot.kept for slot in slots_of(opt.param_groups, known=opt._slots)] == [PAD]
+    assert [slot.kept for slot in slots_of(opt.param_groups, known=opt.slots)] == [PAD]
     jaguar.ZOSGD([torch.zeros(3, 4, requires_grad=True)])  # no parameter of a module
     with pytest.raises(ZeroDivisionError):
         jaguar.ZOSGD(model.named_parameters())

@@ -21,7 +21,7 @@ from jaguar.optimizers import tangents
 def along(opt: ForwardGrad, seed: int, step: int = 0) -> dict[Tensor, Tensor]:
     """z of every tensor, 0 in the rows that stay."""
     found = {}
-    for s in opt._slots:
+    for s in opt.slots:
         elements = Elements([(s.stream, 0, s.count)], s.tensor.device)
         found[s.tensor] = Gaussian().values_of(Draw(seed, step, 0), elements).view(s.tensor.shape)
         if s.kept is not None:

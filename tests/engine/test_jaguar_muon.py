@@ -231,7 +231,7 @@ def test_released_is_the_closed_form_of_ten_quintic_steps(shape: tuple[int, ...]
     before = x.detach().clone()
     opt = JaguarMuon([{"params": [("x", x)]}], lr=0.01, released=True, seed=3)
     opt.step(lambda: (x * torch.arange(x.numel()).view(shape)).sum())
-    ((index, _),) = ReleasedBlock().sample(Draw(3, 0, 0), opt._slots)
+    ((index, _),) = ReleasedBlock().sample(Draw(3, 0, 0), opt.slots)
     rho = opt.last_record.losses[0] - opt.last_record.losses[1]
     G = torch.zeros(x.numel(), dtype=torch.float64)
     G[index] = 0.1 * rho

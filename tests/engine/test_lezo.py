@@ -111,7 +111,7 @@ def test_with_all_layers_it_is_zo_sgd(dtype: torch.dtype, options: dict[str, Any
 @pytest.mark.parametrize(("n", "keep", "k"), [(8, 0.25, 2), (5, 0.5, 2), (3, 0.01, 1), (12, 1 / 3, 4)])
 def test_every_layer_has_its_share(n: int, keep: float, k: int) -> None:
     """Chi-square over 3,000 steps, and pairs of layers are independent but for the draw without replacement."""
-    slots = made(Tower(n=n))._slots
+    slots = made(Tower(n=n)).slots
     direction, steps = Layers(keep=keep), 3000
     counts = torch.zeros(n)
     together = torch.zeros(n, n)

@@ -131,7 +131,7 @@ def test_a_shard_past_2_to_the_31(config: str, dtype: torch.dtype) -> None:
     if config == "count":
         assert moved == [100]
     elif config in ("fraction", "all"):
-        key, stream = step_key_ints(12345, 0, 0, 2), opt._slots[0].stream
+        key, stream = step_key_ints(12345, 0, 0, 2), opt.slots[0].stream
         places = [
             j * 10 + stratum_ints(key, j, stream, 10)[0] - start for j in range(start // 10, (start + 200) // 10 + 1)
         ]
@@ -322,7 +322,7 @@ def test_fraction_of_the_evaluation_is_the_oracles() -> None:
         opt.measure(bag)
         for seen, side in zip(bag.seen, (1, -1), strict=True):
             want = x.clone()
-            for i, sign in fraction_ints(12345, step, opt._slots[0].stream, 204, 10).items():
+            for i, sign in fraction_ints(12345, step, opt.slots[0].stream, 204, 10).items():
                 want[i] = x[i] + side * sign * TAU
             assert torch.equal(seen[0].flatten(), want)
         opt.step()

@@ -20,7 +20,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def names_of(opt: JaguarSignSGD) -> list[str]:
-    return [slot.name for slot in opt._slots]
+    return [slot.name for slot in opt.slots]
 
 
 CANONICAL = {
@@ -48,20 +48,20 @@ def test_wrapped_models_have_the_same_streams() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     plain = JaguarSignSGD(model.named_parameters())
     wrapped = JaguarSignSGD(nn.Sequential().append(model).named_parameters(prefix="module._orig_mod"))
-    assert [s.stream for s in plain._slots] == [stream_ints(n) for n in ("0.bias", "0.weight", "1.bias", "1.weight")]
+    assert [s.stream for s in plain.slots] == [stream_ints(n) for n in ("0.bias", "0.weight", "1.bias", "1.weight")]
     compiled = [(f"_orig_mod.{n}", p) for n, p in model.named_parameters()]
-    assert [(s.name, s.stream) for s in JaguarSignSGD(compiled)._slots] == [(s.name, s.stream) for s in plain._slots]
-    assert names_of(wrapped) == sorted(f"0.{s.name}" for s in plain._slots)
+    assert [(s.name, s.stream) for s in JaguarSignSGD(compiled).slots] == [(s.name, s.stream) for s in plain.slots]
+    assert names_of(wrapped) == sorted(f"0.{s.name}" for s in plain.slots)
 
 
 def test_without_names_positions_serve() -> None:
     opt = JaguarSignSGD([{"params": [leaf(2), leaf(3)]}, {"params": [leaf(4)]}])
-    assert [(s.name, s.stream, s.group) for s in opt._slots] == [("#0", 0, 0), ("#1", 1, 0), ("#2", 2, 1)]
+    assert [(s.name, s.stream, s.group) for s in opt.slots] == [("#0", 0, 0), ("#1", 1, 0), ("#2", 2, 1)]
 
 
 def test_named_groups_are_in_canonical_order() -> None:
     opt = JaguarSignSGD([{"params": [("z", leaf(2)), ("module.b", leaf(3))]}, {"params": [("c", leaf(4))], "lr": 1.0}])
-    assert [(s.name, s.group) for s in opt._slots] == [("b", 0), ("c", 1), ("z", 0)]
+    assert [(s.name, s.group) for s in opt.slots] == [("b", 0), ("c", 1), ("z", 0)]
 
 
 def test_ties_count_once_under_the_first_alias() -> None:
@@ -69,14 +69,14 @@ def test_ties_count_once_under_the_first_alias() -> None:
     for order in (["b.weight", "a.weight", "c.weight"], ["c.weight", "b.weight", "module.a.weight"]):
         opt = JaguarSignSGD([(name, shared) for name in order] + [("z", leaf(2))])
         assert names_of(opt) == ["a.weight", "z"]
-        assert opt._slots[0].stream == stream_ints("a.weight")
+        assert opt.slots[0].stream == stream_ints("a.weight")
 
 
 def test_ties_are_seen_through_detached_aliases() -> None:
     model = nn.Linear(3, 4)
     alias = nn.Parameter(model.weight.data)
     assert names_of(JaguarSignSGD([("b", model.weight), ("a", alias)])) == ["a"]
-    assert len(JaguarSignSGD([model.weight, alias])._slots) == 1
+    assert len(JaguarSignSGD([model.weight, alias]).slots) == 1
 
 
 def test_empty_tensors_are_not_tied() -> None:
@@ -119,7 +119,7 @@ def test_overlaps_are_refused(case: str) -> None:
 
 @pytest.mark.parametrize("case", DISJOINT)
 def test_disjoint_views_are_accepted(case: str) -> None:
-    assert len(JaguarSignSGD(leaves(DISJOINT[case](BASE.clone())))._slots) == len(DISJOINT[case](BASE))
+    assert len(JaguarSignSGD(leaves(DISJOINT[case](BASE.clone()))).slots) == len(DISJOINT[case](BASE))
 
 
 SELF_OVERLAPS = [torch.zeros(3, 1).expand(3, 4), torch.zeros(1).expand(5), torch.zeros(9).as_strided((4, 3), (2, 1))]
@@ -219,8 +219,8 @@ def test_names_for_some_only() -> None:
 
 
 def test_one_tensor_and_a_generator() -> None:
-    assert len(JaguarSignSGD(leaf(3))._slots) == 1
-    assert len(JaguarSignSGD(nn.Linear(2, 2).parameters())._slots) == 2
+    assert len(JaguarSignSGD(leaf(3)).slots) == 1
+    assert len(JaguarSignSGD(nn.Linear(2, 2).parameters()).slots) == 2
 
 
 def test_equal_canonical_names() -> None:

@@ -196,7 +196,7 @@ def test_bad_losses_raise_and_restore(case: str) -> None:
 def test_a_plain_number_is_a_loss() -> None:
     x = weights(torch.float32, 50).requires_grad_()
     opt, twin = JaguarSignSGD([x], tau=TAU), JaguarSignSGD([x.detach().clone().requires_grad_()], tau=TAU)
-    twin_x = twin._slots[0].tensor
+    twin_x = twin.slots[0].tensor
     opt.step(lambda: x.sum().item())
     twin.step(lambda: twin_x.sum())
     assert bits(x) == bits(twin_x)

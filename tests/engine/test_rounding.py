@@ -113,7 +113,7 @@ def test_noise_of_a_step_is_keyed_by_the_element() -> None:
     before = x.detach().float().clone()
     opt = JaguarSignSGD([("layer.weight", x)], lr=3e-5, coordinates=1.0, tau=1e-2, seed=9)
     opt.step(lambda: x.float().sum())
-    stream = opt._slots[0].stream
+    stream = opt.slots[0].stream
     value = before - opt.state[x]["momentum"].float().sign() * torch.tensor(3e-5, dtype=torch.float32)
     for i in range(50):
         down, up, count = law(float(value[i]), torch.bfloat16)

@@ -198,5 +198,5 @@ def test_whatever_is_named_is_found() -> None:
     tensor = torch.zeros(3, 4, requires_grad=True)
     for named, name in (("w", "module.w"), ("module.w", "w"), (None, "#0")):
         entry = tensor if named is None else (named, tensor)
-        (slot,) = ZOSGD([entry], shards={name: Shard((3, 10), 6, 4, 10)})._slots
+        (slot,) = ZOSGD([entry], shards={name: Shard((3, 10), 6, 4, 10)}).slots
         assert (slot.shape, slot.start, slot.width, slot.pitch, slot.end) == ((3, 10), 6, 4, 10, 30)

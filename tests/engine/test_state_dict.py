@@ -58,7 +58,7 @@ def continue_law(config: str, dtype: torch.dtype, **changes: object) -> None:
 
 
 def dtypes_of(opt: torch.optim.Optimizer) -> list[torch.dtype]:
-    return [m.dtype for s in opt._slots for m in opt.state[s.tensor].values()]
+    return [m.dtype for s in opt.slots for m in opt.state[s.tensor].values()]
 
 
 @pytest.mark.parametrize("momentum", MOMENTA, ids=lambda d: dtype_id(d) or "own")
@@ -213,7 +213,7 @@ def test_pickle_and_deepcopy(config: str, how: str) -> None:
     opt.step(bag), opt.step(bag)
     twin, other = pickle.loads(pickle.dumps((bag, opt))) if how == "pickle" else copy.deepcopy((bag, opt))
     assert repr(other) == repr(opt)
-    assert {id(s.tensor) for s in other._slots} == {id(p) for p in twin.parameters()}
+    assert {id(s.tensor) for s in other.slots} == {id(p) for p in twin.parameters()}
     for _ in range(3):
         opt.step(bag), other.step(twin)
     assert opt.last_record == other.last_record
