@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaguar.optimizers import names as _names
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 if TYPE_CHECKING:
     from jaguar.backends.polar.newton_schulz import newton_schulz as newton_schulz

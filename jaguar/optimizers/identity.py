@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import sys
 from typing import Any
 
 import torch
@@ -64,14 +64,10 @@ def fingerprint_of_rest(model: nn.Module, optimizer: Measuring) -> str | None:
 
 def environment(optimizer: Measuring) -> dict[str, Any]:
     """Versions and devices, on which bits of matrix products may depend."""
-    try:
-        own = version("jaguar-zo")
-    except PackageNotFoundError:
-        own = "unknown"
     device = optimizer.slots[0].tensor.device if optimizer.slots else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "jaguar": own,
+        "jaguar": sys.modules["jaguar"].__version__,  # an import from up here would be a circle
         "torch": torch.__version__,
         "device": f"{device.type}, {name}",
         "threads": torch.get_num_threads(),
