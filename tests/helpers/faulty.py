@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # no thread that may hold a lock when a child is made
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is shared with children: one that is killed may hold it
     warnings.simplefilter("ignore")
     quiet = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
