@@ -124,6 +124,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     from jaguar.models.errors import Damaged, said
     from jaguar.optimizers.guards import NonFiniteLoss
     from jaguar.trainer.arguments import ZOTrainingArguments
+    from jaguar.trainer.journaling import JournalUnfit
 
     _quiet_transformers()
     own = ("output_dir", "resume_from_checkpoint")
@@ -156,7 +157,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
             if getattr(sys.stdout, "lost", False):
                 complain(str(stop))
             return 128 + stop.number
-        except Damaged as error:
+        except (Damaged, JournalUnfit) as error:
             raise Refused(str(error)) from error
         except (NonFiniteLoss, torch.OutOfMemoryError) as error:
             raise Failed(str(error)) from error

@@ -327,6 +327,18 @@ _TRAINING = (
             metavar="N",
             help="a checkpoint every N steps; 0: only on Ctrl-C (default: 0)",
         ),
+        _flag(
+            "--journal",
+            type=values.boolean,
+            metavar="true|false",
+            help="keep every step in journal.jaguar, from which a run that was killed goes on (default: true)",
+        ),
+        _flag(
+            "--journal_sync_steps",
+            type=natural,
+            metavar="N",
+            help="steps after which the journal is forced onto the disk; 0: with checkpoints (default: 100)",
+        ),
         _flag("--seed", type=seed, metavar="N", help="seed of directions, rounding noise and batch order"),
     ],
 )
@@ -374,7 +386,7 @@ JOURNAL = (
         None,
         [
             _flag("action", choices=("show", "verify", "plot"), help="what to do with it"),
-            _flag("file", type=filled, metavar="FILE", help="journal.jaguar of a run"),
+            _flag("file", type=filled, metavar="FILE", help="journal.jaguar of a run, or its folder"),
             _flag("--last", type=natural, metavar="N", help="steps that show prints (default: 10)"),
             _flag("--out", type=filled, metavar="PNG", help="picture of plot (default: FILE with .png)"),
         ],

@@ -21,7 +21,7 @@ ACTIONS = ("show", "verify", "plot")
 
 def show(path: str, console: Console, last: int) -> None:
     """Prints the header, the last records and the marks."""
-    with Journal.read(path) as journal:
+    with Journal.read(_file(path)) as journal:
         table = Table(show_header=False, title=escape(path), title_justify="left")
         for name, text in _summary(journal).items():
             table.add_row(name, escape(printable(text)))
@@ -45,7 +45,7 @@ def show(path: str, console: Console, last: int) -> None:
 def verify(path: str, console: Console) -> int:
     """Reads all of it; returns 0 if it is whole, 1 if not."""
     try:
-        with Journal.read(path) as journal:
+        with Journal.read(_file(path)) as journal:
             skipped = sum(record.skipped for record in journal)
     except DamagedJournal as error:
         say(console, str(error), "red")
@@ -71,8 +71,9 @@ def plot(path: str, out: str, console: Console) -> None:
 
     from jaguar.cli.finetune.report import running_mean
 
-    with Journal.read(path) as journal:
-        drawn = [(r.step + 1, r.loss, abs(r.losses[0] - r.losses[-1]), r.lrs[0]) for r in journal]
+    with Journal.read(_file(path)) as journal:
+        whole = (r for r in journal if r.losses and r.lrs)
+        drawn = [(r.step + 1, r.loss, abs(r.losses[0] - r.losses[-1]), r.lrs[0]) for r in whole]
     if not drawn:
         raise ValueError(f"{path!r} has no steps to draw")
     steps, losses, spread, rates = (list(column) for column in zip(*drawn, strict=True))
@@ -90,10 +91,16 @@ def plot(path: str, out: str, console: Console) -> None:
     below.set(ylabel="learning rate", xlabel="step")
     for axes in (above, middle, below):
         axes.grid(alpha=0.3)
-    name = journal.header.get("optimizer", "")
+    name = printable(str(journal.header.get("optimizer", "")))
     above.set_title(f"{name}, {len(steps)} steps of {Path(path).parent.name or path}")
+    out = out if Path(out).suffix else f"{out}.png"
     figure.savefig(out, dpi=120)
     say(console, f"drawn: {out}")
+
+
+def _file(path: str) -> Path:
+    """The journal of a path, which may be a run's folder."""
+    return Path(path) / "journal.jaguar" if Path(path).is_dir() else Path(path)
 
 
 def _summary(journal: Journal) -> dict[str, str]:

@@ -54,7 +54,7 @@ A model that jaguar fine-tuned remembers its task and prompt; for any other give
 REPLAY = """\
 Rebuilds a tuned model from its base model and the journal of the run, without data and without forward passes.
 
-Every step of `jaguar finetune` is a record of some 60 bytes in journal.jaguar. Applied one after the other to the base
+Every step of `jaguar finetune` is a record of some 50 bytes in journal.jaguar. Applied one after the other to the base
 model they give the weights of any step, bit for bit; the fingerprints that the run noted are compared on the way.
 
   jaguar replay --journal tuned/journal.jaguar --out rebuilt

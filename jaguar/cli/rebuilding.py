@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rich.console import Console
@@ -57,9 +58,12 @@ def load_base(journal: Journal, name: str | None = None, **loading: Any) -> Load
         adapter = Adapter(**values)
         loaded = load(name or base["model"], **options)
         loaded = made_trainable(loaded, adapter, base["train"], base["seed"], base["prompt"])
+        task = tasks.described(base["task"])
+        if not isinstance(base["max_length"], (int, NoneType)):
+            raise TypeError(f"max_length is {base['max_length']!r}")
         if loaded.kind == "classifier":
-            name_labels(loaded.model, tasks.described(base["task"]))
-    except (KeyError, TypeError) as error:
+            name_labels(loaded.model, task)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(journal.path)!r} is of another version of jaguar finetune: {error}") from None
     return loaded
 
@@ -110,8 +114,6 @@ def rebuild(
         with console.status("loading the base model"):
             loaded = load_base(journal, model, **loading)
         check_space(folder, loaded.model)
-        if journal.dropped:
-            say(console, f"the last {journal.dropped} bytes of {path} are no whole step and are left out", "yellow")
         begin = time.monotonic()
         optimizer = _replayed(loaded.model, journal, console, steps, backend)
         seconds = time.monotonic() - begin
@@ -132,6 +134,10 @@ def rebuild(
 
 
 def _replayed(model: Any, journal: Journal, console: Console, steps: int | None, backend: str) -> ZerothOrder:
+    if journal.dropped:
+        say(console, f"the last {journal.dropped} bytes of {journal.path} are no whole step and are left out", "yellow")
+    if steps is None and not journal.ended:
+        say(console, f"the run has not come to its end: this is its model after {journal.next_step} steps", "yellow")
     last = journal.chosen if steps is None else steps
     columns = TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -142,6 +148,6 @@ def _replayed(model: Any, journal: Journal, console: Console, steps: int | None,
 def _verdict(optimizer: ZerothOrder, journal: Journal) -> tuple[str, str]:
     """A line on the fingerprint, and its style."""
     found = fingerprint_of(optimizer)
-    if any(mark.step == optimizer.steps_done for mark in journal.marks):  # replay has compared them
+    if journal.noted(optimizer.steps_done) == found:  # which replay has compared
         return f"verified: fingerprint {found}, as the run had it after {optimizer.steps_done} steps", "green"
     return f"fingerprint {found}; the run noted none after {optimizer.steps_done} steps to compare it with", "yellow"

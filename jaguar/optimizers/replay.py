@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
 from jaguar import optimizers
+from jaguar.backends.availability import Unavailable
 from jaguar.method.described import KINDS, rebuilt
 from jaguar.method.method import Method
 from jaguar.method.params import canonical_name
@@ -62,6 +64,8 @@ def optimizer_of(model: nn.Module, journal: Journal, backend: str = "auto") -> Z
         optimizer: ZerothOrder = getattr(optimizers, kind).of(
             groups, method, seed=header["seed"], backend=backend, lr=1.0
         )
+    except (torch.OutOfMemoryError, Unavailable):
+        raise
     # Values of wrong kinds, which no journal of jaguar has, fail somewhere.
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise DamagedJournal(f"{path!r} does not say what a replay needs: {type(error).__name__}: {error}") from error
@@ -127,8 +131,8 @@ def replay(
         first = optimizer.steps_done
         if not opened.first <= first <= last <= opened.next_step:
             raise ValueError(
-                f"{str(opened.path)!r} has the steps {opened.first} to {opened.next_step}: from {first} finished steps "
-                f"there is no way to {last}"
+                f"{str(opened.path)!r} leads from {opened.first} finished steps to {opened.next_step}: there is no way "
+                f"from {first} to {last}"
             )
         check_weights(optimizer, opened)
         marked = {mark.step for mark in opened.marks}
@@ -171,7 +175,7 @@ def check_weights(optimizer: ZerothOrder, journal: Journal) -> None:
     when = "when it began" if step == journal.first else f"after {step} steps"
     raise ValueError(
         f"the trained tensors are not those that the run of {str(journal.path)!r} had {when}: fingerprint {found}, not "
-        f"{wanted}{_elsewhere(optimizer, journal)}"
+        f"{wanted}{ran_elsewhere(optimizer, journal)}"
     )
 
 
@@ -186,7 +190,7 @@ def mark_of(optimizer: ZerothOrder, chosen: bool = False, back: int = 0) -> Mark
     return None if found is None else Mark(optimizer.steps_done - back, found, chosen)
 
 
-def _elsewhere(optimizer: ZerothOrder, journal: Journal) -> str:
+def ran_elsewhere(optimizer: ZerothOrder, journal: Journal) -> str:
     """The differences between where a journal was written and here, which may be the reason for other bits."""
     then, now = journal.header.get("environment", {}), environment(optimizer)
     other = [f"{key} {then[key]}, here {now[key]}" for key in now if then.get(key, now[key]) != now[key]]

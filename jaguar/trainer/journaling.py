@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.identity import fingerprint_of_rest
-from jaguar.optimizers.replay import check_frozen, check_same, check_weights, mark_of
+from jaguar.optimizers.replay import check_frozen, check_same, check_weights, mark_of, ran_elsewhere
 from jaguar.record import DamagedJournal, Journal, Record
 from jaguar.record.files import lock
 from jaguar.trainer.arguments import ZOTrainingArguments
@@ -29,6 +29,12 @@ from jaguar.trainer.saving import reason, unsaved
 from jaguar.trainer.staging import of as checkpoints_of
 
 JOURNAL = "journal.jaguar"
+
+
+class JournalUnfit(ValueError):
+    """A run cannot go on with the journal in its folder; the message says why, and what can be done."""
+
+
 _LOG = logging.getLogger(__name__)
 # The journal that was in the folder when another run began there.
 BEFORE = "journal-before.jaguar"
@@ -40,13 +46,17 @@ class JournaledTrainer(ExactTrainer):
     Attributes:
         journal: the journal, while the run trains; None in other processes than the first, and without one.
         base: facts of the base model for the header, beside its name and fingerprints.
+        came_to_its_end: tells when a run has returned whether it is over; None: it is.
     """
 
     args: ZOTrainingArguments
     journal: Journal | None = None
     base: dict[str, Any] | None = None
+    came_to_its_end: Callable[[], bool] | None = None
     _opened = False
-    _hook: RemovableHandle
+    _hook: RemovableHandle | None = None
+    _trial: Any = None
+    _other_rates = False  # that records have other learning rates than the schedule was said
     _attempts = 0  # of this call of `train`
     _goes_on = False
     # Records of steps that a run before this one has finished, and the step after them.
@@ -73,6 +83,7 @@ class JournaledTrainer(ExactTrainer):
         With `resume_from_checkpoint=True` and no checkpoint it begins with the model as it is, and the journal's steps.
         """
         self._goes_on, self._attempts = bool(resume_from_checkpoint), 0
+        self._trial, self._other_rates = args[0] if args else others.get("trial"), False
         return super().train(resume_from_checkpoint, *args, **others)
 
     def _newest(self, parent: Path) -> Path | None:
@@ -100,8 +111,9 @@ class JournaledTrainer(ExactTrainer):
 
     def _close_journal(self) -> None:
         journal, self.journal, self._opened, self._until = self.journal, None, False, 0
-        if journal is not None:
+        if self._hook is not None:
             self._hook.remove()
+        if journal is not None:
             with _explained(journal):
                 journal.close()
 
@@ -115,8 +127,17 @@ class JournaledTrainer(ExactTrainer):
 
     def _take(self) -> Record:
         """The journal's record of the coming step, which the optimizer's next step applies."""
-        record = next(self._records)
-        self.zeroth_order.take(record)
+        record, optimizer = next(self._records), self.zeroth_order
+        rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
+        auto = optimizer.method.step_size is not None and optimizer.method.step_size.lr
+        if rates != record.lrs and not auto and not self._other_rates:
+            self._other_rates = True
+            warnings.warn(
+                f"step {record.step + 1} is taken with the learning rate that it had, {record.lrs[0]:g}; this run's "
+                f"schedule has {rates[0]:g} there, and decides from step {self._until + 1} on",
+                stacklevel=2,
+            )
+        optimizer.take(record)
         return record
 
     def _keep(self, optimizer: ZerothOrder, record: Record) -> None:
@@ -125,8 +146,10 @@ class JournaledTrainer(ExactTrainer):
         if journal is None:
             return
         if record.step < self._until:
-            if any(mark.step == optimizer.steps_done for mark in journal.marks):
+            try:
                 check_weights(optimizer, journal)
+            except ValueError as error:
+                raise JournalUnfit(f"{error}; remove that file to measure its steps again") from None
             return
         with _explained(journal):
             journal.append(record)
@@ -136,27 +159,29 @@ class JournaledTrainer(ExactTrainer):
     def _open_journal(self) -> None:
         """Opens the journal of the run, or begins one at the step where it is; all processes get its records."""
         optimizer, leads = self.zeroth_order, self.args.process_index == 0
-        told: list[Any] = [None, None]
+        shared = self.args.world_size > 1
+        told: list[Any] = [None, 0, []]  # an error, the step after the last record, the records
         if leads:
             try:
-                self.journal = self._found() or self._begun()
-                told[1] = self.journal.next_step
-            except (OSError, ValueError) as error:
+                found = self._found()
+                journal = self.journal = self._begun() if found is None else found  # one without records is false
+                told[1] = 0 if journal is None else journal.next_step
+                if shared and journal is not None:
+                    told[2] = [record.pack() for record in journal.since(optimizer.steps_done)]
+            except Exception as error:  # the other processes wait to hear of it
                 told[0] = error
-        if self.args.world_size > 1:
-            if leads and self.journal is not None and told[0] is None:
-                told.append([record.pack() for record in self.journal.since(optimizer.steps_done)])
-            shared = [told]
-            dist.broadcast_object_list(shared)
-            told = shared[0]
+        if shared:
+            sent = [told]
+            dist.broadcast_object_list(sent)
+            told = sent[0]
         if told[0] is not None:
             raise told[0]
         self._until, self._opened = told[1], True
-        if self.args.world_size > 1:
+        if shared:
             self._records = map(Record.unpack, told[2])
         elif self.journal is not None:
             self._records = self.journal.since(optimizer.steps_done)
-        if leads:
+        if self.journal is not None:
             self._hook = optimizer.register_record_hook(self._keep)
 
     def _found(self) -> Journal | None:
@@ -165,32 +190,32 @@ class JournaledTrainer(ExactTrainer):
         if not path.exists():
             return None
         if not self._goes_on or self._attempts > 1 or self.args.ignore_data_skip:
-            _put_aside(path)
+            _put_aside(path, "" if self._goes_on else _unfinished(path))
             return None
         try:
             journal = Journal.resume(path, sync_every=self.args.journal_sync_steps)
         except DamagedJournal as error:
+            if self._resumed is None:
+                raise JournalUnfit(str(error)) from None
             _put_aside(path, str(error))
             return None
         try:
             why = self._unfit(journal)
-            # The reader of the checkpoint has said that there are other rows.
-            other = bool(why) or (self._resumed is not None and journal.header.get("run") != self._run_facts)
         except BaseException:
             journal.close()
             raise
-        if other:
+        if why:
             journal.close()
             if self._resumed is None:
-                raise ValueError(f"cannot go on with {str(path)!r}: {why}")
+                raise JournalUnfit(f"cannot go on with {str(path)!r}: {why}")
             _put_aside(path, why)
             return None
         if journal.dropped:
             warnings.warn(f"{path}: the last {journal.dropped} bytes were no whole step", stacklevel=2)
         if (there := journal.next_step) > (done := self.zeroth_order.steps_done):
             _LOG.warning(
-                f"steps {done + 1} to {there} are taken as {path} has them, without forward passes; to measure them "
-                "again, remove that file"
+                f"steps {done + 1} to {there} are taken as {path} has them, without forward passes"
+                f"{ran_elsewhere(self.zeroth_order, journal)}; to measure them again, remove that file"
             )
         return journal
 
@@ -199,7 +224,19 @@ class JournaledTrainer(ExactTrainer):
         optimizer = self.zeroth_order
         done = optimizer.steps_done
         if not journal.first <= done <= journal.next_step:
-            return f"it has the steps {journal.first + 1} to {journal.next_step}, and the run has taken {done}"
+            return f"it leads from {journal.first} finished steps to {journal.next_step}, and the run is at {done}"
+        if self._resumed is None and done != journal.first:
+            return f"this trainer has taken {done} steps already: make a new one, with the model as it was at first"
+        if self._resumed is not None and journal.noted(done) is None:
+            return f"it notes no weights of step {done}, as one does that was there when the checkpoint was saved"
+        saved = journal.header.get("run", {})
+        other = [
+            f"{key.replace('_', ' ')} {saved.get(key)} then, {value} now"
+            for key, value in self._facts.items()
+            if saved.get(key) != value
+        ]
+        if other:
+            return f"its steps are of other rows: {'; '.join(other)}"
         try:
             check_same(optimizer, journal)
             check_frozen(optimizer, self._bare_model, journal)
@@ -208,9 +245,13 @@ class JournaledTrainer(ExactTrainer):
             return str(error)
         return ""
 
-    def _begun(self) -> Journal:
-        header = self.zeroth_order.header(run=self._run_facts, base=self._base)
+    def _begun(self) -> Journal | None:
         path = self._journal_path
+        try:
+            header = self.zeroth_order.header(run=self._facts, base=self._base)
+        except TypeError as error:
+            warnings.warn(f"there is no journal: the optimizer has a part of your own, and {error}", stacklevel=3)
+            return None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return Journal.create(path, header, sync_every=self.args.journal_sync_steps)
@@ -219,7 +260,13 @@ class JournaledTrainer(ExactTrainer):
 
     @property
     def _journal_path(self) -> Path:
-        return Path(self._get_output_dir(None)) / JOURNAL
+        return Path(self._get_output_dir(self._trial)) / JOURNAL
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """Settings that decide which rows a step has; the batch is the one that fits in memory, where it is sought."""
+        facts = self._run_facts
+        return facts | ({"batch": self._train_batch_size} if facts["rows_per_step"] is None else {})
 
     @property
     def _base(self) -> dict[str, Any]:
@@ -238,7 +285,8 @@ class JournaledTrainer(ExactTrainer):
         """Notes the step whose model the run ends with."""
         if not self._opened:  # there was no step to take
             self._open_journal()
-        if self.journal is not None:
+        # Where a run was stopped its last checkpoint has noted the weights, in whose place the best ones may be now.
+        if self.journal is not None and (self.came_to_its_end is None or self.came_to_its_end()):
             self._mark(chosen=True)
 
     def _mark(self, chosen: bool = False) -> None:
@@ -248,7 +296,8 @@ class JournaledTrainer(ExactTrainer):
         loaded = chosen and self.args.load_best_model_at_end and state.best_global_step is not None
         back = state.global_step - state.best_global_step if loaded and state.best_global_step is not None else 0
         mark = mark_of(optimizer, chosen, back)
-        if mark is not None and journal.first <= mark.step and mark not in journal.marks[-1:]:
+        known = mark is not None and journal.noted(mark.step) == mark.fingerprint and not chosen
+        if mark is not None and journal.first <= mark.step and not known:
             with _explained(journal):
                 journal.mark(mark)
 
@@ -266,6 +315,16 @@ def _explained(journal: Journal) -> Iterator[None]:
 def _read(path: Path) -> Journal:
     with Journal.read(path) as journal:
         return journal
+
+
+def _unfinished(path: Path) -> str:
+    """Says so if a run that has not come to its end wrote a journal."""
+    try:
+        journal = _read(path)
+    except (OSError, DamagedJournal):
+        return ""
+    steps = journal.next_step
+    return "" if journal.ended or not len(journal) else f"a new run begins, and that one had come to step {steps}"
 
 
 def _put_aside(path: Path, why: str = "") -> None:

@@ -132,7 +132,7 @@ def test_replay_refuses_what_does_not_fit(place: Path, tmp_path: Path, capsys: p
     weights = load_file(other / WEIGHTS)
     save_file({key: value + 1 for key, value in weights.items()}, other / WEIGHTS, {"format": "pt"})
     assert "the trained tensors are not those that the run" in refused("--base", str(tmp_path / "other"))
-    assert "there is no way to 9" in refused("--steps", "9")
+    assert "there is no way from 0 to 9" in refused("--steps", "9")
     assert "dtype is 'float32' there, 'bfloat16' here" in refused("--dtype", "bfloat16")
     assert not (tmp_path / "out" / WEIGHTS).exists()
     (tmp_path / "out" / "config.json").write_text("{}")
@@ -199,3 +199,69 @@ def test_showing_needs_no_torch(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """The journal with another header, whose checksums are right."""
+    with Journal.read(path) as journal:
+        header, records = json.loads(json.dumps(journal.header)), list(journal)
+    change(header)
+    path.unlink()
+    with Journal.create(path, header) as again:
+        for record in records:
+            again.append(record)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["base"].pop("facts"),
+        lambda header: header["base"]["facts"].update(rows={}),
+        lambda header: header["base"]["facts"].update(rows=[]),
+        lambda header: header["base"].update(settings={}),
+        lambda header: header["base"]["settings"].update(given=3),
+        lambda header: header["base"].update(fingerprint="00" * 16),
+        lambda header: header.update(seed=5),
+    ],
+    ids=["no facts", "no rows", "list of rows", "no settings", "given", "another base", "another seed"],
+)
+def test_going_on_with_an_unfit_journal_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Any
+) -> None:
+    argv = words(place, tmp_path / "out")
+    argv[argv.index("--save_steps") + 1] = "0"
+    killed(monkeypatch, 2, argv)
+    rewritten(tmp_path / "out" / JOURNAL, change)
+    capsys.readouterr()
+    assert cli.main([*argv, "--resume_from_checkpoint", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "journal.jaguar" in error
+
+
+@pytest.mark.filterwarnings("ignore:going on with the steps of journal.jaguar alone")
+def test_a_damaged_journal_is_not_begun_over_and_a_damaged_checkpoint_is_passed_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = words(place, out)
+    killed(monkeypatch, 3, argv)
+    (out / "checkpoint-2" / WEIGHTS).unlink()
+    assert cli.main([*argv, "--resume_from_checkpoint", str(out)]) == 0
+    assert same_model(place / "whole", out)
+    shutil.rmtree(out)
+    argv[argv.index("--save_steps") + 1] = "0"
+    killed(monkeypatch, 3, argv)
+    data = bytearray((out / JOURNAL).read_bytes())
+    with Journal.read(out / JOURNAL) as journal:
+        data[-2 * journal.header["entry"] - 5] ^= 1
+    (out / JOURNAL).write_bytes(data)
+    for more in ([], ["--resume_from_checkpoint", str(out)]):
+        capsys.readouterr()
+        assert cli.main([*argv, *more]) == 2
+        assert "cut the file to" in capsys.readouterr().err
+    assert (out / JOURNAL).read_bytes() == data
+
+
+def test_a_run_without_a_journal(place: Path, tmp_path: Path) -> None:
+    assert cli.main([*words(place, tmp_path / "out"), "--journal", "false"]) == 0
+    assert not (tmp_path / "out" / JOURNAL).exists() and same_model(place / "whole", tmp_path / "out")

@@ -25,9 +25,9 @@ KINDS = {
 OWN = {
     "positive": "max_length num_eval per_device_eval_batch_size num_train lora_r lora_alpha max_steps n_directions "
     "num_virtual_tokens per_device_train_batch_size gradient_accumulation_steps logging_steps ns_steps ns_period",
-    "natural": "train_set_seed num_dev eval_steps save_steps seed check_replicas_steps",
+    "natural": "train_set_seed num_dev eval_steps save_steps seed check_replicas_steps journal_sync_steps",
     "switch": "load_in_4bit use_cpu trust_remote_code overwrite_output_dir no_preset lora prefix_tuning prompt_tuning "
-    "released direction_parallel",
+    "released direction_parallel journal",
     "length": "learning_rate weight_decay vector_lr",
     "above 0": "tau rho_clip",
     "share": "beta momentum",

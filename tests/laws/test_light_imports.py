@@ -65,12 +65,15 @@ def test_what_is_heavy_is_noticed(statement: str, found: str) -> None:
     assert found in heavy(imported(f"import jaguar; {statement}"), OF_HELP)
 
 
+ALL = "finetune, eval, replay, journal, info"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", "jaguar: error: a command is missing; there is: finetune, eval, info (see jaguar --help)"),
-        ("tune", "jaguar: error: 'tune' is no command; there is: finetune, eval, info (see jaguar --help)"),
-        ("--modle m", "jaguar: error: '--modle' is no command; there is: finetune, eval, info (see jaguar --help)"),
+        ("", f"jaguar: error: a command is missing; there is: {ALL} (see jaguar --help)"),
+        ("tune", f"jaguar: error: 'tune' is no command; there is: {ALL} (see jaguar --help)"),
+        ("--modle m", f"jaguar: error: '--modle' is no command; there is: {ALL} (see jaguar --help)"),
         (
             "eval --modle m --model m",
             "jaguar eval: error: unrecognized arguments: --modle m; did you mean --model? (see jaguar eval --help)",

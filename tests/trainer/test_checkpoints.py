@@ -187,6 +187,7 @@ def test_an_adapter_on_another_base_is_refused(tmp_path):
         resumed(tmp_path / "checkpoint-2", tmp_path, other)
 
 
+@pytest.mark.filterwarnings("ignore:the steps of .*journal.jaguar")  # the run before it is in the same folder
 def test_other_rows_or_processes_are_said(saved, tmp_path):
     run = trainer(tmp_path / "a", make("tied", seed=1))
     run.train_dataset = rows(40)

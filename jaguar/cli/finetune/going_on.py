@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaguar.cli.finetune.run import Run
+from jaguar.cli.finetune.run import KEPT, Run
 from jaguar.cli.flags import underscored
-from jaguar.record import DamagedJournal, Journal
-from jaguar.trainer.checkpoints import newest
+from jaguar.record import Journal
+from jaguar.trainer.checkpoints import check_kind, newest
 from jaguar.trainer.journaling import JOURNAL
 from jaguar.trainer.staging import of as checkpoints_of
 
@@ -22,12 +22,15 @@ _FLAG = "--resume_from_checkpoint"
 
 
 def steps_of(folder: Path) -> int:
-    """Number of steps in the journal of a folder; 0: there is none that can be read."""
-    try:
-        with Journal.read(folder / JOURNAL) as journal:
-            return len(journal)
-    except (OSError, DamagedJournal):
+    """Number of steps in the journal of a folder; 0: there is none.
+
+    Raises:
+        DamagedJournal: it is damaged; the message says how far it is whole.
+    """
+    if not (folder / JOURNAL).is_file():
         return 0
+    with Journal.read(folder / JOURNAL) as journal:
+        return len(journal)
 
 
 def found(run: Run, folder: Path, processes: int) -> tuple[Run, str | bool]:
@@ -43,8 +46,12 @@ def found(run: Run, folder: Path, processes: int) -> tuple[Run, str | bool]:
     if given.resolve() != folder.resolve():
         return run, str(given)
     if checkpoints_of(folder):
-        checkpoint = str(newest(folder, processes))
-        return replace(run, resume_from_checkpoint=checkpoint), checkpoint
+        try:
+            checkpoint = str(newest(folder, processes))
+            return replace(run, resume_from_checkpoint=checkpoint), checkpoint
+        except ValueError:
+            if not steps_of(folder):
+                raise
     if not steps_of(folder):
         raise ValueError(f"{str(given)!r} has neither a checkpoint nor a {JOURNAL} with steps of a run")
     return run, True
@@ -56,10 +63,10 @@ def facts_of_journal(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: another program wrote it.
     """
-    with Journal.read(folder / JOURNAL) as journal:
-        base = journal.header.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("settings"), dict):
-        raise ValueError(f"{folder / JOURNAL} was not written by jaguar finetune: it has no settings")
+    path = folder / JOURNAL
+    with Journal.read(path) as journal:
+        base: dict[str, Any] = journal.header.get("base", {})
+    check_kind(path, base, {key: KEPT[key] for key in ("settings", "facts")})
     return base
 
 

@@ -200,6 +200,7 @@ class Finetuning:
         for callback in (self.losses, self.bar, self.stop):
             trainer.add_callback(callback)
         trainer.beside = self._keep
+        trainer.came_to_its_end = lambda: not self.stop.asked or trainer.state.global_step >= trainer.state.max_steps
         trainer.create_optimizer()
         return trainer
 
@@ -279,6 +280,8 @@ class Finetuning:
         """Advice for a run whose last step is done and whose end is missing."""
         if (self._checkpoint() / STATE).is_file():
             return f"\n{go_on(self._checkpoint())}"
+        if self.args.journal:
+            return f"\n{go_on(self.folder)}"
         return f"; score it with jaguar eval (--model {self.folder}, and the held-out rows)"
 
     def test(self, what: str) -> Scores:

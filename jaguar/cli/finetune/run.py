@@ -29,10 +29,11 @@ STATE = "jaguar_run.pt"
 # Arguments that decide no bits of the training.
 _FREE = {"output_dir", "run_name", "use_cpu", "report_to", "disable_tqdm", "backend", "save_steps", "save_strategy"}
 _FREE |= {"save_total_limit", "save_only_model", "dataloader_num_workers", "dataloader_pin_memory", "log_level"}
+_FREE |= {"journal", "journal_sync_steps"}
 _FREE |= {"dataloader_prefetch_factor", "dataloader_persistent_workers", "torch_empty_cache_steps", "debug"}
 _FREE |= {"check_replicas_steps"}
 # Kinds of what a checkpoint holds beside Trainer's files.
-_KEPT = {
+KEPT = {
     "settings": {"given": [], "values": {}, "data": {}},
     "facts": {"rows": dict.fromkeys(("training", "dev", "held-out"), ""), "optimizer": {}, "model": {}},
     "losses": [],
@@ -146,7 +147,7 @@ class Run:
             if isinstance(state, dict) and state and not isinstance(state.get("settings"), dict):
                 raise Damaged(f"{path} was not written by this version of jaguar finetune: it has no settings")
             state = {"seconds": 0.0} | state  # which those of 0.4.0 do not have
-            checkpoints.check_kind(path, state, _KEPT)
+            checkpoints.check_kind(path, state, KEPT)
         checkpoints.check_whole(folder, args.world_size)
         self.check_settings(state["settings"], args)
         return state
