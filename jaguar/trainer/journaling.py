@@ -169,7 +169,7 @@ class JournaledTrainer(ExactTrainer):
                 if shared and journal is not None:
                     told[2] = [record.pack() for record in journal.since(optimizer.steps_done)]
             except Exception as error:  # the other processes wait to hear of it
-                told[0] = error
+                told[0] = JournalUnfit(str(error)) if type(error) is ValueError else error
         if shared:
             sent = [told]
             dist.broadcast_object_list(sent)

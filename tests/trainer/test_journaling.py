@@ -320,6 +320,15 @@ def test_without_a_checkpoint_other_rows_are_refused(tmp_path, changed, said):
         assert len(journal) == 5
 
 
+def test_a_journal_that_another_run_writes_is_refused(tmp_path):
+    with pytest.raises(Dies):
+        run(tmp_path, callbacks=[At(5)]).train()
+    with Journal.resume(tmp_path / JOURNAL):
+        for again in (True, None):
+            with pytest.raises(JournalUnfit, match="a run is writing to"):
+                run(tmp_path).train(resume_from_checkpoint=again)
+
+
 def test_a_trainer_that_was_interrupted_does_not_go_on_from_its_middle(tmp_path):
     job = run(tmp_path, callbacks=[At(4)])
     with pytest.raises(Dies):
