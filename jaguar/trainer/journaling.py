@@ -56,6 +56,7 @@ class JournaledTrainer(ExactTrainer):
     _opened = False
     _hook: RemovableHandle | None = None
     _trial: Any = None
+    _wrote: Path | None = None  # the journal of an earlier attempt, or call of `train`
     _other_rates = False  # that records have other learning rates than the schedule was said
     _attempts = 0  # of this call of `train`
     _goes_on = False
@@ -182,6 +183,7 @@ class JournaledTrainer(ExactTrainer):
         elif self.journal is not None:
             self._records = self.journal.since(optimizer.steps_done)
         if self.journal is not None:
+            self._wrote = self.journal.path
             self._hook = optimizer.register_record_hook(self._keep)
 
     def _found(self) -> Journal | None:
@@ -190,7 +192,9 @@ class JournaledTrainer(ExactTrainer):
         if not path.exists():
             return None
         if not self._goes_on or self._attempts > 1 or self.args.ignore_data_skip:
-            _put_aside(path, "" if self._goes_on else _unfinished(path))
+            # Whoever asked for it, or has called `train` of this trainer again, knows of that run.
+            known = self._goes_on or self._wrote == path
+            _put_aside(path, "" if known else _unfinished(path))
             return None
         try:
             journal = Journal.resume(path, sync_every=self.args.journal_sync_steps)

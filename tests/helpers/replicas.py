@@ -49,7 +49,7 @@ def trained(
 ) -> tuple[str, str]:
     """Digests of all records of a run, and of its weights."""
     given = {"per_device_train_batch_size": 4, "n_directions": 3, "learning_rate": 1e-3, "logging_steps": 1000}
-    args = arguments(folder, steps, **given | more)
+    args = arguments(Path(tempfile.mkdtemp(dir=folder)), steps, **given | more)
     model = Line() if optimizer is None else optimizer.model
     data = rows() if data is None else data
     trainer = ZOTrainer(model, args, train_dataset=data, callbacks=callbacks, optimizers=(optimizer, None))
