@@ -14,14 +14,14 @@ from rich.table import Table
 
 from jaguar.cli.output import say
 from jaguar.models.errors import printable
-from jaguar.record import DamagedJournal, Journal, Record
+from jaguar.record import JOURNAL, DamagedJournal, Journal, Record
 
 ACTIONS = ("show", "verify", "plot")
 
 
 def show(path: str, console: Console, last: int) -> None:
     """Prints the header, the last records and the marks."""
-    with Journal.read(_file(path)) as journal:
+    with Journal.read(file_of(path)) as journal:
         table = Table(show_header=False, title=escape(path), title_justify="left")
         for name, text in _summary(journal).items():
             table.add_row(name, escape(printable(text)))
@@ -45,7 +45,7 @@ def show(path: str, console: Console, last: int) -> None:
 def verify(path: str, console: Console) -> int:
     """Reads all of it; returns 0 if it is whole, 1 if not."""
     try:
-        with Journal.read(_file(path)) as journal:
+        with Journal.read(file_of(path)) as journal:
             skipped = sum(record.skipped for record in journal)
     except DamagedJournal as error:
         say(console, str(error), "red")
@@ -71,7 +71,7 @@ def plot(path: str, out: str, console: Console) -> None:
 
     from jaguar.cli.finetune.report import running_mean
 
-    with Journal.read(_file(path)) as journal:
+    with Journal.read(file_of(path)) as journal:
         whole = (r for r in journal if r.losses and r.lrs)
         drawn = [(r.step + 1, r.loss, abs(r.losses[0] - r.losses[-1]), r.lrs[0]) for r in whole]
     if not drawn:
@@ -98,9 +98,9 @@ def plot(path: str, out: str, console: Console) -> None:
     say(console, f"drawn: {out}")
 
 
-def _file(path: str) -> Path:
+def file_of(path: str) -> Path:
     """The journal of a path, which may be a run's folder."""
-    return Path(path) / "journal.jaguar" if Path(path).is_dir() else Path(path)
+    return Path(path) / JOURNAL if Path(path).is_dir() else Path(path)
 
 
 def _summary(journal: Journal) -> dict[str, str]:

@@ -14,15 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaguar import tasks
 from jaguar.cli.finetune.prepared import made_trainable, name_labels
+from jaguar.cli.journal import file_of
 from jaguar.cli.output import say
 from jaguar.models.adapters import Adapter
 from jaguar.models.load import Loaded, load
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.identity import fingerprint_of
 from jaguar.optimizers.replay import replay
-from jaguar.record import Journal
+from jaguar.record import JOURNAL, Journal
 from jaguar.tasks.saved import save_task
-from jaguar.trainer.journaling import JOURNAL
 from jaguar.trainer.saving import check_space, prepare_folder, save_files, write_model
 
 
@@ -105,8 +105,8 @@ def rebuild(
         OSError: the model cannot be saved.
     """
     folder = Path(out)
-    path = str(Path(path) / JOURNAL) if Path(path).is_dir() else path
-    with Journal.read(path) as journal:
+    file = file_of(path)
+    with Journal.read(file) as journal:
         base_of(journal)
         prepare_folder(folder)
         if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
@@ -117,7 +117,7 @@ def rebuild(
         begin = time.monotonic()
         optimizer = _replayed(loaded.model, journal, console, steps, backend)
         seconds = time.monotonic() - begin
-        done, size = optimizer.steps_done - journal.first, Path(path).stat().st_size
+        done, size = optimizer.steps_done - journal.first, file.stat().st_size
         say(
             console,
             f"{done} steps in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} steps/s), journal {size:,} bytes",
@@ -147,7 +147,10 @@ def _replayed(model: Any, journal: Journal, console: Console, steps: int | None,
 
 def _verdict(optimizer: ZerothOrder, journal: Journal) -> tuple[str, str]:
     """A line on the fingerprint, and its style."""
-    found = fingerprint_of(optimizer)
-    if journal.noted(optimizer.steps_done) == found:  # which replay has compared
-        return f"verified: fingerprint {found}, as the run had it after {optimizer.steps_done} steps", "green"
-    return f"fingerprint {found}; the run noted none after {optimizer.steps_done} steps to compare it with", "yellow"
+    step = optimizer.steps_done
+    if (noted := journal.noted(step)) is not None:  # replay has compared it
+        return f"verified: fingerprint {noted}, as the run had it after {step} steps", "green"
+    return (
+        f"fingerprint {fingerprint_of(optimizer)}; the run noted none after {step} steps to compare it with",
+        "yellow",
+    )

@@ -233,9 +233,8 @@ class Measuring(Contract):
     @property
     def record_size(self) -> int:
         """Bytes of the longest record of a step."""
-        automatic = self._estimates is not None
-        n_errors = self.method.estimator.n_directions + 2 if automatic else 0
-        return Record.size(len(self.param_groups), self._most_losses, n_errors if automatic else None)
+        n_errors = None if self._estimates is None else self.method.estimator.n_directions + 2
+        return Record.size(len(self.param_groups), self._most_losses, n_errors)
 
     def _n_errors(self, step: int) -> int:
         """Number of standard errors in the record of a step."""

@@ -35,6 +35,10 @@ def entry_size(record_size: int) -> int:
     return _ENTRY.size + max(record_size, Mark.SIZE) + _CHECKSUM.size
 
 
+# Name of the journal in a run's folder.
+JOURNAL = "journal.jaguar"
+
+
 class Journal:
     """An append-only file of the records of a run: a header, and one checksummed entry of fixed size per step.
 

@@ -21,14 +21,12 @@ from torch.utils.hooks import RemovableHandle
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.identity import fingerprint_of_rest
 from jaguar.optimizers.replay import check_frozen, check_same, check_weights, mark_of, ran_elsewhere
-from jaguar.record import DamagedJournal, Journal, Record
+from jaguar.record import JOURNAL, DamagedJournal, Journal, Record
 from jaguar.record.files import lock
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.exact_trainer import ExactTrainer
 from jaguar.trainer.saving import reason, unsaved
 from jaguar.trainer.staging import of as checkpoints_of
-
-JOURNAL = "journal.jaguar"
 
 
 class JournalUnfit(ValueError):
@@ -91,7 +89,7 @@ class JournaledTrainer(ExactTrainer):
         try:
             return super()._newest(parent)
         except ValueError as error:
-            if not self._journals or not (parent / JOURNAL).is_file() or not len(_read(parent / JOURNAL)):
+            if not self._journals or not steps_of(parent):
                 raise
             if checkpoints_of(parent):
                 warnings.warn(f"going on with the steps of {JOURNAL} alone: {error}", stacklevel=3)
@@ -316,19 +314,26 @@ def _explained(journal: Journal) -> Iterator[None]:
         raise unsaved(journal.path, reason(error, journal.path.parent), still) from error
 
 
-def _read(path: Path) -> Journal:
-    with Journal.read(path) as journal:
-        return journal
+def steps_of(folder: Path) -> int:
+    """Number of steps in the journal of a folder; 0: there is none.
+
+    Raises:
+        DamagedJournal: it is damaged; the message says how far it is whole.
+    """
+    if not (folder / JOURNAL).is_file():
+        return 0
+    with Journal.read(folder / JOURNAL) as journal:
+        return len(journal)
 
 
 def _unfinished(path: Path) -> str:
     """Says so if a run that has not come to its end wrote a journal."""
     try:
-        journal = _read(path)
+        with Journal.read(path) as journal:
+            over = journal.ended or not len(journal)
+            return "" if over else f"a new run begins, and that one had come to step {journal.next_step}"
     except (OSError, DamagedJournal):
         return ""
-    steps = journal.next_step
-    return "" if journal.ended or not len(journal) else f"a new run begins, and that one had come to step {steps}"
 
 
 def _put_aside(path: Path, why: str = "") -> None:

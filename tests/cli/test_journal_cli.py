@@ -18,7 +18,7 @@ from jaguar import Journal
 from jaguar.cli import commands as cli
 from jaguar.cli.finetune.progress import Losses
 from jaguar.method.described import rebuilt
-from jaguar.trainer.journaling import JOURNAL
+from jaguar.record import JOURNAL
 
 WEIGHTS = "model.safetensors"
 

@@ -9,7 +9,8 @@ from helpers.checkpoints import bits, equal
 from helpers.dying import At, Dies, run, same
 from helpers.trainers import arguments, classifier, labelled
 from jaguar import Journal, ZOTrainer
-from jaguar.trainer.journaling import BEFORE, JOURNAL, JournalUnfit
+from jaguar.record import JOURNAL
+from jaguar.trainer.journaling import BEFORE, JournalUnfit
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from helpers.checkpoints import bits, equal, make, trainer
 from helpers.dying import At, Dies, run, same
 from helpers.trainers import Bad, arguments, classifier, labelled, scored
 from jaguar import Journal, ZOTrainer
-from jaguar.trainer.journaling import BEFORE, JOURNAL
+from jaguar.record import JOURNAL
+from jaguar.trainer.journaling import BEFORE
 
 SETTINGS = {
     "no checkpoints": {},

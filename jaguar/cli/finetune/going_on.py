@@ -13,24 +13,12 @@ from typing import Any
 
 from jaguar.cli.finetune.run import KEPT, Run
 from jaguar.cli.flags import underscored
-from jaguar.record import Journal
+from jaguar.record import JOURNAL, Journal
 from jaguar.trainer.checkpoints import check_kind, newest
-from jaguar.trainer.journaling import JOURNAL
+from jaguar.trainer.journaling import steps_of
 from jaguar.trainer.staging import of as checkpoints_of
 
 _FLAG = "--resume_from_checkpoint"
-
-
-def steps_of(folder: Path) -> int:
-    """Number of steps in the journal of a folder; 0: there is none.
-
-    Raises:
-        DamagedJournal: it is damaged; the message says how far it is whole.
-    """
-    if not (folder / JOURNAL).is_file():
-        return 0
-    with Journal.read(folder / JOURNAL) as journal:
-        return len(journal)
 
 
 def found(run: Run, folder: Path, processes: int) -> tuple[Run, str | bool]:

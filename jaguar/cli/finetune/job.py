@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 
 from jaguar.cli.finetune import outcome
 from jaguar.cli.finetune.evaluation import make_scorer
-from jaguar.cli.finetune.going_on import facts_of_journal, found, go_on, steps_of
+from jaguar.cli.finetune.going_on import facts_of_journal, found, go_on
 from jaguar.cli.finetune.prepared import made_trainable, name_labels
 from jaguar.cli.finetune.progress import Bar, Losses, Stop
 from jaguar.cli.finetune.report import row_bar
@@ -26,12 +26,13 @@ from jaguar.method.directions import Sparse
 from jaguar.models.load import configuration, is_adapter, load
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.interrupts import HeldInterrupts, interrupt, number_of
+from jaguar.record import JOURNAL
 from jaguar.scoring import Scores, evaluate
 from jaguar.tasks.rows import Row
 from jaguar.tasks.saved import save_task
 from jaguar.trainer.arguments import ZOTrainingArguments
 from jaguar.trainer.checkpoints import check_weights
-from jaguar.trainer.journaling import JOURNAL
+from jaguar.trainer.journaling import steps_of
 from jaguar.trainer.optimizer import unwrap
 from jaguar.trainer.saving import check_space, only_run, prepare_folder, remove_leftovers, save_files, write_model
 from jaguar.trainer.staging import of as checkpoints_of
