@@ -16,6 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+LOCKS = fcntl is not None
 _held: WeakSet[BinaryIO] = WeakSet()
 
 
@@ -59,7 +60,8 @@ def placed(path: Path, parts: Iterable[bytes]) -> BinaryIO:
             write(file, part)
         os.fsync(file.fileno())
         os.rename(made, path)
-        _sync_folder(path)
+        with contextlib.suppress(OSError):  # of systems that open no folders
+            sync(path.resolve().parent)
     except BaseException:
         file.close()
         with contextlib.suppress(OSError):
@@ -68,30 +70,35 @@ def placed(path: Path, parts: Iterable[bytes]) -> BinaryIO:
     return file
 
 
-def _sync_folder(path: Path) -> None:
-    """Puts the name of a new file onto the disk."""
-    with contextlib.suppress(OSError):  # of systems that open no folders
-        handle = os.open(path.resolve().parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def lock(file: BinaryIO, path: Path) -> None:
     """Holds a file for this process, as long as it is open.
 
     Raises:
         ValueError: another process holds it.
     """
-    if fcntl is None:
-        return
     _held.add(file)
-    with contextlib.suppress(OSError):  # of file systems without locks
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"a run is writing to {str(path)!r}: wait for its end, or choose another file") from None
+    if not taken(file.fileno()):
+        raise ValueError(f"a run is writing to {str(path)!r}: wait for its end, or choose another file")
+
+
+def taken(handle: int) -> bool:
+    """Takes the lock of an open file or folder, which ends with the handle; False: another process has it."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # of file systems without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _let_go() -> None:
@@ -100,5 +107,5 @@ def _let_go() -> None:
         file.close()
 
 
-if fcntl is not None:
+if LOCKS:
     os.register_at_fork(after_in_child=_let_go)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -15,11 +14,7 @@ from typing import Any
 from torch import nn
 
 from jaguar.models.errors import said
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from jaguar.record.files import LOCKS, sync, taken
 
 # Room for what is saved beside the weights: tokenizer, state, pictures.
 _EXTRA_BYTES = 64 << 20
@@ -129,15 +124,6 @@ def _failure(place: Path) -> OSError | None:
     return None
 
 
-def sync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def sync_all(folder: Path) -> None:
     """Puts a folder and all that is in it on the disk."""
     for path in [*folder.rglob("*"), folder]:
@@ -160,7 +146,7 @@ def only_run(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process has it open.
     """
-    if fcntl is None:  # on systems without such locks
+    if not LOCKS:  # on systems without such locks
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,13 +158,8 @@ def only_run(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with contextlib.suppress(OSError):  # of a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another run is writing to {str(folder)!r}: wait for its end, or choose another folder"
-                ) from None
+        if not taken(handle):
+            raise ValueError(f"another run is writing to {str(folder)!r}: wait for its end, or choose another folder")
         _locks[key] = handle
         yield
     finally:
@@ -192,5 +173,5 @@ def _let_go() -> None:
         os.close(_locks.popitem()[1])
 
 
-if fcntl is not None:
+if LOCKS:
     os.register_at_fork(after_in_child=_let_go)

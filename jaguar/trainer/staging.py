@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from jaguar.trainer.saving import is_of_writing, reason, sync, sync_all, unsaved
+from jaguar.record.files import sync
+from jaguar.trainer.saving import is_of_writing, reason, sync_all, unsaved
 
 # What is written last of all, and lies in every checkpoint that is whole.
 RECORD = "jaguar_checkpoint.json"
