@@ -7,6 +7,8 @@ import json
 import os
 import re
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,30 @@ def load(path: Path) -> dict[str, Any]:
     """What `save` wrote."""
     found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def keep(
+    rows: Iterable[dict[str, Any]],
+    result: dict[str, Any],
+    path: Path | None,
+    begin: float,
+    said: Callable[[dict[str, Any]], str],
+) -> int:
+    """Adds rows to a result as they come, each printed and saved at once; returns how many are failures.
+
+    Args:
+        path: the result's file; None: it is not saved.
+        begin: when the program began, by `time.monotonic`.
+        said: a row in words.
+    """
+    failed = 0
+    for row in rows:
+        print(f"[{time.monotonic() - begin:5.1f} s] {said(row)}", flush=True)
+        failed += row["kind"] == "failure"
+        result["rows"].append(row)
+        if path:
+            save(path, result)
+    return failed
 
 
 def check_begun(parser: argparse.ArgumentParser, into: Path | None) -> None:

@@ -173,20 +173,14 @@ def speed(args: argparse.Namespace, begin: float) -> int:
         print("error: TRITON_INTERPRET is set, and the interpreter's speed is of no interest", file=sys.stderr)
         return 2
     found = result.load(args.into) if args.into else {"rows": []}
-    failed = 0
 
     def left() -> float:
         return float(args.seconds - (time.monotonic() - begin))
 
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
-    for row in suite.run(CudaClock(device, 0.15), left):
-        print(f"[{time.monotonic() - begin:5.1f} s] {polar_report.said(row)}", flush=True)
-        failed += row["kind"] == "failure"
-        found["rows"].append(row)
-        if args.into:
-            result.save(args.into, found)
-    return 1 if failed else 0
+    rows = suite.run(CudaClock(device, 0.15), left)
+    return 1 if result.keep(rows, found, args.into, begin, polar_report.said) else 0
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -82,13 +82,9 @@ def _measured(args: argparse.Namespace, begin: float, suite: Any) -> int:
         entry.name: {"title": entry.title, "tensors": len(entry.shapes), "parameters": entry.count} for entry in lists
     }
 
-    def elapsed() -> float:
-        return time.monotonic() - begin
+    def left() -> float:
+        return float(args.seconds - (time.monotonic() - begin))
 
     device = torch.device("cuda", torch.cuda.current_device())
-    for row in suite.run(suite.plan(lists), CudaClock(device, 0.3), lambda: args.seconds - elapsed()):
-        print(f"[{elapsed():5.1f} s] {said(row)}", flush=True)
-        found["rows"].append(row)
-        if args.into:
-            result.save(args.into, found)
+    result.keep(suite.run(suite.plan(lists), CudaClock(device, 0.3), left), found, args.into, begin, said)
     return 1 if report.failures(found | {"stages": []}) else 0

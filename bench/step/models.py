@@ -41,16 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     transformers.logging.set_verbosity_error()
     found = result.load(args.into) if args.into else {"rows": []}
-    failed = 0
 
     def left() -> float:
         return float(args.seconds - (time.monotonic() - begin))
 
     device = torch.device("cuda", torch.cuda.current_device())
-    for row in whole_steps.run(CudaClock(device, 0.4), left):
-        print(f"[{time.monotonic() - begin:5.1f} s] {whole_steps.said(row)}", flush=True)
-        failed += row["kind"] == "failure"
-        found["rows"].append(row)
-        if args.into:
-            result.save(args.into, found)
-    return 1 if failed else 0
+    rows = whole_steps.run(CudaClock(device, 0.4), left)
+    return 1 if result.keep(rows, found, args.into, begin, whole_steps.said) else 0

@@ -210,3 +210,19 @@ def test_models_are_measured_beside_inference() -> None:
     assert all(row["kind"] == "model" and row["ms"]["n"] >= 2 and whole_steps.said(row) for row in rows), rows
     late = list(whole_steps.run(clock.CpuClock(torch.device("cpu"), 0.0, 2, 1), lambda: 1.0, [tiny]))
     assert [row["kind"] for row in late] == ["dropped"] and report.failures({"stages": [], "rows": late}) == []
+
+
+def test_rows_are_saved_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that is cut off has those before; failures are counted."""
+    path, found, seen = tmp_path / "gpu.json", sample() | {"rows": []}, []
+
+    def rows() -> Any:
+        for row in sample()["rows"]:  # one of them a failure
+            seen.append(len(result.load(path)["rows"]) if path.exists() else 0)
+            yield row
+
+    assert result.keep(rows(), found, path, 0.0, lambda row: row["kind"]) == 1
+    assert seen == list(range(len(seen))) and result.load(path)["rows"] == json.loads(json.dumps(found["rows"]))
+    assert capsys.readouterr().out.count("\n") == len(seen) == len(found["rows"]) > 2
+    whole = [row for row in sample()["rows"] if row["kind"] != "failure"]
+    assert result.keep(whole, {"rows": []}, None, 0.0, lambda row: row["kind"]) == 0

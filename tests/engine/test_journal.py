@@ -15,6 +15,7 @@ import pytest
 
 from helpers import journals
 from helpers.journals import FIRST, HEADER, MARKS, RECORDS, SIZE, Read
+from helpers.journals import path as path
 from jaguar.record import DamagedJournal, Journal, Mark, Record
 from jaguar.record.header import LONGEST_ENTRY
 
@@ -29,11 +30,6 @@ def prefix(n: int, dropped: int = 0) -> Read:
     of = THINGS[:n]
     marks = [thing for thing in of if isinstance(thing, Mark)]
     return Read([thing.pack() for thing in of if isinstance(thing, Record)], marks, dropped)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run.jaguar"
 
 
 @pytest.fixture

@@ -12,19 +12,9 @@ from pathlib import Path
 import pytest
 
 from helpers import journals
-from helpers.journals import FIRST, HEADER, RECORDS
+from helpers.journals import FIRST, HEADER, RECORDS, records
+from helpers.journals import path as path
 from jaguar.record import Journal, Mark, Record
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run.jaguar"
-
-
-def records(path: Path) -> list[Record]:
-    with Journal.read(path) as journal:
-        assert journal.dropped == 0
-        return list(journal)
 
 
 def test_two_writers_in_one_process(path: Path) -> None:

@@ -14,21 +14,11 @@ from pathlib import Path
 import pytest
 
 from helpers import journals
-from helpers.journals import FIRST, HEADER, MARKS, RECORDS, SIZE
+from helpers.journals import FIRST, HEADER, MARKS, RECORDS, SIZE, records
+from helpers.journals import path as path
 from jaguar.record import Journal, Mark, Record
 
 HEAD = len(journals.packed(HEADER))
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run.jaguar"
-
-
-def records(path: Path) -> list[Record]:
-    with Journal.read(path) as journal:
-        assert journal.dropped == 0
-        return list(journal)
 
 
 # -- failing disks -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jaguar.record import DamagedJournal, Journal, Mark, Record
 
 MAGIC = b"\x89JAGUAR\n"
@@ -128,3 +130,16 @@ def read(path: Path) -> Read | None:
     except DamagedJournal as error:
         assert str(path) in str(error)
         return None
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A place for a journal."""
+    return tmp_path / "run.jaguar"
+
+
+def records(path: Path) -> list[Record]:
+    """The records of a journal that is whole."""
+    with Journal.read(path) as journal:
+        assert journal.dropped == 0
+        return list(journal)
