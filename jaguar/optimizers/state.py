@@ -29,6 +29,7 @@ class Roster:
         double: whether losses are fp64: one of the parameters is.
         devices: where the parameters are.
         tensors: the parameters, by slot.
+        spread: the slots of which other processes hold parts.
         state: the buffers of every slot as `moved` saw them; () where one is not made yet.
     """
 
@@ -47,7 +48,7 @@ class Roster:
         self.devices = {slot.tensor.device for slot in slots}
         self.tensors = [slot.tensor for slot in slots]
         self._owners = [slot.parameter for slot in slots]  # of the entries
-        self._spread = [slot for slot in slots if slot.spread is not None]
+        self.spread = [slot for slot in slots if slot.spread is not None]
         self._seen: list[int] | None = None
         self._complete = not any(buffers)
         # One (entry of the state, name) per buffer of every slot.
@@ -79,7 +80,7 @@ class Roster:
         """
         self._look()
         tensors = self.tensors
-        for slot in self._spread:
+        for slot in self.spread:
             if slot.count and local(slot.parameter).data_ptr() != slot.tensor.data_ptr():
                 raise RuntimeError(
                     f"the part of {slot.name} that is here is not where it was when the optimizer was made: make the "

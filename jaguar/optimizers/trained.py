@@ -138,7 +138,7 @@ class Trained:
 
     def n_perturbed(self, inputs: StepInputs) -> int:
         """Number of coordinates that a direction moves; where only parts of them are here, the expected number."""
-        if all(slot.spread is None for slot in self.roster.slots):
+        if not self.roster.spread:
             return self.bound.n_perturbed(inputs)
         total = sum(slot.total for slot in self.roster.slots)
         return round(self._method.direction.fraction(total) * total)

@@ -53,7 +53,6 @@ class JournaledTrainer(ExactTrainer):
     came_to_its_end: Callable[[], bool] | None = None
     _opened = False
     _hook: RemovableHandle | None = None
-    _trial: Any = None
     _wrote: Path | None = None  # the journal of an earlier attempt, or call of `train`
     _other_rates = False  # that records have other learning rates than the schedule was said
     _attempts = 0  # of this call of `train`
@@ -81,8 +80,7 @@ class JournaledTrainer(ExactTrainer):
 
         With `resume_from_checkpoint=True` and no checkpoint it begins with the model as it is, and the journal's steps.
         """
-        self._goes_on, self._attempts = bool(resume_from_checkpoint), 0
-        self._trial, self._other_rates = args[0] if args else others.get("trial"), False
+        self._goes_on, self._attempts, self._other_rates = bool(resume_from_checkpoint), 0, False
         return super().train(resume_from_checkpoint, *args, **others)
 
     def _newest(self, parent: Path) -> Path | None:
@@ -112,6 +110,7 @@ class JournaledTrainer(ExactTrainer):
         journal, self.journal, self._opened, self._until = self.journal, None, False, 0
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
         if journal is not None:
             with _explained(journal):
                 journal.close()

@@ -5,7 +5,7 @@ import torch
 from transformers.hyperparameter_search import HPSearchBackend
 
 from helpers.trainers import QUIET, bits, classifier, equal, labelled
-from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, ZOTrainer, ZOTrainingArguments
+from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Journal, ZOTrainer, ZOTrainingArguments
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,12 @@ def test_a_search_over_options(tmp_path, monkeypatch):
     assert [run[2].param_groups[0]["tau"] for run in runs] == [1e-3, 1e-2]
     with pytest.raises(ValueError, match="zo-sgd has no option coordinates"):
         searched(tmp_path, monkeypatch, [{"optim_zo": "zo-sgd"}], coordinates=0.5)
+
+
+def test_every_trial_has_its_own_journal(tmp_path, monkeypatch):
+    searched(tmp_path, monkeypatch, [{"optim_zo": name} for name in ("zo-sgd", "fo-sgd", "jaguar-signsgd")])
+    there = {path.parent.name: path for path in tmp_path.rglob("*.jaguar")}
+    assert there.keys() == {"run-0", "run-2"}
+    for name, optimizer in (("run-0", "ZOSGD"), ("run-2", "JaguarSignSGD")):
+        with Journal.read(there[name]) as journal:
+            assert journal.header["optimizer"] == optimizer and journal.ended and len(journal) == 3
