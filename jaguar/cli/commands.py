@@ -120,6 +120,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
 
     from jaguar.cli.finetune.data import Data
     from jaguar.cli.finetune.job import Finetuning, Interrupted
+    from jaguar.cli.finetune.processes import group_ended
     from jaguar.cli.finetune.run import Run
     from jaguar.models.errors import Damaged, said
     from jaguar.optimizers.guards import NonFiniteLoss
@@ -144,7 +145,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         overwrite_output_dir="overwrite_output_dir" in args,
         settings=f"settings of {preset.source}. {preset.note}".strip() if preset else "",
     )
-    with contextlib.ExitStack() as alone:
+    with group_ended(), contextlib.ExitStack() as alone:
         with _refusals():
             job = Finetuning(run, console, alone)
         job.describe()

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from helpers.runs import place as place
 from helpers.runs import words
 from jaguar.cli import commands as cli
+from jaguar.cli.finetune.processes import group_ended
 from jaguar.cli.finetune.progress import Stop
 from jaguar.trainer import arguments as training_args
 from jaguar.trainer import checkpoints
@@ -34,17 +36,32 @@ def line(place: Path, out: Path, *more: str) -> list[str]:
     return given
 
 
-def started(given: list[str]) -> subprocess.Popen[str]:
+# What is left when the program has ended, and before the interpreter does.
+PROGRAM = """
+import atexit, sys
+import torch.distributed as dist
+from jaguar.cli.commands import main
+atexit.register(lambda: print(f"a group is left: {dist.is_initialized()}", file=sys.stderr))
+sys.exit(main())
+"""
+
+
+def started(given: list[str], *jaguar: str) -> subprocess.Popen[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "jaguar"]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*program, *given], env=env, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        [*program, *(jaguar or ("-m", "jaguar")), *given], env=env, text=True, start_new_session=True, **pipes
+    )
 
 
 def test_two_processes_are_one_run(place: Path, tmp_path: Path) -> None:
-    process = started(line(place, tmp_path / "two"))
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
+    process = started(line(place, tmp_path / "two"), str(script))
     said, _ = process.communicate(timeout=SECONDS * 3)
     assert process.returncode == 0, said
+    assert said.count("a group is left: False") == 2, said
     assert said.count("tuned: accuracy") == said.count("zero-shot: accuracy") == 1
     one = line(place, tmp_path / "one", "--gradient_accumulation_steps", "2", "--use_cpu")
     assert cli.main(one) == 0
@@ -64,6 +81,28 @@ def test_processes_that_share_directions_are_one_run(place: Path, tmp_path: Path
     assert cli.main(line(place, tmp_path / "one", *more, "--use_cpu")) == 0
     pair = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
+
+
+def test_a_group_ends_with_the_run_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error only one of gloo: NCCL's would wait for what the others never send."""
+    with pytest.raises(ValueError, match="wrong"), group_ended():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        raise ValueError("wrong")
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with group_ended():
+            pass
+        assert dist.is_initialized()  # somebody else's
+    finally:
+        dist.destroy_process_group()
+    ended = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    with pytest.raises(ValueError, match="wrong"), group_ended():
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        raise ValueError("wrong")
+    assert not ended
 
 
 def test_processes_that_would_each_be_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
