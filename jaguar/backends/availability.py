@@ -21,7 +21,7 @@ from jaguar.method.method import Method
 from jaguar.method.params import Slot
 
 if TYPE_CHECKING:  # kernels are imported where there are some
-    from jaguar.backends.triton import Numbers
+    from jaguar.backends.triton import DeviceScalars
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -30,7 +30,7 @@ class Unavailable(RuntimeError):
     """A backend was named that cannot run here."""
 
 
-Bind = Callable[[Method, Sequence[Slot], Sequence[Slot], str, "Numbers | None"], Launches]
+Bind = Callable[[Method, Sequence[Slot], Sequence[Slot], str, "DeviceScalars | None"], Launches]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _kinds(method: Method) -> tuple[bool, bool]:
 
 
 def _bind_triton(
-    method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: Numbers | None
+    method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: DeviceScalars | None
 ) -> Launches:
     from jaguar.backends import triton
 
@@ -120,7 +120,7 @@ def _bind_triton(
 
 
 def _bind_reference(
-    method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: Numbers | None
+    method: Method, slots: Sequence[Slot], everything: Sequence[Slot], restore: str, numbers: DeviceScalars | None
 ) -> Launches:
     sparse, mixed = _kinds(method)
     if sparse:

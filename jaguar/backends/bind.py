@@ -20,7 +20,7 @@ from jaguar.method.params import Slot
 from jaguar.method.probe import Probe
 
 if TYPE_CHECKING:  # kernels are imported where there are some
-    from jaguar.backends.triton import Numbers
+    from jaguar.backends.triton import DeviceScalars
 
 # Positions in the list of slots, and the launches for them.
 Part = tuple[Sequence[int], Launches]
@@ -44,9 +44,9 @@ def bind(method: Method, slots: Sequence[Slot], groups: Groups, backend: str, re
     matrices = isinstance(method.rule, Orthogonal)
     missing = availability.unavailable()
     kernels = backend == "triton" or (matrices and backend != "reference" and "triton" not in missing)
-    numbers: Numbers | None = None
+    numbers: DeviceScalars | None = None
     if kernels or "triton" in names:
-        from jaguar.backends.triton import Numbers as Table
+        from jaguar.backends.triton import DeviceScalars as Table
 
         numbers = Table(slots, method)
     parts: list[Part] = []
@@ -90,7 +90,7 @@ class Bound:
         self,
         slots: Sequence[Slot],
         parts: Sequence[Part],
-        numbers: Numbers | None,
+        numbers: DeviceScalars | None,
         stage: MatrixStage | None,
         in_modules: bool,
     ) -> None:
@@ -203,7 +203,7 @@ class JointProbe:
 class _MatrixMoves:
     """The step along given matrices, each on the backend that moves its tensor's other launches."""
 
-    def __init__(self, backend: str, method: Method, numbers: Numbers | None) -> None:
+    def __init__(self, backend: str, method: Method, numbers: DeviceScalars | None) -> None:
         self._named = backend == "triton"
         self._reference = reference.MatrixLaunches(method)
         self._kernels: Moves | None = None

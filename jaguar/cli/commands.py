@@ -289,7 +289,7 @@ def _print_paths(name: str, trust_remote_code: bool, console: Console) -> None:
     from rich.table import Table
 
     from jaguar.models.load import load
-    from jaguar.optimizers.matrices import collapsed
+    from jaguar.optimizers.parameter_groups import collapsed
 
     _quiet_transformers()
     groups = jaguar.param_groups(load(name, use_cpu=True, trust_remote_code=trust_remote_code).model)

@@ -15,7 +15,7 @@ from jaguar.method.distributed import cut_of
 from jaguar.method.params import Slot, is_int
 from jaguar.method.rule import FACTOR, NOT_NEGATIVE, Buffer, Range, plain
 from jaguar.method.rules import AveragedSign, ScalarSign
-from jaguar.method.schemes import SCHEMES, checked, scalar_iterate
+from jaguar.method.schemes import SCHEMES, scalar_iterate, validate_scheme
 
 # How a group's tensors with two or more dimensions are read.
 NS = (True, False, "flatten")
@@ -49,7 +49,7 @@ class Orthogonal(AveragedSign):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "ns_steps", checked(self.ns_steps, self.ns_coefficients, self.ns_dtype))
+        object.__setattr__(self, "ns_steps", validate_scheme(self.ns_steps, self.ns_coefficients, self.ns_dtype))
         if not is_int(self.ns_period) or self.ns_period < 1:
             raise ValueError(
                 f"ns_period={self.ns_period!r}: give an int of at least 1; 1 moves every matrix in every step"
@@ -99,7 +99,7 @@ class Orthogonal(AveragedSign):
                 f"parameter group {number} does not say whether Newton-Schulz moves its matrices: "
                 "pass jaguar.param_groups(model), or dicts with 'ns': True or False"
             )
-        group = group | {"ns": checked_ns(group["ns"])}
+        group = group | {"ns": validate_ns(group["ns"])}
         if group.get("vector_lr") is not None:
             group = group | {"vector_lr": ratio(group["vector_lr"], group.get("lr", defaults["lr"]))}
         return group
@@ -235,7 +235,7 @@ class ReleasedOrthogonal(AveragedSign):
 
     def prepared(self, group: dict[str, Any], number: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The group with `ns`, which changes nothing, as it is meant."""
-        return group | {"ns": checked_ns(group["ns"])} if "ns" in group else group
+        return group | {"ns": validate_ns(group["ns"])} if "ns" in group else group
 
     def role(self, slot: Slot, group: Mapping[str, Any]) -> dict[str, Any]:
         """Length of the closed form's step on the drawn entries: of a rank-one block, or of a vector over its norm."""
@@ -285,7 +285,7 @@ def ratio(vector_lr: float | None, lr: float) -> float:
     return float(vector_lr) / float(lr)
 
 
-def checked_ns(ns: Any) -> bool | str:
+def validate_ns(ns: Any) -> bool | str:
     """`ns` as a plain value.
 
     Raises:

@@ -82,7 +82,7 @@ def ridge(coefficients: Sequence[Coefficients]) -> float:
     return _RIDGE if math.prod(a for a, _, _ in coefficients) > _STEEP else 0.0
 
 
-def checked(steps: int | None, coefficients: str, dtype: torch.dtype) -> int:
+def validate_scheme(steps: int | None, coefficients: str, dtype: torch.dtype) -> int:
     """The number of iterations.
 
     Raises:

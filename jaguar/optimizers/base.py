@@ -22,7 +22,7 @@ from jaguar.optimizers.checkpoint import Saved, check_complete, packed, unpacked
 from jaguar.optimizers.contract import with_step_hooks
 from jaguar.optimizers.direction_group import DirectionGroup
 from jaguar.optimizers.embeddings import slots_of
-from jaguar.optimizers.groups import Watch, check_any, check_group, checked_seed, prepared_group, split_groups
+from jaguar.optimizers.groups import FrozenGroups, check_any, check_group, prepared_group, split_groups, validate_seed
 from jaguar.optimizers.guards import LossGuard, warn_of_skipped
 from jaguar.optimizers.identity import deciding, environment, fingerprint_of
 from jaguar.optimizers.interrupts import HeldInterrupts
@@ -89,7 +89,7 @@ class ZerothOrder(Measuring):
         self._record_hooks = OrderedDict()
         self._estimates = Estimates() if method.step_size is not None else None
         self._direction_group = None if direction_group is None else DirectionGroup(direction_group, method)
-        self._seed, self._backend = checked_seed(seed), availability.choose(backend)
+        self._seed, self._backend = validate_seed(seed), availability.choose(backend)
         self._step = self._skipped = self._skipped_in_a_row = self._stayed = self._n_frozen = 0
         self._last_finite: int | None = None
         self._broken = False
@@ -97,7 +97,7 @@ class ZerothOrder(Measuring):
         self._last_record: Record | None = None
         self._shards = dict(shards or {})
         self._trained = Trained(method, self._backend, restore)
-        self._watch = Watch((*method.keys, *method.rule.flags))
+        self._frozen_groups = FrozenGroups((*method.keys, *method.rule.flags))
         self._guard, self._modules = LossGuard(), ModuleState()
         self.lost_share: dict[str, float] | None = None
         defaults = method.rule.completed({"tau": 1e-3, "weight_decay": 0.0} | group_values)
@@ -157,7 +157,7 @@ class ZerothOrder(Measuring):
         frozen = self._trained.frozen.mark
         n_errors = self._n_errors(self._step)
         record.check(step=self._step, n_lrs=len(self.param_groups), n_losses=n_losses, frozen=frozen, n_errors=n_errors)
-        self._watch.check(self.param_groups)
+        self._frozen_groups.check(self.param_groups)
         self._launches()
         sizes = Sizes(record.lrs, record.taus or self._sizes().taus)
         inputs = self._inputs(sizes, None if record.skipped else self.method.derivatives(self._own(record.losses)))
@@ -363,7 +363,7 @@ class ZerothOrder(Measuring):
         Tied tensors count once and tensors with requires_grad=False are left out.
         """
         self._check_usable()
-        if self._watch.started:
+        if self._frozen_groups.started:
             raise RuntimeError(
                 "a parameter group can be added only before the first measure: the records made so far would not fit it"
             )
@@ -411,7 +411,7 @@ class ZerothOrder(Measuring):
         self._skipped, self._skipped_in_a_row, self._stayed = saved.skipped, saved.skipped_in_a_row, saved.stayed
         self._estimates = None if saved.estimates is None else Estimates(**saved.estimates)
         self._broken, self._measured, self._last_record = False, None, None
-        self._watch.restart(self.param_groups if self._step else None)
+        self._frozen_groups.restart(self.param_groups if self._step else None)
         self._trained.take(slots_of(self.param_groups, self.slots, self._shards))
 
     def __getstate__(self) -> dict[str, Any]:

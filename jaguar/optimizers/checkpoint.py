@@ -76,12 +76,12 @@ def unpacked(
     Raises:
         ValueError: it does not fit; the first difference is named.
     """
-    fitting = checked(state_dict, groups, own)
+    fitting = validate_state_dict(state_dict, groups, own)
     torch_part = {key: fitting[key] for key in ("state", "param_groups")}
     return torch_part, exact_state(fitting, groups), Saved.of(fitting["jaguar"])
 
 
-def checked(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], own: Saved) -> dict[str, Any]:
+def validate_state_dict(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], own: Saved) -> dict[str, Any]:
     """The state_dict, its parameters in the order of the groups.
 
     Raises:

@@ -110,8 +110,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, bool)) else float(value)
 
 
-class Watch:
-    """Notices that something other than the learning rate of a group changed after the first measure."""
+class FrozenGroups:
+    """Parameter groups of the first measure: everything but the learning rate stays as it was then."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key for key in keys if key != "lr"]
@@ -143,7 +143,7 @@ class Watch:
             self.check(groups)
 
 
-def checked_seed(seed: Any) -> int:
+def validate_seed(seed: Any) -> int:
     """`seed`, if it is a uint64.
 
     Raises:

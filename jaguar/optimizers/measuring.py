@@ -22,7 +22,7 @@ from jaguar.method.rule import Scalars, all_finite
 from jaguar.method.step_size import Estimates, standard_errors
 from jaguar.optimizers.contract import Contract
 from jaguar.optimizers.direction_group import DirectionGroup
-from jaguar.optimizers.groups import Watch
+from jaguar.optimizers.groups import FrozenGroups
 from jaguar.optimizers.guards import LossGuard, NonFiniteLoss, explained, warn_of_lost
 from jaguar.optimizers.interrupts import HeldInterrupts
 from jaguar.optimizers.isolation import Isolation
@@ -63,7 +63,7 @@ class Measuring(Contract):
     _last_finite: int | None
     _measured: Measured | None
     _trained: Trained
-    _watch: Watch
+    _frozen_groups: FrozenGroups
     _guard: LossGuard
     _modules: ModuleState
     _estimates: Estimates | None
@@ -114,7 +114,7 @@ class Measuring(Contract):
             )
         if not callable(closure):
             raise TypeError(f"closure must be callable and return the loss, got {type(closure).__name__}")
-        self._watch.check(self.param_groups)
+        self._frozen_groups.check(self.param_groups)
         self._measured = None
         self._trained.read_frozen()
         bound = self._launches()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaguar.optimizers.jaguar_muon import JaguarMuon as JaguarMuon
     from jaguar.optimizers.jaguar_signsgd import JaguarSignSGD as JaguarSignSGD
     from jaguar.optimizers.lezo import LeZO as LeZO
-    from jaguar.optimizers.matrices import param_groups as param_groups
+    from jaguar.optimizers.parameter_groups import param_groups as param_groups
     from jaguar.optimizers.zo_adamm import ZOAdaMM as ZOAdaMM
     from jaguar.optimizers.zo_adamu import ZOAdaMU as ZOAdaMU
     from jaguar.optimizers.zo_muon import ZOMuon as ZOMuon
@@ -74,4 +74,4 @@ METHOD = "jaguar-signsgd"  # the default
 
 # Public name -> module: the classes of the table, and what is public beside them.
 HOME: dict[str, str] = {row.cls: row.module for row in METHODS.values() if row.cls and row.module}
-HOME |= {"ZerothOrder": "jaguar.optimizers.base", "param_groups": "jaguar.optimizers.matrices"}
+HOME |= {"ZerothOrder": "jaguar.optimizers.base", "param_groups": "jaguar.optimizers.parameter_groups"}

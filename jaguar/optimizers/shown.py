@@ -13,7 +13,7 @@ from jaguar.method.method import Method
 from jaguar.method.orthogonal import Orthogonal, ReleasedOrthogonal
 from jaguar.method.params import Slot
 from jaguar.method.rule import state_dtype
-from jaguar.optimizers.matrices import listed
+from jaguar.optimizers.parameter_groups import listed
 from jaguar.optimizers.state import buffers_of, copies_of
 
 

@@ -26,10 +26,10 @@ class ExactTrainer(Trainer):
     a checkpoint is written, and whatever is missing when it is read is an error that names it.
 
     Attributes:
-        beside: writes more files into the folder of every checkpoint.
+        on_checkpoint: writes more files into the folder of every checkpoint.
     """
 
-    beside: Callable[[Path], None] | None = None
+    on_checkpoint: Callable[[Path], None] | None = None
     _resumed: Path | None = None  # the checkpoint that the run goes on from
     _staging: Path | None = None  # where a checkpoint is being written
     _began = False  # the checkpoints in its folder are its own
@@ -172,8 +172,8 @@ class ExactTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if saves:
                 self.state.save_to_json(str(made / TRAINER_STATE_NAME))
-                if self.beside is not None:
-                    self.beside(made)
+                if self.on_checkpoint is not None:
+                    self.on_checkpoint(made)
                 checkpoints.finish(made, None if self._is_sharded else self._bare_model, self._run_facts)
         if saves:
             staging.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)

@@ -26,7 +26,7 @@ from jaguar.models.facts import running_statistics
 from jaguar.optimizers.base import ZerothOrder
 from jaguar.optimizers.common import keywords
 from jaguar.optimizers.guards import NonFiniteLoss
-from jaguar.optimizers.matrices import param_groups
+from jaguar.optimizers.parameter_groups import param_groups
 from jaguar.record import Record
 from jaguar.scoring import Scorer
 from jaguar.trainer.arguments import WHOLE_MODELS, ZOTrainingArguments

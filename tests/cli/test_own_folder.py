@@ -150,7 +150,7 @@ def test_exceptions_of_a_user_are_no_errors_of_the_disk(tmp_path: Path) -> None:
     def beside(folder: Path) -> None:
         raise Mine("my bug")
 
-    run.beside = beside
+    run.on_checkpoint = beside
     with pytest.raises(Mine):
         run.train()
     assert names(tmp_path) == []

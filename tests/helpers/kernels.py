@@ -211,7 +211,7 @@ class Steps:
 
     slots: list[Slot]
     launches: Launches
-    numbers: fused.Numbers | None = None
+    numbers: fused.DeviceScalars | None = None
     stage: MatrixStage | None = None
 
     def prepare(self, inputs: StepInputs) -> None:
@@ -228,7 +228,7 @@ class Steps:
 def steps_of(backend: str, method: Method, slots: list[Slot], restore: str = "copy") -> Steps:
     """What `bind` makes of one backend."""
     ops.require(backend, method, slots, GROUPS)
-    numbers = None if backend == "reference" else fused.Numbers(slots, method)
+    numbers = None if backend == "reference" else fused.DeviceScalars(slots, method)
     return Steps(slots, availability.named(backend).bind(method, slots, slots, restore, numbers), numbers)
 
 

@@ -136,7 +136,7 @@ def test_what_replays_read_outlives_its_launches(kind: str, replays: dict[int, o
 def test_tables_along_matrices_outlive_other_matrices(replays: dict[int, object]) -> None:
     slots = [Slot("x", torch.zeros(6, 8), 1, 0, torch.Size((6, 8)))]
     method = method_of(DIRECTIONS["fraction"], AveragedSign())
-    moves = fused.MatrixLaunches(method, fused.Numbers(slots, method))
+    moves = fused.MatrixLaunches(method, fused.DeviceScalars(slots, method))
     one, other = torch.ones(6, 8), torch.ones(6, 8)
     with capture(), REFUSED:
         moves.move_(slots, [one], None)

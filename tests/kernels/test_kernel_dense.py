@@ -215,7 +215,9 @@ def test_modules_that_are_moved_one_by_one_share_the_numbers(n: int, monkeypatch
         opt.step(closure)
     ((_, launches),) = opt._trained.bound.parts
     copies: list[Tensor] = []
-    monkeypatch.setattr("jaguar.backends.triton.numbers.staged", lambda host, device: copies.append(host) or host)
+    monkeypatch.setattr(
+        "jaguar.backends.triton.device_scalars.staged", lambda host, device: copies.append(host) or host
+    )
     monkeypatch.setattr(Plan, "launch", None)  # tables are those of the first step
     monkeypatch.setattr(launches, "_slots", Looked(launches._slots))
     monkeypatch.setattr(Looked, "times", 0)

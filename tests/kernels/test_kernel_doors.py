@@ -36,7 +36,7 @@ from helpers.kernels import (
 )
 from helpers.launches import as_the_end, counted, edit_tables, jobs
 from jaguar.backends import availability
-from jaguar.backends.triton.numbers import arithmetic
+from jaguar.backends.triton.device_scalars import arithmetic
 from jaguar.backends.triton.plan import Plan
 from jaguar.backends.triton.supported import unsupported
 from jaguar.method.directions import DENSE

@@ -136,7 +136,7 @@ BROKEN = {
     "by a string, renamed": ("models/load.py", "from importlib import import_module as load\nload('jaguar.cli')"),
     "by a string, built in": ("tasks/task.py", "def f():\n    __import__('jaguar.cli.commands')"),
     "by a string, in a package": ("tasks/__init__.py", "import importlib as i\ni.import_module('jaguar.cli')"),
-    "inside a room": ("backends/reference/dense.py", "from jaguar.backends.triton import Numbers"),
+    "inside a room": ("backends/reference/dense.py", "from jaguar.backends.triton import DeviceScalars"),
     "no room": ("novel.py", "import math"),
 }
 

@@ -332,7 +332,7 @@ def test_resume_passes_over_what_is_not_whole(tmp_path):
 def test_nothing_is_deleted_before_the_new_checkpoint_is_whole(tmp_path):
     run = trainer(tmp_path, make("tied"), save_total_limit=1)
     there = []
-    run.beside = lambda folder: there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+    run.on_checkpoint = lambda folder: there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
     run.train()
     assert there == [[], ["checkpoint-2"]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "journal.jaguar"]

@@ -67,7 +67,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     trainer = scored(tmp_path, steps=2, save_strategy="steps", save_steps=2)
-    trainer.beside = full
+    trainer.on_checkpoint = full
     with pytest.raises(OSError, match=r"checkpoint-2.*: no space left on the disk; the checkpoint of step 2 is whole"):
         trainer.train()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good

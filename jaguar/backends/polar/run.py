@@ -12,7 +12,7 @@ from torch import Tensor
 from jaguar.backends import availability
 from jaguar.backends.availability import Unavailable
 from jaguar.backends.polar import reference, schedule
-from jaguar.method.schemes import SCHEMES, checked
+from jaguar.method.schemes import SCHEMES, validate_scheme
 
 # Newton-Schulz steps that fit into the arguments of one launch.
 _MOST_STEPS = 32
@@ -27,7 +27,7 @@ class NewtonSchulz:
     """
 
     def __init__(self, backend: str, *, steps: int | None, coefficients: str, dtype: torch.dtype) -> None:
-        self._steps, self._scheme = checked(steps, coefficients, dtype), SCHEMES[coefficients]
+        self._steps, self._scheme = validate_scheme(steps, coefficients, dtype), SCHEMES[coefficients]
         self._backend, self._dtype = backend, dtype
         self._known: dict[torch.device, str] = {}  # looking for a backend takes longer than a launch
         self._taken: dict[str, schedule.Taken] = {}  # by backend

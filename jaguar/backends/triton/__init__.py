@@ -2,8 +2,8 @@
 
 from jaguar.backends.triton.coordinate import CoordinateLaunches
 from jaguar.backends.triton.dense import DenseLaunches
+from jaguar.backends.triton.device_scalars import DeviceScalars
 from jaguar.backends.triton.matrix import MatrixLaunches
 from jaguar.backends.triton.mixed import MixedLaunches
-from jaguar.backends.triton.numbers import Numbers
 
-__all__ = ["CoordinateLaunches", "DenseLaunches", "MatrixLaunches", "MixedLaunches", "Numbers"]
+__all__ = ["CoordinateLaunches", "DenseLaunches", "MatrixLaunches", "MixedLaunches", "DeviceScalars"]

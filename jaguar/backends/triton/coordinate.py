@@ -11,8 +11,8 @@ from torch import Tensor
 
 from jaguar.backends.launches import Lost, State, StepInputs
 from jaguar.backends.triton.cuts import cuts_of
+from jaguar.backends.triton.device_scalars import DeviceScalars, arithmetic
 from jaguar.backends.triton.family import Family
-from jaguar.backends.triton.numbers import Numbers, arithmetic
 from jaguar.backends.triton.plan import Launch, Options, Plan, Pool, Table, alignment
 from jaguar.backends.triton.probes import SavedProbe
 from jaguar.method.directions import Coordinates, ReleasedBlock
@@ -34,7 +34,9 @@ class CoordinateLaunches(Family):
         numbers: a step's numbers, for these and other launches.
     """
 
-    def __init__(self, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], numbers: Numbers) -> None:
+    def __init__(
+        self, method: Method, slots: Sequence[Slot], everything: Sequence[Slot], numbers: DeviceScalars
+    ) -> None:
         direction, rule = method.direction, method.rule
         assert isinstance(direction, (Coordinates, ReleasedBlock))
         layout, cuts, common = cuts_of(slots, everything, direction)

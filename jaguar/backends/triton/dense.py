@@ -11,8 +11,8 @@ from torch import Tensor
 
 from jaguar.backends.launches import Lost, State, StepInputs
 from jaguar.backends.reference.probes import ModuleProbe
+from jaguar.backends.triton.device_scalars import DeviceScalars, arithmetic
 from jaguar.backends.triton.family import Family
-from jaguar.backends.triton.numbers import Numbers, arithmetic
 from jaguar.backends.triton.plan import Cut, Launch, Options, Plan, Table, alignment, formats
 from jaguar.backends.triton.probes import SavedProbe, WalkProbe
 from jaguar.method.directions import Dense
@@ -38,7 +38,7 @@ class DenseLaunches(Family):
     # The module of their `move` and `step`.
     _kernels: ClassVar[Any] = kernels
 
-    def __init__(self, method: Method, slots: Sequence[Slot], restore: str, numbers: Numbers) -> None:
+    def __init__(self, method: Method, slots: Sequence[Slot], restore: str, numbers: DeviceScalars) -> None:
         assert isinstance(method.direction, Dense)
         cuts = [Cut(0, slot.count) for slot in slots]
         super().__init__(method, slots, Plan(slots, cuts, (0, 0, 0, 0), numbers), numbers)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from jaguar.backends.launches import State, StepInputs
-from jaguar.backends.triton.numbers import Numbers
+from jaguar.backends.triton.device_scalars import DeviceScalars
 from jaguar.backends.triton.plan import Launch, Plan, Pool
 from jaguar.backends.uploads import for_replays
 from jaguar.method.method import Method
@@ -17,7 +17,7 @@ from jaguar.method.params import Slot
 class Family:
     """Launches over a list of slots; `numbers` are filled by the caller, before `prepare`."""
 
-    def __init__(self, method: Method, slots: Sequence[Slot], plan: Plan, numbers: Numbers) -> None:
+    def __init__(self, method: Method, slots: Sequence[Slot], plan: Plan, numbers: DeviceScalars) -> None:
         self._method, self._slots, self._plan, self._numbers = method, slots, plan, numbers
         self._state: State = [()] * len(slots)
         self._moving: Launch | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jaguar.backends.launches import StepInputs
-from jaguar.backends.triton.numbers import Numbers
+from jaguar.backends.triton.device_scalars import DeviceScalars
 from jaguar.backends.triton.plan import Cut, Launch, Options, Plan, alignment
 from jaguar.backends.uploads import for_replays
 from jaguar.method.method import Method
@@ -34,7 +34,7 @@ class MatrixLaunches:
         numbers: a step's numbers, filled for these and other launches.
     """
 
-    def __init__(self, method: Method, numbers: Numbers) -> None:
+    def __init__(self, method: Method, numbers: DeviceScalars) -> None:
         self._numbers = numbers
         self._common = {"STOCHASTIC": method.stochastic, "BLOCK": BLOCK, "TILE": TILE}
         self._made: dict[_Places, tuple[_Places, Launch]] = {}

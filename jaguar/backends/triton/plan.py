@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jaguar.backends.launches import State
-from jaguar.backends.triton.numbers import Numbers
+from jaguar.backends.triton.device_scalars import DeviceScalars
 from jaguar.backends.uploads import uploaded
 from jaguar.method.directions import matrix_shape
 from jaguar.method.params import Slot
@@ -113,7 +113,9 @@ class Plan:
         common: what all tensors have in common: size of strata, rest, number, lanes.
     """
 
-    def __init__(self, slots: Sequence[Slot], cuts: Sequence[Cut], common: Sequence[int], numbers: Numbers) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], cuts: Sequence[Cut], common: Sequence[int], numbers: DeviceScalars
+    ) -> None:
         self.slots, self._cuts, self._common, self._numbers = slots, cuts, common, numbers
         # The tensors that the offsets below were made for; a tensor that became another one needs other launches.
         self._forms = [_form(slot.tensor) for slot in slots]

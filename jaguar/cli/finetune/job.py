@@ -200,7 +200,7 @@ class Finetuning:
         self.stop, self.bar = Stop(), Bar(self.console, self.losses)
         for callback in (self.losses, self.bar, self.stop):
             trainer.add_callback(callback)
-        trainer.beside = self._keep
+        trainer.on_checkpoint = self._keep
         trainer.came_to_its_end = lambda: not self.stop.asked or trainer.state.global_step >= trainer.state.max_steps
         trainer.create_optimizer()
         return trainer

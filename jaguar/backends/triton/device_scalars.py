@@ -50,7 +50,7 @@ def _function(reference: Any) -> Any:
     return getattr(kernels, name)
 
 
-class Numbers:
+class DeviceScalars:
     """Keys, scalars and flags of a step, in the memory of every device that has some of the tensors.
 
     The buffers stay where they are: a CUDA graph that captured launches (not `fill`, which copies from the host) reads
