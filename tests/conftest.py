@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fp16 = given.get("dtype") is torch.float16 or given.get("storage") == "fp16"
         if fp16 and given.get("config", "" if "storage" in given else "fraction") not in IN_FP16:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Optimizers look among all objects for the modules of their tensors, and Trainer collects garbage before a run.
+
+    Both took most of the time of a small test: of what is here now nothing belongs to one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
