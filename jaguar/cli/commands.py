@@ -211,6 +211,9 @@ def _replay(args: argparse.Namespace, console: Console) -> int:
 def _journal(args: argparse.Namespace, console: Console) -> int:
     from jaguar.cli import journal
 
+    for flag, action in (("last", "show"), ("out", "plot")):
+        if flag in args and args.action != action:
+            raise Refused(f"--{flag} is of jaguar journal {action}, and {args.action} has no use for it")
     with _refusals():
         if args.action == "verify":
             return journal.verify(args.file, console)

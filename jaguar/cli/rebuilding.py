@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -23,7 +24,7 @@ from jaguar.optimizers.identity import fingerprint_of
 from jaguar.optimizers.replay import replay
 from jaguar.record import JOURNAL, Journal
 from jaguar.tasks.saved import save_task
-from jaguar.trainer.saving import check_space, prepare_folder, save_files, write_model
+from jaguar.trainer.saving import check_space, only_run, prepare_folder, save_files, write_model
 
 
 def base_of(journal: Journal) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def load_base(journal: Journal, name: str | None = None, **loading: Any) -> Load
         options = {"dtype": base["dtype"], "in_4bit": base["in_4bit"]} | loading
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in base["adapter"].items()}
         adapter = Adapter(**values)
-        loaded = load(name or base["model"], **options)
+        loaded = load(name, **options) if name is not None else _load_named(base["model"], journal, options)
         loaded = made_trainable(loaded, adapter, base["train"], base["seed"], base["prompt"])
         task = tasks.described(base["task"])
         if not isinstance(base["max_length"], (int, NoneType)):
@@ -66,6 +67,15 @@ def load_base(journal: Journal, name: str | None = None, **loading: Any) -> Load
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(journal.path)!r} is of another version of jaguar finetune: {error}") from None
     return loaded
+
+
+def _load_named(name: str, journal: Journal, options: dict[str, Any]) -> Loaded:
+    """The model that a journal names."""
+    try:
+        return load(name, **options)
+    except ValueError as error:
+        where = f"the base model that {str(journal.path)!r} names"
+        raise ValueError(f"{where}: {error}. If it is elsewhere: jaguar replay --base DIR") from None
 
 
 def journal_in(name: str) -> Path | None:
@@ -106,9 +116,10 @@ def rebuild(
     """
     folder = Path(out)
     file = file_of(path)
-    with Journal.read(file) as journal:
+    with Journal.read(file) as journal, ExitStack() as alone:
         base_of(journal)
         prepare_folder(folder)
+        alone.enter_context(only_run(folder))
         if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"the folder {out!r} already holds a model; choose another")
         with console.status("loading the base model"):

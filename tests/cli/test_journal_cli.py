@@ -19,6 +19,8 @@ from jaguar.cli import commands as cli
 from jaguar.cli.finetune.progress import Losses
 from jaguar.method.described import rebuilt
 from jaguar.record import JOURNAL
+from jaguar.trainer import saving
+from jaguar.trainer.saving import only_run
 
 WEIGHTS = "model.safetensors"
 
@@ -121,7 +123,23 @@ def test_a_folder_of_records_is_a_model(place: Path, tmp_path: Path, capsys: pyt
     assert same_model(place / "whole", tmp_path / "again")
 
 
-def test_replay_refuses_what_does_not_fit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_model_that_has_moved_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "lm", tmp_path / "lm")
+    argv = words(place, tmp_path / "out")
+    argv[argv.index("--model") + 1] = str(tmp_path / "lm")
+    assert cli.main(argv) == 0
+    (tmp_path / "lm").rename(tmp_path / "moved")
+    replay = ["replay", "--journal", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--use_cpu"]
+    assert cli.main(replay) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'lm'}" in error and "If it is elsewhere: jaguar replay --base DIR" in error
+    assert cli.main([*replay, "--base", str(tmp_path / "moved")]) == 0
+    assert same_model(tmp_path / "out", tmp_path / "again")
+
+
+def test_replay_refuses_what_does_not_fit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     journal = str(place / "whole" / JOURNAL)
 
     def refused(*more: str) -> str:
@@ -135,6 +153,9 @@ def test_replay_refuses_what_does_not_fit(place: Path, tmp_path: Path, capsys: p
     assert "there is no way from 0 to 9" in refused("--steps", "9")
     assert "dtype is 'float32' there, 'bfloat16' here" in refused("--dtype", "bfloat16")
     assert not (tmp_path / "out" / WEIGHTS).exists()
+    with only_run(tmp_path / "out"):
+        monkeypatch.setattr(saving, "_locks", {})  # another process's
+        assert "another run is writing to" in refused()
     (tmp_path / "out" / "config.json").write_text("{}")
     assert "already holds a model" in refused()
     assert cli.main(["replay", "--journal", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
@@ -150,6 +171,9 @@ def test_a_journal_is_shown_verified_and_drawn(place: Path, tmp_path: Path, caps
     assert "steps 1 to 4, 0 skipped" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["journal", "plot", path, "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    for words_without_effect in (["show", path, "--out", "a.png"], ["verify", path, "--last", "2"]):
+        assert cli.main(["journal", *words_without_effect]) == 2
+        assert "has no use for it" in capsys.readouterr().err
     data = Path(path).read_bytes()
     (tmp_path / "cut").write_bytes(data[:-1])
     assert cli.main(["journal", "verify", str(tmp_path / "cut")]) == 1
