@@ -16,6 +16,7 @@ import jaguar
 from jaguar.cli.flags import EVAL_BATCH
 from jaguar.cli.output import complain, outlets, say, to_nowhere
 from jaguar.cli.parser import parse
+from jaguar.cli.processes import end_group, has_group
 from jaguar.models.choices import ADAPTERS
 from jaguar.optimizers.interrupts import handled, interrupt, number_of
 
@@ -47,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a run that failed. 2: bad input. 130, 143, 129: ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    others = has_group()
     # A run is worth more than what it prints.
     with outlets() if words[:1] == ["finetune"] else contextlib.nullcontext():
-        return _main(words)
+        code = _main(words)
+    if not others:
+        end_group(failed=code == 1)
+    return code
 
 
 def _main(words: Sequence[str]) -> int:
@@ -120,7 +125,6 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
 
     from jaguar.cli.finetune.data import Data
     from jaguar.cli.finetune.job import Finetuning, Interrupted
-    from jaguar.cli.finetune.processes import group_ended
     from jaguar.cli.finetune.run import Run
     from jaguar.models.errors import Damaged, said
     from jaguar.optimizers.guards import NonFiniteLoss
@@ -145,7 +149,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
         overwrite_output_dir="overwrite_output_dir" in args,
         settings=f"settings of {preset.source}. {preset.note}".strip() if preset else "",
     )
-    with group_ended(), contextlib.ExitStack() as alone:
+    with contextlib.ExitStack() as alone:
         with _refusals():
             job = Finetuning(run, console, alone)
         job.describe()

@@ -51,7 +51,7 @@ class JournaledTrainer(ExactTrainer):
     journal: Journal | None = None
     base: dict[str, Any] | None = None
     came_to_its_end: Callable[[], bool] | None = None
-    _opened = False
+    _in_loop = _opened = False
     _hook: RemovableHandle | None = None
     _wrote: Path | None = None  # the journal of an earlier attempt, or call of `train`
     _other_rates = False  # that records have other learning rates than the schedule was said
@@ -94,7 +94,7 @@ class JournaledTrainer(ExactTrainer):
             return None
 
     def _inner_training_loop(self, *args: Any, **others: Any) -> Any:
-        self._attempts += 1
+        self._attempts, self._in_loop = self._attempts + 1, True
         try:
             output = super()._inner_training_loop(*args, **others)  # type: ignore[no-untyped-call]
             if self._journals:
@@ -107,7 +107,8 @@ class JournaledTrainer(ExactTrainer):
         return output
 
     def _close_journal(self) -> None:
-        journal, self.journal, self._opened, self._until = self.journal, None, False, 0
+        journal, self.journal, self._until = self.journal, None, 0
+        self._in_loop = self._opened = False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -118,8 +119,11 @@ class JournaledTrainer(ExactTrainer):
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def _recorded(self) -> bool:
-        """Tells whether the journal has the coming step."""
-        if self._journals and not self._opened:
+        """Tells whether the journal has the coming step.
+
+        A step outside of `train` is in none: nobody would close it, and it is not the run's.
+        """
+        if self._journals and self._in_loop and not self._opened:
             self._open_journal()
         return self.zeroth_order.steps_done < self._until
 

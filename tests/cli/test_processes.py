@@ -19,8 +19,8 @@ from transformers import TrainerControl, TrainerState
 from helpers.runs import place as place
 from helpers.runs import words
 from jaguar.cli import commands as cli
-from jaguar.cli.finetune.processes import group_ended
 from jaguar.cli.finetune.progress import Stop
+from jaguar.cli.processes import end_group
 from jaguar.trainer import arguments as training_args
 from jaguar.trainer import checkpoints
 from jaguar.trainer.staging import of
@@ -36,12 +36,18 @@ def line(place: Path, out: Path, *more: str) -> list[str]:
     return given
 
 
-# What is left when the program has ended, and before the interpreter does.
+# What is left when the program has ended, and before the interpreter does: a group, and threads of one.
 PROGRAM = """
 import atexit, sys
+from pathlib import Path
 import torch.distributed as dist
 from jaguar.cli.commands import main
-atexit.register(lambda: print(f"a group is left: {dist.is_initialized()}", file=sys.stderr))
+
+def left():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print("left:", dist.is_initialized(), [name for name in names if "gloo" in name], file=sys.stderr)
+
+atexit.register(left)
 sys.exit(main())
 """
 
@@ -61,7 +67,7 @@ def test_two_processes_are_one_run(place: Path, tmp_path: Path) -> None:
     process = started(line(place, tmp_path / "two"), str(script))
     said, _ = process.communicate(timeout=SECONDS * 3)
     assert process.returncode == 0, said
-    assert said.count("a group is left: False") == 2, said
+    assert said.count("left: False []") == 2, said
     assert said.count("tuned: accuracy") == said.count("zero-shot: accuracy") == 1
     one = line(place, tmp_path / "one", "--gradient_accumulation_steps", "2", "--use_cpu")
     assert cli.main(one) == 0
@@ -83,26 +89,26 @@ def test_processes_that_share_directions_are_one_run(place: Path, tmp_path: Path
     assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
 
 
-def test_a_group_ends_with_the_run_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error only one of gloo: NCCL's would wait for what the others never send."""
-    with pytest.raises(ValueError, match="wrong"), group_ended():
+def test_a_group_ends_with_the_command_that_started_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started(*_: Any) -> int:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        raise ValueError("wrong")
+        raise cli.Failed("the group is there")
+
+    monkeypatch.setattr(cli, "_info", started)
+    assert cli.main(["info"]) == 1 and "the group is there" in capsys.readouterr().err
     assert not dist.is_initialized()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with group_ended():
-            pass
+        monkeypatch.setattr(cli, "_info", lambda *_: 0)
+        assert cli.main(["info"]) == 0
         assert dist.is_initialized()  # somebody else's
+        monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+        end_group(failed=True)  # would wait for what the others never send
+        assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-    ended = []
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
-    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    with pytest.raises(ValueError, match="wrong"), group_ended():
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        raise ValueError("wrong")
-    assert not ended
 
 
 def test_processes_that_would_each_be_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

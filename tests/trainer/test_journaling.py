@@ -172,6 +172,16 @@ def test_a_new_run_puts_the_journal_of_the_one_before_aside(tmp_path):
     assert (tmp_path / BEFORE).read_bytes() == first and len(Journal.read(tmp_path / JOURNAL)) == 3
 
 
+def test_a_step_by_hand_is_in_no_journal(tmp_path):
+    job = run(tmp_path, 2)
+    job.train()
+    before = (tmp_path / JOURNAL).read_bytes()
+    job.training_step(job.model, job._prepare_inputs(job.data_collator(labelled(4))))
+    job.optimizer.step()
+    assert job.zeroth_order.steps_done == 3 and job.journal is None
+    assert (tmp_path / JOURNAL).read_bytes() == before and not (tmp_path / BEFORE).exists()
+
+
 def test_a_journal_that_lost_its_end_or_is_damaged_is_put_aside(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4}
     whole = run(tmp_path / "whole", **options)

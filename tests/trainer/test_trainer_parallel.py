@@ -45,7 +45,8 @@ heads = {{head: trained(out + "/run", model_of(*HEADS[head][:3]), HEADS[head][3]
 with open(f"{{out}}/{{args.process_index}}.json", "w") as file:
     json.dump([digest(model), wrapped, record.losses, trainer.zeroth_order.steps_done, heads,
                digest(forward.model), forward.zeroth_order.last_record.losses], file)
-torch.distributed.destroy_process_group()  # else the end of the interpreter races the group's threads
+sys.stdout.flush()
+os._exit(0)  # an interpreter that ends with threads of a group may be aborted
 """
 
 
