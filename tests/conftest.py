@@ -40,10 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish() -> None:
-    """Optimizers look among all objects for the modules of their tensors, and Trainer collects garbage before a run.
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Takes what was imported, and what other files left, out of the garbage collector's sight.
 
-    Both took most of the time of a small test: of what is here now nothing belongs to one.
+    Optimizers look among all objects for the modules of their tensors, and Trainer collects garbage before a run: most
+    of the time of a small test.
     """
     gc.collect()
     gc.freeze()

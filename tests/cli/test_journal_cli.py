@@ -153,8 +153,8 @@ def test_replay_refuses_what_does_not_fit(
     assert "there is no way from 0 to 9" in refused("--steps", "9")
     assert "dtype is 'float32' there, 'bfloat16' here" in refused("--dtype", "bfloat16")
     assert not (tmp_path / "out" / WEIGHTS).exists()
-    with only_run(tmp_path / "out"):
-        monkeypatch.setattr(saving, "_locks", {})  # another process's
+    with only_run(tmp_path / "out"), monkeypatch.context() as patch:
+        patch.setattr(saving, "_locks", {})  # another process's
         assert "another run is writing to" in refused()
     (tmp_path / "out" / "config.json").write_text("{}")
     assert "already holds a model" in refused()
