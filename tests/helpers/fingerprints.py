@@ -14,7 +14,6 @@ machine, on threads or on the order of sums.
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import io
 import math
@@ -192,14 +191,6 @@ def saved_and_loaded(row: Row, model: Model, optimizer: Any, backend: str) -> An
 
 def fingerprint(row: Row, backend: str = "reference") -> str:
     """Three digests after some steps: of the parameters, of the state and of the records."""
-    gc.freeze()  # embeddings are looked for among all objects that it tracks: four times as long as the steps
-    try:
-        return _fingerprint(row, backend)
-    finally:
-        gc.unfreeze()
-
-
-def _fingerprint(row: Row, backend: str) -> str:
     model = Model(row.get("model", "odd"), row["dtype"], strided=backend == "reference")
     start = copy.deepcopy(model)
     with warnings.catch_warnings():

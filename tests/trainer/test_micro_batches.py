@@ -30,12 +30,6 @@ from helpers.heads import (
 from jaguar import ZOTrainer, ZOTrainingArguments
 from jaguar.trainer.micro_batches import Grain, MicroBatches
 
-
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # Trainer's, before each run: most of the time of a tiny one
-
-
 SPLITS = [(8, 1), (2, 4), (1, 8), (3, 3)]  # rows, micro-batches; the last ends with a short one
 
 ROUTED = SMALL | {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}

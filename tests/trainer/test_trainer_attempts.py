@@ -10,12 +10,6 @@ from transformers import TrainerCallback
 from helpers.trainers import arguments, bits, classifier, equal, labelled, scored
 from jaguar import JaguarSignSGD, ZOTrainer
 
-
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # Trainer's, before each run: most of the time of a tiny one
-
-
 # -- attempts ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,12 +19,6 @@ from jaguar.optimizers.guards import NonFiniteLoss
 from jaguar.scoring import evaluate
 from jaguar.tasks import COPA, SST2
 
-
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # Trainer's, before each run: most of the time of a tiny one
-
-
 # -- rows in the order of the data set ---------------------------------------------------------------------------------
 
 

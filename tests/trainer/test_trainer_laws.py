@@ -327,8 +327,7 @@ SETTINGS = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # Trainer's, before each run: most of the time of a tiny one
+def _quiet():
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

@@ -7,12 +7,6 @@ from transformers.hyperparameter_search import HPSearchBackend
 from helpers.trainers import QUIET, bits, classifier, equal, labelled
 from jaguar import ZOSGD, JaguarMuon, JaguarSignSGD, Journal, ZOTrainer, ZOTrainingArguments
 
-
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # Trainer's, before each run: most of the time of a tiny one
-
-
 # -- searches ----------------------------------------------------------------------------------------------------------
 
 
