@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ class JournaledTrainer(ExactTrainer):
         """The optimizer."""
         raise NotImplementedError
 
+    def _check_replicas(self, window: Sequence[Any]) -> None:
+        """Compares the processes of a run, before a step and, with no window, before the journal notes the end."""
+
     @property
     def _journals(self) -> bool:
         """True if the run's steps are kept in a journal."""
@@ -97,6 +100,7 @@ class JournaledTrainer(ExactTrainer):
         self._attempts, self._in_loop = self._attempts + 1, True
         try:
             output = super()._inner_training_loop(*args, **others)  # type: ignore[no-untyped-call]
+            self._check_replicas(())
             if self._journals:
                 self._end_journal()
         except BaseException:

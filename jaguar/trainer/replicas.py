@@ -45,11 +45,6 @@ class ReplicatedTrainer(JournaledTrainer):
             facts["rows_per_step"] = facts["rows_per_step"] * self.args.row_processes // self.args.world_size
         return facts
 
-    def _inner_training_loop(self, *args: Any, **others: Any) -> Any:
-        output = super()._inner_training_loop(*args, **others)
-        self._check_replicas(())
-        return output
-
     def _check_replicas(self, window: Sequence[Any]) -> None:
         """Compares the processes every `check_replicas_steps` steps, and at the end: weights, and rows that are shared.
 

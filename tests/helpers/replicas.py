@@ -16,7 +16,8 @@ from transformers.trainer_callback import TrainerCallback
 from helpers.fully_sharded import said
 from helpers.tensors import bits
 from helpers.trainers import arguments
-from jaguar import ZOSGD, ZOTrainer
+from jaguar import ZOSGD, Journal, ZOTrainer
+from jaguar.record import JOURNAL
 
 STEPS = 200
 
@@ -98,8 +99,10 @@ def cases(rank: int, all_: bool) -> dict[str, Any]:
     if not all_:
         return found
     damaged: dict[str, Any] = {"callbacks": [Damage(1, 3)]}
+    end = Path(tempfile.mkdtemp())
     return found | {
-        "noticed at the end": said(lambda: trained(out, steps=5, **damaged)),
+        "noticed at the end": said(lambda: trained(end, steps=5, **damaged)),
+        "ended": [(len(journal), journal.ended) for journal in map(Journal.read, end.rglob(JOURNAL))],
         "not looked": trained(out, steps=9, check_replicas_steps=0, **damaged)[1],
         "other rows": said(lambda: trained(out, rows(seed=rank), direction_parallel=True, steps=3)),
         "sharded": said(lambda: trained(out, optimizer=handed(shard=True))),

@@ -49,6 +49,7 @@ def test_a_process_that_disagrees_stops_all(two: list[dict[str, Any]]) -> None:
     for found in two:
         assert found["noticed"].startswith("ReplicasDiffer: after 4 steps process 1 of 2 had other weights")
         assert found["noticed at the end"].startswith("ReplicasDiffer: after 5 steps process 1 of 2 had other weights")
+    assert (two[0]["ended"], two[1]["ended"]) == ([(5, False)], [])  # the first one's journal has not come to its end
     assert two[0]["not looked"] != two[1]["not looked"]
 
 
