@@ -90,7 +90,7 @@ class JournaledTrainer(ExactTrainer):
         try:
             return super()._newest(parent)
         except ValueError as error:
-            if not self._journals or not steps_of(parent):
+            if not self._journals or steps_of(parent) is None:
                 raise
             if checkpoints_of(parent):
                 warnings.warn(f"going on with the steps of {JOURNAL} alone: {error}", stacklevel=3)
@@ -321,14 +321,14 @@ def _explained(journal: Journal) -> Iterator[None]:
         raise unsaved(journal.path, reason(error, journal.path.parent), still) from error
 
 
-def steps_of(folder: Path) -> int:
-    """Number of steps in the journal of a folder; 0: there is none.
+def steps_of(folder: Path) -> int | None:
+    """Number of steps in the journal of a folder, which may have none yet; None: there is no journal.
 
     Raises:
         DamagedJournal: it is damaged; the message says how far it is whole.
     """
     if not (folder / JOURNAL).is_file():
-        return 0
+        return None
     with Journal.read(folder / JOURNAL) as journal:
         return len(journal)
 

@@ -21,6 +21,7 @@ from jaguar.method.described import rebuilt
 from jaguar.record import JOURNAL
 from jaguar.trainer import saving
 from jaguar.trainer.saving import only_run
+from jaguar.trainer.trainer import ScoringTrainer
 
 WEIGHTS = "model.safetensors"
 
@@ -64,6 +65,22 @@ def test_a_killed_run_goes_on_with_its_folder(
         assert journal.ended and len(journal) == 4
 
 
+def test_a_run_that_was_killed_in_its_first_step_goes_on_too(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any) -> Any:
+        raise Dies
+
+    argv, out = words(place, tmp_path / "out"), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Dies):
+        patch.setattr(ScoringTrainer, "_measure", dies)
+        cli.main(argv)
+    with Journal.read(out / JOURNAL) as journal:
+        assert len(journal) == 0
+    assert cli.main([*argv, "--resume_from_checkpoint", str(out)]) == 0
+    assert same_model(place / "whole", out) and (out / JOURNAL).read_bytes() == (place / "whole" / JOURNAL).read_bytes()
+
+
 def test_an_unfinished_run_is_not_overwritten_and_other_settings_are_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +101,9 @@ def test_an_unfinished_run_is_not_overwritten_and_other_settings_are_refused(
     assert (out / JOURNAL).read_bytes() == before
     (out / JOURNAL).unlink()
     assert cli.main([*argv, "--resume_from_checkpoint", str(out)]) == 2
-    assert "has neither a checkpoint nor a journal.jaguar" in " ".join(capsys.readouterr().err.split())
+    assert "has neither a checkpoint nor a journal.jaguar: begin without --resume" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.parametrize(

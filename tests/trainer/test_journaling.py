@@ -172,6 +172,22 @@ def test_a_new_run_puts_the_journal_of_the_one_before_aside(tmp_path):
     assert (tmp_path / BEFORE).read_bytes() == first and len(Journal.read(tmp_path / JOURNAL)) == 3
 
 
+def test_a_run_that_died_in_its_first_step_begins_again(tmp_path):
+    whole, died = run(tmp_path / "whole"), run(tmp_path / "died")
+    whole.train()
+
+    def dies(*_):
+        raise Dies
+
+    died._measure = dies
+    with pytest.raises(Dies):
+        died.train()
+    again = run(tmp_path / "died")
+    again.train(resume_from_checkpoint=True)
+    same(whole, again)
+    assert (tmp_path / "died" / JOURNAL).read_bytes() == (tmp_path / "whole" / JOURNAL).read_bytes()
+
+
 def test_a_step_by_hand_is_in_no_journal(tmp_path):
     job = run(tmp_path, 2)
     job.train()

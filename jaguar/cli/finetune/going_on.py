@@ -38,10 +38,10 @@ def found(run: Run, folder: Path, processes: int) -> tuple[Run, str | bool]:
             checkpoint = str(newest(folder, processes))
             return replace(run, resume_from_checkpoint=checkpoint), checkpoint
         except ValueError:
-            if not steps_of(folder):
+            if steps_of(folder) is None:
                 raise
-    if not steps_of(folder):
-        raise ValueError(f"{str(given)!r} has neither a checkpoint nor a {JOURNAL} with steps of a run")
+    if steps_of(folder) is None:
+        raise ValueError(f"{str(given)!r} has neither a checkpoint nor a {JOURNAL}: begin without {_FLAG}")
     return run, True
 
 
