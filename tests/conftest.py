@@ -45,7 +45,7 @@ def _frozen() -> None:
     """Takes what was imported, and what other files left, out of the garbage collector's sight.
 
     Optimizers look among all objects for the modules of their tensors, and Trainer collects garbage before a run: most
-    of the time of a small test.
+    of the time of a small test. So models that a test hands to an optimizer are made in its file's fixtures or later.
     """
     gc.collect()
     gc.freeze()

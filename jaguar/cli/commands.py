@@ -16,7 +16,7 @@ import jaguar
 from jaguar.cli.flags import EVAL_BATCH
 from jaguar.cli.output import complain, outlets, say, to_nowhere
 from jaguar.cli.parser import parse
-from jaguar.cli.processes import end_group, has_group
+from jaguar.cli.processes import end_group
 from jaguar.models.choices import ADAPTERS
 from jaguar.optimizers.interrupts import handled, interrupt, number_of
 
@@ -48,12 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a run that failed. 2: bad input. 130, 143, 129: ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    others = has_group()
     # A run is worth more than what it prints.
     with outlets() if words[:1] == ["finetune"] else contextlib.nullcontext():
         code = _main(words)
-    if not others:
-        end_group(failed=code == 1)
+    if argv is None:  # this is the process's whole work
+        end_group(failed=code != 0)
     return code
 
 
@@ -130,6 +129,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
     from jaguar.optimizers.guards import NonFiniteLoss
     from jaguar.trainer.arguments import ZOTrainingArguments
     from jaguar.trainer.journaling import JournalUnfit
+    from jaguar.trainer.replicas import ReplicasDiffer
 
     _quiet_transformers()
     own = ("output_dir", "resume_from_checkpoint")
@@ -164,7 +164,7 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
             return 128 + stop.number
         except (Damaged, JournalUnfit) as error:
             raise Refused(str(error)) from error
-        except (NonFiniteLoss, torch.OutOfMemoryError) as error:
+        except (NonFiniteLoss, ReplicasDiffer, torch.OutOfMemoryError) as error:
             raise Failed(str(error)) from error
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
-
-
-def has_group() -> bool:
-    """Tells whether there is a default process group, without an import of torch."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def end_group(failed: bool = False) -> None:
@@ -20,13 +15,13 @@ def end_group(failed: bool = False) -> None:
     The threads end with the last object that refers to the group, which may be garbage in a cycle.
 
     Args:
-        failed: this process failed, perhaps not the others: only a group of gloo is destroyed, as NCCL's would wait
-            for operations that never come to an end.
+        failed: this process did not come to its end, perhaps not the others: only a group of gloo is destroyed, as
+            NCCL's would wait for operations that never end.
     """
-    if not has_group():
+    distributed = sys.modules.get("torch.distributed")  # no import of torch for commands that do without
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
-    from torch import distributed
-
     if not failed or distributed.get_backend() == "gloo":
         gc.collect()
-        distributed.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # all is written, and said
+            distributed.destroy_process_group()

@@ -74,6 +74,8 @@ def _load_named(name: str, journal: Journal, options: dict[str, Any]) -> Loaded:
     try:
         return load(name, **options)
     except ValueError as error:
+        if Path(name).exists():
+            raise
         where = f"the base model that {str(journal.path)!r} names"
         raise ValueError(f"{where}: {error}. If it is elsewhere: jaguar replay --base DIR") from None
 

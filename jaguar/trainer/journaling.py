@@ -322,7 +322,7 @@ def _explained(journal: Journal) -> Iterator[None]:
 
 
 def steps_of(folder: Path) -> int | None:
-    """Number of steps in the journal of a folder, which may have none yet; None: there is no journal.
+    """Number of steps in the journal of a folder, which may have none yet; None: there is none to go on from.
 
     Raises:
         DamagedJournal: it is damaged; the message says how far it is whole.
@@ -330,7 +330,7 @@ def steps_of(folder: Path) -> int | None:
     if not (folder / JOURNAL).is_file():
         return None
     with Journal.read(folder / JOURNAL) as journal:
-        return len(journal)
+        return len(journal) if len(journal) or not journal.first else None  # else it goes on after a checkpoint
 
 
 def _unfinished(path: Path) -> str:

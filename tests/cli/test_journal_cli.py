@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_with_its_folder(
 
 
 def test_a_run_that_was_killed_in_its_first_step_goes_on_too(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def dies(*_: Any) -> Any:
         raise Dies
@@ -77,6 +77,8 @@ def test_a_run_that_was_killed_in_its_first_step_goes_on_too(
         cli.main(argv)
     with Journal.read(out / JOURNAL) as journal:
         assert len(journal) == 0
+    assert cli.main([*argv, "--resume_from_checkpoint", str(out), "--journal", "false"]) == 2
+    assert "no checkpoint, and --journal is false: begin without" in " ".join(capsys.readouterr().err.split())
     assert cli.main([*argv, "--resume_from_checkpoint", str(out)]) == 0
     assert same_model(place / "whole", out) and (out / JOURNAL).read_bytes() == (place / "whole" / JOURNAL).read_bytes()
 

@@ -147,10 +147,10 @@ class Mine(Exception):
 def test_exceptions_of_a_user_are_no_errors_of_the_disk(tmp_path: Path) -> None:
     run = trainer(tmp_path, make("tied"))
 
-    def beside(folder: Path) -> None:
+    def on_checkpoint(folder: Path) -> None:
         raise Mine("my bug")
 
-    run.on_checkpoint = beside
+    run.on_checkpoint = on_checkpoint
     with pytest.raises(Mine):
         run.train()
     assert names(tmp_path) == []

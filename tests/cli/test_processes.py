@@ -18,11 +18,13 @@ from transformers import TrainerControl, TrainerState
 
 from helpers.runs import place as place
 from helpers.runs import words
+from jaguar import ZOTrainer
 from jaguar.cli import commands as cli
 from jaguar.cli.finetune.progress import Stop
 from jaguar.cli.processes import end_group
 from jaguar.trainer import arguments as training_args
 from jaguar.trainer import checkpoints
+from jaguar.trainer.replicas import ReplicasDiffer
 from jaguar.trainer.staging import of
 
 # Within which a run has ended, all of its processes: what torchrun leaves them, and what starting Python takes.
@@ -38,14 +40,19 @@ def line(place: Path, out: Path, *more: str) -> list[str]:
 
 # What is left when the program has ended, and before the interpreter does: a group, and threads of one.
 PROGRAM = """
-import atexit, sys
+import atexit, contextlib, sys
 from pathlib import Path
 import torch.distributed as dist
 from jaguar.cli.commands import main
 
+def threads():
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it ends meanwhile
+            yield path.read_text().strip()
+
 def left():
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    print("left:", dist.is_initialized(), [name for name in names if "gloo" in name], file=sys.stderr)
+    names = [name for name in threads() if "gloo" in name]
+    sys.stderr.write(f"left: {dist.is_initialized()} {names}\\n")
 
 atexit.register(left)
 sys.exit(main())
@@ -89,7 +96,7 @@ def test_processes_that_share_directions_are_one_run(place: Path, tmp_path: Path
     assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
 
 
-def test_a_group_ends_with_the_command_that_started_it(
+def test_a_group_ends_with_the_process_that_started_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def started(*_: Any) -> int:
@@ -97,18 +104,31 @@ def test_a_group_ends_with_the_command_that_started_it(
         raise cli.Failed("the group is there")
 
     monkeypatch.setattr(cli, "_info", started)
-    assert cli.main(["info"]) == 1 and "the group is there" in capsys.readouterr().err
-    assert not dist.is_initialized()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["jaguar", "info"])
     try:
-        monkeypatch.setattr(cli, "_info", lambda *_: 0)
-        assert cli.main(["info"]) == 0
-        assert dist.is_initialized()  # somebody else's
-        monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-        end_group(failed=True)  # would wait for what the others never send
+        assert cli.main() == 1 and "the group is there" in capsys.readouterr().err
+        assert not dist.is_initialized()
+        assert cli.main(["info"]) == 1  # of a program that goes on
         assert dist.is_initialized()
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "get_backend", lambda: "nccl")
+            end_group(failed=True)  # would wait for what the others never send
+            assert dist.is_initialized()
+            end_group()
+            assert not dist.is_initialized()
     finally:
-        dist.destroy_process_group()
+        end_group()
+
+
+def test_processes_that_differ_are_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differs(*_: Any) -> None:
+        raise ReplicasDiffer("after 2 steps process 1 of 2 had other weights than the rest")
+
+    monkeypatch.setattr(ZOTrainer, "_check_replicas", differs)
+    assert cli.main(words(place, tmp_path / "out")) == 1
+    assert "error: after 2 steps process 1 of 2 had other weights" in " ".join(capsys.readouterr().err.split())
 
 
 def test_processes_that_would_each_be_a_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

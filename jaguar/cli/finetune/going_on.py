@@ -21,11 +21,12 @@ from jaguar.trainer.staging import of as checkpoints_of
 _FLAG = "--resume_from_checkpoint"
 
 
-def found(run: Run, folder: Path, processes: int) -> tuple[Run, str | bool]:
+def found(run: Run, folder: Path, processes: int, journals: bool) -> tuple[Run, str | bool]:
     """The run with the checkpoint from which it goes on, and that; True: there is none, and the journal has its steps.
 
     Args:
         folder: the run's output folder; named in place of a checkpoint it means the newest one in it.
+        journals: the run keeps a journal; without one the steps of another are not taken.
 
     Raises:
         ValueError: there is nothing to go on with.
@@ -38,10 +39,11 @@ def found(run: Run, folder: Path, processes: int) -> tuple[Run, str | bool]:
             checkpoint = str(newest(folder, processes))
             return replace(run, resume_from_checkpoint=checkpoint), checkpoint
         except ValueError:
-            if steps_of(folder) is None:
+            if not journals or steps_of(folder) is None:
                 raise
-    if steps_of(folder) is None:
-        raise ValueError(f"{str(given)!r} has neither a checkpoint nor a {JOURNAL}: begin without {_FLAG}")
+    if not journals or steps_of(folder) is None:
+        lacks = f"neither a checkpoint nor a {JOURNAL}" if journals else "no checkpoint, and --journal is false"
+        raise ValueError(f"{str(given)!r} has {lacks}: begin without {_FLAG}")
     return run, True
 
 

@@ -82,7 +82,7 @@ class Finetuning:
             raise ValueError(refusal[0] if self.leads else "")
         self.goes_on: str | bool | None = None
         if run.resume_from_checkpoint:
-            run, self.goes_on = found(run, self.folder, args.world_size)
+            run, self.goes_on = found(run, self.folder, args.world_size, bool(args.journal))
             self.run = run
         state = run.state(args) if isinstance(self.goes_on, str) else None
         self.settings = run.settings_of(args)
