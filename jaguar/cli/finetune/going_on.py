@@ -41,7 +41,7 @@ def found(run: Run, folder: Path, processes: int, journals: bool) -> tuple[Run, 
         except ValueError:
             if not journals or steps_of(folder) is None:
                 raise
-    if not journals or steps_of(folder) is None:
+    elif not journals or steps_of(folder) is None:
         lacks = f"neither a checkpoint nor a {JOURNAL}" if journals else "no checkpoint, and --journal is false"
         raise ValueError(f"{str(given)!r} has {lacks}: begin without {_FLAG}")
     return run, True
