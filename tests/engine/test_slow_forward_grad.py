@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import jaguar
 from helpers.oracles import stream_ints
 from helpers.slow import (
     DTYPES,
@@ -17,7 +18,6 @@ from helpers.slow import (
     STEPS,
     Dense,
     Var,
-    known,
     same,
 )
 from helpers.steps import skipping
@@ -76,7 +76,7 @@ def forward_grad(model: nn.Module, storage: str) -> tuple[Any, Dense]:
         {"params": [(n, p) for n, p in named.items() if not odd(n)], "weight_decay": 0.1},
     ]
     assert all(lot["params"] for lot in lots)
-    opt = known("ForwardGrad")(lots, 1e-2, model=model, seed=SEED)
+    opt = jaguar.ForwardGrad(lots, 1e-2, model=model, seed=SEED)
     num = np.float64 if storage == "fp64" else np.float32
     variables = []
     for n, p in named.items():

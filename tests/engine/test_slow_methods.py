@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import nn
 
+import jaguar
 from helpers.oracles import DIRECTION, ROUND_STATE, step_key_ints, stream_ints
 from helpers.slow import (
     SEED,
     STEPS,
     Arrays,
     Dense,
-    known,
     loss_of,
     nearest,
     normals,
@@ -320,7 +320,7 @@ def test_fzoo_does_not_move_where_all_losses_are_the_same(scale: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"k": 0.7, "m0": 5.0, "c": 1.5}], ids=["defaults", "others"])
 @storages
 def test_acc_zom(storage: str, options: dict[str, float]) -> None:
-    went_down(side_by_side(*pair(known("AccZOM"), SlowAccZOM, storage, {"lr": 1e-3} | options), steps_of(storage)))
+    went_down(side_by_side(*pair(jaguar.AccZOM, SlowAccZOM, storage, {"lr": 1e-3} | options), steps_of(storage)))
 
 
 PROJECTED = ("head", "layers.2.b", "3")  # a component, a whole name, a component that is a number
@@ -331,7 +331,7 @@ PROJECTED = ("head", "layers.2.b", "3")  # a component, a whole name, a componen
 def test_dizo(storage: str, momentum: float) -> None:
     options = {"lr": 5e-4, "momentum": momentum, "every": 7, "search_steps": 4, "search_scale": 0.15}
     options |= {"search_lr": 2e-2, "bounds": (0.9, 1.05), "project": PROJECTED}
-    opt, slow, params = pair(known("DiZO"), SlowDiZO, storage, options)
+    opt, slow, params = pair(jaguar.DiZO, SlowDiZO, storage, options)
     assert set(slow.first) == {"head.w", "layers.2.b", "layers.3.w"}
     steps = steps_of(storage)
     went_down(side_by_side(opt, slow, params, steps))
@@ -342,7 +342,7 @@ def test_dizo(storage: str, momentum: float) -> None:
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_dizo_with_its_own_settings(distribution: str) -> None:
     options = {"lr": 5e-4, "project": PROJECTED, "distribution": distribution}
-    opt, slow, params = pair(known("DiZO"), SlowDiZO, "fp32", options)
+    opt, slow, params = pair(jaguar.DiZO, SlowDiZO, "fp32", options)
     went_down(side_by_side(opt, slow, params, 160))
     assert len(slow.chosen) == 3 * 3
 
@@ -351,12 +351,12 @@ def test_dizo_with_its_own_settings(distribution: str) -> None:
 def test_zo_adamu(storage: str) -> None:
     """All three parts of the schedule: until 90, until 0.8 times 325 = 260, and after."""
     options = {"lr": 3e-4, "warmup": 90, "total": 325, "alpha": 0.4, "beta1": 0.8, "beta2": 0.05}
-    went_down(side_by_side(*pair(known("ZOAdaMU"), SlowAdaMU, storage, options), steps_of(storage)))
+    went_down(side_by_side(*pair(jaguar.ZOAdaMU, SlowAdaMU, storage, options), steps_of(storage)))
 
 
 def test_zo_adamu_with_its_own_settings() -> None:
     """The warm-up of 1024 steps makes m the fresh noise and v its square."""
-    went_down(side_by_side(*pair(known("ZOAdaMU"), SlowAdaMU, "fp32", {"lr": 3e-4})))
+    went_down(side_by_side(*pair(jaguar.ZOAdaMU, SlowAdaMU, "fp32", {"lr": 3e-4})))
 
 
 # -- Steps that are skipped --------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ SKIPPING: dict[str, tuple[Any, dict[str, Any], dict[tuple[int, int], float]]] = 
 def test_a_loss_that_is_not_finite_skips_the_step(method: str, storage: str) -> None:
     """Nothing moves, state included; AccZOM's t stands still, the schedules of DiZO and ZO-AdaMU go on."""
     slow_cls, options, more = SKIPPING[method]
-    opt, slow, params = pair(known(method), slow_cls, storage, options)
+    opt, slow, params = pair(getattr(jaguar, method), slow_cls, storage, options)
     slow.rademacher = slow.rademacher or method == "FZOO"
     broken = {(0, 0): math.nan, (3, 1): math.inf, (7, 1): math.nan, (9, 0): -math.inf} | more
     with skipping():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import jaguar
 from helpers.oracles import DIRECTION
 from helpers.slow import (
     SHAPES,
     Arrays,
     Dense,
     Var,
-    known,
     loss_of,
     pair,
     same,
@@ -96,9 +95,8 @@ def within_a_spacing(found: np.ndarray, v: Var) -> None:
 
 
 def muon(storage: str, options: dict[str, Any]) -> Any:
-    cls = known("ZOMuon")
-    exact = {"ns_dtype": torch.float64} if "ns_dtype" in inspect.signature(cls).parameters else {}
-    return pair(cls, SlowMuon, storage, {"lr": 2.0**-7, "momentum": 0.9} | options, MATRICES, **exact)
+    options = {"lr": 2.0**-7, "momentum": 0.9} | options
+    return pair(jaguar.ZOMuon, SlowMuon, storage, options, MATRICES, ns_dtype=torch.float64)
 
 
 # fp32: ten steps multiply small singular values by 1.5^10 = 58, and with them the 2^-24 of each of the dozen roundings
@@ -122,7 +120,7 @@ def test_zo_muon_algorithm_4() -> None:
 
     1e-5: E may be made in fp32 by an iteration of its own.
     """
-    opt, slow, params = pair(known("ZOMuon"), Dense, "fp64", {"lr": 2.0**-4, "algorithm": 4}, MATRICES)
+    opt, slow, params = pair(jaguar.ZOMuon, Dense, "fp64", {"lr": 2.0**-4, "algorithm": 4}, MATRICES)
     seen: list[Arrays] = []
     before: list[Arrays] = []
     losses: list[float] = []

@@ -14,11 +14,9 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
-import jaguar
 from helpers.oracles import DIRECTION, ROUND, ROUND_STATE, step_key_ints, stream_ints, words_ints
 from helpers.tensors import numpy_of
 from jaguar.method.rng import Elements, normals_of
@@ -335,10 +333,3 @@ def side_by_side(
 def went_down(firsts: list[float]) -> None:
     """That the run was one that means something: all of it finite, and lower at the end than at the start."""
     assert all(map(math.isfinite, firsts)) and np.mean(firsts[-10:]) < 0.97 * np.mean(firsts[:10]), firsts
-
-
-def known(name: str) -> Any:
-    """The package's class of this name; without it there is nothing to compare."""
-    if not hasattr(jaguar, name):
-        pytest.skip(f"jaguar has no {name}")
-    return getattr(jaguar, name)
